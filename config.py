@@ -1,0 +1,421 @@
+"""The one config dict: edit it here, or override a run with ``python train.py [preset=NAME] [key=value ...]``."""
+
+import ast
+import copy
+import difflib
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+config = {
+    # --- where a run writes, and what it tells
+    "run_dir": None,  # folder of the run; None: a new one under runs/
+    "resume": False,  # go on with the run in run_dir, from its last.pt and its config.json
+    "save": True,  # write last.pt and best.pt (without them a run cannot be resumed)
+    "log_interval": 1,  # validate and log every so many epochs, and after the last one
+    "wandb": False,  # log to Weights & Biases too (WANDB_MODE=offline needs no network)
+    "A_machine": None,  # the host's name, recorded with the results; None: asked of the system
+    # --- sweep over the crop's threshold: a wandb sweep, or with wandb=false the same grid here, run after run
+    "sweeprun": False,  # run the sweep instead of one training
+    "sweep": {
+        "parameter": "THR",  # THR | maiou
+        "values": [-1.0, 0.0, 0.2, 0.5, 0.8, 1.0],  # the grid; -1 is plain RandomResizedCrop
+        "seeds": 1,  # trainings per value, with seed, seed + 1, ...
+        "resume": False,  # join the wandb sweep `id` instead of making a new one
+        "count": 100,  # at most so many trainings by this process
+        "id": None,  # of the wandb sweep to resume
+        "project": "localized-crops",  # wandb's project
+    },
+    "reproduce": {
+        "table": "toybirds_crops",  # which table reproduce.py makes; it names them all when asked for another
+        "seeds": 5,  # trainings per row
+    },
+    # --- data
+    "dataset": {
+        "name": "toybirds",  # toybirds (drawn by code on first use) | cub (any folder in CUB-200-2011's file format)
+        "root": None,  # folder of the data set; None: data/toybirds or data/CUB_200_2011
+        "download": False,  # fetch CUB-200-2011 (1.1 GB) when root is missing
+        "check": False,  # decode every image before the run starts
+        "split": "official",  # official | 70/30 (train filled up with the first test images until it holds 70%)
+        "val_fraction": 0.3333,  # share of each class's training images held out to choose settings on; 0: none, and
+        # validation then looks at the test images, as the published protocol does
+    },
+    # --- boxes and crops
+    "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
+    "use_box": True,  # hold the training crops to the boxes; false: RandomResizedCrop
+    "use_dino_maps": False,  # draw the crops' centres from DINO's attention maps (needs use_box=false)
+    "THR": 1.0,  # share of the box that a crop keeps, 0 to 1; negative: RandomResizedCrop
+    "maiou": None,  # target mean asymmetric IoU, .5 to 1: sets THR from the training boxes; None: THR as it stands
+    "crop": {
+        "mode": "exact",  # exact (the share is kept by every crop) | reference (the published crop)
+        "scale": [0.08, 1.0],  # area of the crop, share of the image
+        "ratio": [0.75, 1.3333333333333333],  # width / height of the crop
+        "interpolation": "bilinear",  # bilinear | bicubic
+    },
+    # --- augmentation
+    "augment": False,  # colour-only augmentation, one drawn per image
+    "augment_p": 1.0,  # its strength, 0 to 1: colour jitter of (.5 p, .5 p, .5 p, .1 p)
+    "use_augment_mix": False,  # AugMix instead
+    "flip": 0.5,  # probability of a horizontal flip
+    # --- evaluation
+    "eval": {
+        "views": ["full", "center"],  # full | center | whole | box, each also as VIEW@SIZE; validation uses the first
+        "size": None,  # side of the network's input in pixels; None: image_size
+        "crop_pct": 0.875,  # view center: share of the short side that the centre crop shows
+        "box_margin": 0.1,  # view box: margin on each side, as a share of the box's side
+        "batch_size": 64,  # images
+    },
+    "eval_box": None,  # adds the view box, from: gt (an oracle!) | center | image | a box JSON; None: no such view
+    # --- model
+    "model": {
+        "type": "toyresnet",  # toyresnet (0.7 M parameters) | resnet50 (torchvision) | dinov2_vit{s,b,l,g}14, or
+        # small/base/large/huge for these | any timm model name
+        "n_classes": None,  # None: as many as the data set has
+        "weights": None,  # start of the backbone: hub | the path of a state dict; None: from scratch
+        "resumed_model": None,  # start from this trained model, head included: best.pt of a run, or a state dict
+        "resumed_ema": True,  # of a checkpoint of ours take the EMA; false: the model itself
+        "freeze_backbone": False,  # train the head alone
+        "train_cls": False,  # train the CLS token and the head alone (ViT)
+        "freeze_bn_from": None,  # BatchNorm's statistics stand still from this epoch on; None: never
+        "ema_step": 1,  # update the EMA every so many optimizer steps
+    },
+    "patch_size": 14,  # of the ViT, pixels; a ViT's image_size must be a multiple
+    # --- recipe
+    "num_epochs": 40,
+    "batch_size": 16,  # images
+    "image_size": 64,  # side of the training crops after resizing, pixels
+    "opt": {
+        "type": "adamw",  # sgd | adam | adamw
+        "lr": 2e-3,
+        "target_lr": 1e-5,  # where the schedule ends
+        "momentum": 0.9,  # sgd
+        "weight_decay": 0.05,  # not on norms and biases
+        "scheduler": "cosine",  # cosine | step
+        "warmup_epochs": 2,  # linear rise at the start
+        "step_size": 10,  # step: epochs between two falls
+        "gamma": None,  # step: factor of one fall; None: (target_lr / lr) ** (step_size / num_epochs)
+    },
+    "other": {
+        "label_smoothing": 0.1,
+        "ema_decay": 0.97,  # per update; averages over ema_step / (1 - ema_decay) steps, here 33, 4% of 1,000
+    },
+    # --- machine
+    "seed": 0,
+    "deterministic": True,  # the same numbers on every run on the same machine
+    "device": None,  # cpu | cuda | cuda:1 ...; None: cuda where there is one
+    "amp": "bf16",  # none | bf16 | fp16; on CUDA only (bf16 is ten times slower than float32 on CPUs)
+    "num_workers": None,  # processes that load images; None: one less than this machine has cores, at most 8
+    "num_threads": 1,  # torch's threads on the CPU (results depend on it in the last bits); None: torch's choice
+}
+
+# Named sets of overrides: `python train.py preset=NAME`. The empty one is the built-in default above.
+_CUB = {
+    "dataset.name": "cub",
+    "dataset.val_fraction": 0.0,  # published protocol: validated on the test images
+    "dataset.split": "70/30",
+    "model.type": "resnet50",
+    "model.ema_step": 32,
+    "model.freeze_bn_from": 1,  # parity: the original never leaves eval mode after its first validation
+    "other.ema_decay": 0.999,
+    "image_size": 224,
+    "batch_size": 32,
+    "augment": True,
+    "opt.type": "sgd",
+    "opt.lr": 1e-3,
+    "opt.weight_decay": 1e-4,
+    "opt.warmup_epochs": 0,
+    "crop.mode": "reference",
+    "deterministic": False,
+    "num_threads": None,
+}
+presets = {
+    "toybirds": {},
+    "cub_first_training": {
+        **_CUB,
+        "model.weights": "hub",  # IMAGENET1K_V2
+        "use_box": False,
+        "num_epochs": 90,  # not published: choose by the validation curve
+    },
+    "cub_second_training": {
+        **_CUB,
+        "model.resumed_model": "runs/cub_first_training/best.pt",
+        "num_epochs": 200,
+        "opt.lr": 2e-4,
+        "opt.target_lr": 1e-5,
+        "opt.scheduler": "step",
+        "opt.step_size": 10,
+    },
+}
+
+# None has no type: the type that such a key takes otherwise.
+OPTIONAL = {
+    "run_dir": str,
+    "A_machine": str,
+    "sweep.id": str,
+    "dataset.root": str,
+    "maiou": float,
+    "eval.size": int,
+    "eval_box": str,
+    "model.n_classes": int,
+    "model.weights": str,
+    "model.resumed_model": str,
+    "model.freeze_bn_from": int,
+    "opt.gamma": float,
+    "device": str,
+    "num_workers": int,
+    "num_threads": int,
+}
+CHOICES = {
+    "sweep.parameter": ("THR", "maiou"),
+    "dataset.name": ("toybirds", "cub"),
+    "dataset.split": ("official", "70/30"),
+    "crop.mode": ("exact", "reference"),
+    "crop.interpolation": ("bilinear", "bicubic"),
+    "opt.type": ("sgd", "adam", "adamw"),
+    "opt.scheduler": ("cosine", "step"),
+    "amp": ("none", "bf16", "fp16"),
+}
+# Least and largest value, both allowed; whole-numbered bounds are for whole numbers. Lists: each element.
+RANGES = {
+    "log_interval": (1, math.inf),
+    "sweep.seeds": (1, math.inf),
+    "sweep.count": (1, math.inf),
+    "reproduce.seeds": (1, math.inf),
+    "dataset.val_fraction": (0.0, 0.9),
+    "THR": (-math.inf, 1.0),
+    "maiou": (0.5, 1.0),
+    "crop.scale": (1e-6, 1.0),
+    "crop.ratio": (1e-3, 1e3),
+    "augment_p": (0.0, 1.0),
+    "flip": (0.0, 1.0),
+    "eval.size": (1, 4096),
+    "eval.crop_pct": (0.05, 1.0),
+    "eval.box_margin": (0.0, 10.0),
+    "eval.batch_size": (1, math.inf),
+    "model.n_classes": (2, math.inf),
+    "model.freeze_bn_from": (0, math.inf),
+    "model.ema_step": (1, math.inf),
+    "patch_size": (1, 4096),
+    "num_epochs": (1, math.inf),
+    "batch_size": (1, math.inf),
+    "image_size": (1, 4096),
+    "opt.lr": (0.0, 1e3),
+    "opt.target_lr": (0.0, 1e3),
+    "opt.momentum": (0.0, 1.0),
+    "opt.weight_decay": (0.0, 1e3),
+    "opt.warmup_epochs": (0, math.inf),
+    "opt.step_size": (1, math.inf),
+    "opt.gamma": (0.0, 1.0),
+    "other.label_smoothing": (0.0, 0.99),
+    "other.ema_decay": (0.0, 1.0),
+    "seed": (0, 2**32 - 1),
+    "num_workers": (0, 1024),
+    "num_threads": (1, 1024),
+}
+
+
+class ConfigError(ValueError):
+    """A key or value that the config does not take. The message is one line with the remedy."""
+
+
+def load_config(arguments: list[str], base: dict | None = None) -> dict | None:
+    """Return the resolved config of one run: the dict above, the preset, the command line, each over the last.
+
+    Args:
+        arguments: the command line without the script's name: ``preset=NAME`` and ``key=value`` words.
+        base: takes the place of the dict above: the config of the run that is gone on with.
+
+    Returns:
+        The config; None after printing the help that ``--help`` asked for.
+
+    Raises:
+        ConfigError: on an unknown key, a wrong type or a value that is not allowed.
+    """
+    if {"-h", "--help"} & set(arguments):
+        print(help_text())
+        return None
+    words = [split_word(word) for word in arguments]
+    resolved = copy.deepcopy(base if base is not None else config)
+    for name in (value for key, value in words if key == "preset"):
+        apply_preset(resolved, name)
+    for key, value in words:
+        if key != "preset":
+            set_key(resolved, key, parse_value(key, value))
+    check_config(resolved)
+    return resolved
+
+
+def split_word(word: str) -> tuple[str, str]:
+    """Split ``key=value`` at the first equals sign."""
+    key, equals, value = word.partition("=")
+    if not equals or key.startswith("-"):
+        raise ConfigError(f"{word!r} is not understood: write key=value, without dashes (or --help)")
+    return key, value
+
+
+def apply_preset(resolved: dict, name: str) -> None:
+    """Lay a preset's overrides over ``resolved``."""
+    if name not in presets:
+        raise ConfigError(f"preset={name}: there is no such preset; there are {', '.join(presets)}")
+    for key, value in presets[name].items():
+        set_key(resolved, key, copy.deepcopy(value))
+
+
+def get_key(resolved: dict, key: str) -> Any:
+    """Return the value of a dotted key."""
+    for part in key.split("."):
+        resolved = resolved[part]
+    return resolved
+
+
+def set_key(resolved: dict, key: str, value: Any) -> None:
+    """Set a dotted key that exists; its value must have the right type."""
+    _check_known(key)
+    *parents, last = key.split(".")
+    for part in parents:
+        resolved = resolved[part]
+    resolved[last] = value
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """Return the dotted keys of a config and their values."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _check_known(key: str) -> None:
+    known = leaves(config)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+            key.rpartition(".")[2], known, n=1, cutoff=0.3
+        )
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{key}: there is no such key{hint} (python train.py --help lists all)")
+
+
+# --- types and values ---------------------------------------------------------------------------------------------
+
+
+def leaf_type(key: str) -> type:
+    """Return the type of a key's value when it is not None: that of the default, or the one in OPTIONAL."""
+    return OPTIONAL.get(key) or type(get_key(config, key))
+
+
+def parse_value(key: str, text: str) -> Any:
+    """Turn the text after ``key=`` into a value of the key's type; lists are separated by commas."""
+    _check_known(key)
+    if key in OPTIONAL and text in ("None", "none", "null", ""):
+        return None
+    if leaf_type(key) is not list:
+        return _parse_scalar(key, text, leaf_type(key))
+    element = type((get_key(config, key) or [""])[0])
+    return [_parse_scalar(key, part.strip(), element) for part in text.strip("[]").split(",") if part.strip()]
+
+
+def _parse_scalar(key: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ConfigError(f"{key}={text}: must be true or false")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{key}={text}: must be {_kind_name(kind)}") from None
+
+
+def _kind_name(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "text", list: "a list", bool: "true or false"}[kind]
+
+
+def check_config(resolved: dict) -> None:
+    """Check every value by itself, then the values against each other.
+
+    Raises:
+        ConfigError: on the first fault.
+    """
+    for key in leaves(config):
+        _check_leaf(key, get_key(resolved, key))
+    _check_together(resolved)
+
+
+def _check_leaf(key: str, value: Any) -> None:
+    if value is None:
+        if key not in OPTIONAL:
+            raise ConfigError(f"{key}=None: must have a value ({_kind_name(leaf_type(key))})")
+        return
+    kind = leaf_type(key)
+    right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
+    if not right or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{key}={value!r}: must be {_kind_name(kind)}")
+    if key in CHOICES and value not in CHOICES[key]:
+        raise ConfigError(f"{key}={value}: must be one of {', '.join(CHOICES[key])}")
+    for element in value if isinstance(value, list) else [value]:
+        _check_number(key, element)
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key}={value}: must be a finite number")
+    if key not in RANGES:
+        return
+    low, high = RANGES[key]
+    if isinstance(low, int) and not isinstance(value, int):
+        raise ConfigError(f"{key}={value}: must be a whole number")
+    if not low <= value <= high:
+        raise ConfigError(f"{key}={value}: must lie between {low} and {high}")
+
+
+def _check_together(c: dict) -> None:
+    """Check what one key demands of another."""
+    for key in ("crop.scale", "crop.ratio"):
+        pair = get_key(c, key)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise ConfigError(f"{key}={pair}: must be two numbers, the lower one first")
+    if c["use_box"] and c["use_dino_maps"]:
+        raise ConfigError("use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false")
+    if c["opt"]["lr"] <= 0 or c["opt"]["target_lr"] <= 0:
+        raise ConfigError("opt.lr and opt.target_lr must be above 0")
+    if c["opt"]["target_lr"] > c["opt"]["lr"]:
+        raise ConfigError(f"opt.target_lr={c['opt']['target_lr']} is above opt.lr={c['opt']['lr']}: lower it")
+    if not c["eval"]["views"]:
+        raise ConfigError("eval.views is empty: name at least one view")
+    if c["resume"] and c["run_dir"] is None:
+        raise ConfigError("resume=true needs run_dir=FOLDER, the run to go on with")
+    if c["sweep"]["resume"] and c["sweep"]["id"] is None:
+        raise ConfigError("sweep.resume=true needs sweep.id=ID, the sweep to go on with")
+    if c["sweeprun"] and not c["sweep"]["values"]:
+        raise ConfigError("sweep.values is empty: give the grid, such as sweep.values=0,0.5,1")
+    if c["sweeprun"] and c["sweep"]["parameter"] == "maiou" and not all(0.5 <= v <= 1 for v in c["sweep"]["values"]):
+        raise ConfigError(f"sweep.values={c['sweep']['values']}: target maIoUs must lie between 0.5 and 1")
+
+
+# --- derived values -----------------------------------------------------------------------------------------------
+
+
+def step_gamma(opt: dict, num_epochs: int) -> float:
+    """Return the factor of one fall of the step schedule, so that it ends near ``target_lr``."""
+    if opt["gamma"] is not None:
+        return opt["gamma"]
+    return (opt["target_lr"] / opt["lr"]) ** (opt["step_size"] / num_epochs)
+
+
+def worker_count(num_workers: int | None) -> int:
+    """Return how many processes load images; None: one less than this machine's cores, at most 8."""
+    if num_workers is not None:
+        return num_workers
+    return max(0, min(8, len(os.sched_getaffinity(0)) - 1))
+
+
+def help_text() -> str:
+    """Return the dict above with its comments: they are the manual."""
+    source = Path(__file__).read_text(encoding="utf-8")
+    literal = next(
+        node for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "config"
+    )
+    lines = source.splitlines()[literal.lineno : literal.end_lineno - 1]
+    usage = "python SCRIPT.py [preset=NAME] [key=value ...]    (nested keys with dots: model.type=resnet50)"
+    return "\n".join([usage, f"presets: {', '.join(presets)}", "", *lines])

@@ -1,0 +1,239 @@
+"""Where crops are drawn: the two formulas of LocalizedRandomResizedCrop, in NumPy, for many boxes at once.
+
+``transforms.py`` applies these crops to images, ``boxes.py`` measures how much of the object they keep. Both modes
+take four uniform numbers per crop (exact mode may need a few more for the position), so one image or a million go
+through the same lines.
+"""
+
+import numpy as np
+
+MODES = ("exact", "reference")
+RATIO_CELLS = 32  # cells of the inverse CDF over log-ratio: each is 1.8% of the ratio wide for (3/4, 4/3)
+
+
+def sample_crops(
+    boxes_xywh: np.ndarray,
+    image_sizes: np.ndarray,
+    thr: float,
+    mode: str = "exact",
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Draw one crop for each box.
+
+    Args:
+        boxes_xywh: (N, 4) float, x y width height in pixels; boxes lie inside their image.
+        image_sizes: (N, 2), width height in pixels.
+        thr: the share of the box that a crop keeps, in [0, 1]; negative: the box is ignored and the crop follows
+            the law of RandomResizedCrop.
+        mode: "exact" (every crop keeps at least ``thr`` of the box) or "reference" (the published crop).
+        scale: least and largest area of the crop, as shares of the image's area.
+        ratio: least and largest width / height; its logarithm is uniform.
+        rng: source of randomness; None: a fresh one.
+
+    Returns:
+        (N, 4) int64, top left height width in pixels, inside the image, each side at least 1.
+
+    Raises:
+        ValueError: on a wrong shape, mode or range, or a box that does not lie inside its image.
+    """
+    boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio)
+    rng = rng if rng is not None else np.random.default_rng()
+    if thr >= 0 and mode == "reference":
+        edges = _reference_edges(boxes, sizes, thr, scale, ratio, rng)
+        return _to_crops(np.rint(edges), sizes)
+    edges = _exact_edges(boxes, sizes, max(thr, 0.0), scale, ratio, rng)
+    # outward, so that what the real-valued crop keeps of the box the whole-pixel crop keeps too
+    outward = np.concatenate([np.floor(edges[:, :2]), np.ceil(edges[:, 2:])], axis=1)
+    return _to_crops(outward, sizes)
+
+
+def ratio_gives_way(
+    boxes_xywh: np.ndarray,
+    image_sizes: np.ndarray,
+    thr: float,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> np.ndarray:
+    """Tell for which boxes no crop with a ratio in range keeps ``thr`` of the box inside the image (exact mode).
+
+    For these the crop's ratio leaves the range, by as little as is needed.
+
+    Returns:
+        (N,) bool.
+    """
+    boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, "exact", scale, ratio)
+    low, high = _ratios_that_reach(boxes, sizes, max(thr, 0.0), scale[1])
+    return (low > ratio[1]) | (high < ratio[0])
+
+
+def _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio):
+    boxes = np.asarray(boxes_xywh, dtype=np.float64)
+    sizes = np.asarray(image_sizes, dtype=np.float64)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or sizes.shape != (len(boxes), 2):
+        raise ValueError(f"need boxes (N, 4) and image sizes (N, 2), got {boxes.shape} and {sizes.shape}")
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
+    if not thr <= 1:
+        raise ValueError(f"thr is {thr}, must be at most 1 (negative: no box)")
+    if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
+        raise ValueError(f"need 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1], got {scale}, {ratio}")
+    if not (sizes >= 1).all():
+        raise ValueError("an image size is under one pixel")
+    if thr >= 0:
+        bad = ~((boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] > 0).all(1) & (_far_edges(boxes) <= sizes + 1e-6).all(1))
+        if bad.any():
+            n = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"box {n}, xywh {boxes[n].tolist()}, does not lie inside its image {sizes[n].tolist()}")
+        return boxes, sizes
+    return np.concatenate([np.zeros_like(sizes), sizes], axis=1), sizes  # no box: the whole image stands for it
+
+
+def _far_edges(boxes: np.ndarray) -> np.ndarray:
+    return boxes[:, :2] + boxes[:, 2:]
+
+
+def _to_crops(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Turn (N, 4) whole-numbered left top right bottom into top left height width inside the image."""
+    near = np.clip(edges[:, :2], 0, sizes - 1)
+    far = np.clip(edges[:, 2:], near + 1, sizes)
+    side = far - near
+    return np.stack([near[:, 1], near[:, 0], side[:, 1], side[:, 0]], axis=1).astype(np.int64)
+
+
+# --- the published crop -------------------------------------------------------------------------------------------
+
+
+def _reference_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+    """Return (N, 4) left top right bottom of the published crop, real-valued.
+
+    Four details that the published formulas leave open decide its curve: the object's area is that of the square
+    around the box; the shape grows along its long side; a crop that starts before the image is moved in; a crop that
+    ends behind the image is cut off.
+    """
+    uniform = rng.random((len(boxes), 4))
+    area = sizes.prod(1)
+    lower = np.maximum(scale[0], thr * boxes[:, 2:].max(1) ** 2 / area)
+    s = np.sqrt((lower + (scale[1] - lower) * uniform[:, 0]) * area)
+    r = np.exp(_between(np.log(ratio[0]), np.log(ratio[1]), uniform[:, 1]))
+    shape = np.stack([np.where(r > 1, r * s, s), np.where(r > 1, s, s / r)], axis=1)
+    shape = np.minimum(shape, sizes)
+    reach = (1 - np.sqrt(thr)) * (shape + boxes[:, 2:]) / 2
+    centre = boxes[:, :2] + boxes[:, 2:] / 2 + (2 * uniform[:, 2:] - 1) * reach
+    near = np.maximum(centre - shape / 2, 0)
+    return np.concatenate([near, np.minimum(near + shape, sizes)], axis=1)
+
+
+def _between(low, high, uniform):
+    return low + (high - low) * uniform
+
+
+# --- the exact crop -----------------------------------------------------------------------------------------------
+# A crop of sides a = s sqrt(r), b = s / sqrt(r) (area s^2, ratio r), laid as well as can be on a box w x h, keeps
+# min(a, w) min(b, h) of it. That is at least thr w h exactly when
+#     s^2 >= thr w h,   s >= thr h sqrt(r),   s >= thr w / sqrt(r)
+# (all four products must reach it, the fourth always does). The crop lies in the image W x H when s^2 <= W^2 / r and
+# s^2 <= H^2 r. Both bounds are monotonous in r, so the ratios that reach thr are one interval, known in closed form.
+
+
+def _exact_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+    """Return (N, 4) left top right bottom of crops that keep at least ``thr`` of their box, real-valued."""
+    thr = min(thr * (1 + 1e-9), 1.0)  # so that rounding errors fall on the promise's side
+    shape = _exact_shapes(boxes, sizes, thr, scale, ratio, rng)
+    near = _exact_positions(boxes, sizes, shape, thr, rng)
+    far = near + shape
+    if thr == 1:  # here there is no side to fall on: the box's own edges are the limit
+        near, far = np.minimum(near, boxes[:, :2]), np.maximum(far, _far_edges(boxes))
+    return np.concatenate([near, np.minimum(far, sizes)], axis=1)
+
+
+def _exact_shapes(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+    """Draw (N, 2) width height, uniform in (scale, log ratio) over the shapes that reach ``thr`` inside the image."""
+    uniform = rng.random((len(boxes), 2))
+    low, high = _ratio_interval(boxes, sizes, thr, scale, ratio)
+    step = (np.log(high) - np.log(low)) / RATIO_CELLS
+    cells = np.exp(np.log(low)[:, None] + step[:, None] * (np.arange(RATIO_CELLS) + 0.5))
+    least, most = _area_bounds(boxes[:, None], sizes[:, None], thr, scale, cells)
+    # log ratio has a density proportional to the span of areas that it allows: inverse CDF, one cell at a time
+    cdf = np.cumsum(np.maximum(most - least, 0) + 1e-9 * most, axis=1)
+    target = uniform[:, 0] * cdf[:, -1]
+    cell = np.minimum((cdf <= target[:, None]).sum(1), RATIO_CELLS - 1)
+    rows = np.arange(len(boxes))
+    below = np.where(cell > 0, cdf[rows, cell - 1], 0.0)
+    inside = (target - below) / (cdf[rows, cell] - below)
+    r = np.clip(np.exp(np.log(low) + step * (cell + inside)), low, high)
+    least, most = _area_bounds(boxes, sizes, thr, scale, r)
+    area = _between(least, np.maximum(most, least), uniform[:, 1])
+    return np.minimum(np.stack([np.sqrt(area * r), np.sqrt(area / r)], axis=1), sizes)
+
+
+def _area_bounds(boxes, sizes, thr, scale, r):
+    """Return the least and the largest crop area, in pixels, for ratio ``r``; thr goes before scale."""
+    w, h, width, height = boxes[..., 2], boxes[..., 3], sizes[..., 0], sizes[..., 1]
+    reach = np.maximum(thr * w * h, np.maximum((thr * h) ** 2 * r, (thr * w) ** 2 / r))
+    fits = np.minimum(width**2 / r, height**2 * r)
+    most = np.maximum(np.minimum(scale[1] * width * height, fits), reach)
+    return np.minimum(np.maximum(scale[0] * width * height, reach), most), most
+
+
+def _ratios_that_reach(boxes, sizes, thr, scale_max):
+    """Return the least and largest ratio, (N,) each, of crops in the image that keep ``thr`` of the box."""
+    (w, h), (width, height) = boxes[:, 2:].T, sizes.T
+    largest = scale_max * width * height
+    low = np.maximum.reduce([thr * w / height, (thr * w) ** 2 / largest, thr * w * h / height**2])
+    with np.errstate(divide="ignore"):  # thr = 0: any ratio reaches it
+        high = np.minimum.reduce([width / (thr * h), largest / (thr * h) ** 2, width**2 / (thr * w * h)])
+    return low, high
+
+
+def _ratio_interval(boxes, sizes, thr, scale, ratio):
+    """Return the interval of ratios to draw from; where none fits, the nearest that does (thr first, then scale)."""
+    low, high = _intersect(ratio[0], ratio[1], *_ratios_that_reach(boxes, sizes, thr, scale[1]))
+    width, height = sizes.T
+    return _intersect(low, high, scale[0] * width / height, width / (scale[0] * height), keep=True)
+
+
+def _intersect(low, high, need_low, need_high, keep=False):
+    """Intersect [low, high] with [need_low, need_high]; if empty, the nearest needed point (keep: the nearest own)."""
+    new_low, new_high = np.maximum(low, need_low), np.minimum(high, need_high)
+    if keep:
+        return np.minimum(new_low, high), np.maximum(new_high, low)
+    empty = new_low > new_high
+    nearest = np.where(need_low > high, need_low, need_high)
+    return np.where(empty, nearest, new_low), np.where(empty, nearest, new_high)
+
+
+def _exact_positions(boxes, sizes, shape, thr, rng) -> np.ndarray:
+    """Draw (N, 2) left top, uniform among the positions in the image where the crop keeps ``thr`` of the box.
+
+    Drawn by rejection from the rectangle of positions that reach thr when the other axis is at its best; about half
+    of that rectangle or more qualifies, so the rounds are few.
+    """
+    low, high = _position_bounds(boxes, sizes, shape, thr)
+    need = thr * boxes[:, 2:].prod(1)
+    near = _between(low, high, rng.random(low.shape))
+    todo = np.arange(len(boxes)) if 0 < thr < 1 else np.arange(0)  # at 0 and 1 every position in it qualifies
+    for _ in range(50):
+        far = np.minimum(near[todo] + shape[todo], _far_edges(boxes[todo]))
+        overlap = np.maximum(far - np.maximum(near[todo], boxes[todo, :2]), 0)
+        todo = todo[overlap.prod(1) < need[todo]]
+        if not len(todo):
+            return near
+        near[todo] = _between(low[todo], high[todo], rng.random((len(todo), 2)))
+    # a shape that only just reaches thr has one position, which no draw finds: concentric, moved into the image
+    centred = boxes[todo, :2] + (boxes[todo, 2:] - shape[todo]) / 2
+    near[todo] = np.clip(centred, 0, sizes[todo] - shape[todo])
+    return near
+
+
+def _position_bounds(boxes, sizes, shape, thr):
+    """Return the least and largest left top, (N, 2) each, that can reach ``thr``, inside the image."""
+    best = np.minimum(shape, boxes[:, 2:])  # overlap in pixels per axis, at best
+    need = np.minimum(thr * boxes[:, 2:].prod(1)[:, None] / best[:, ::-1], best)
+    low = boxes[:, :2] + need - shape
+    high = _far_edges(boxes) - need
+    if thr == 0:  # nothing is asked for: anywhere in the image
+        low, high = np.zeros_like(low), sizes - shape
+    low, high = np.clip(low, 0, sizes - shape), np.clip(high, 0, sizes - shape)
+    return np.minimum(low, high), high

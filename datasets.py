@@ -1,0 +1,462 @@
+"""Data sets in CUB-200-2011's file format: reading and checking them, their images, the loaders.
+
+Pixels and boxes: boxes are in the stored pixel grid, as CUB's are, so an EXIF orientation is not applied. Ids and
+classes are taken as they are in the files (neither need be contiguous); labels count the classes that classes.txt
+names, in its order.
+"""
+
+import math
+import os
+import shutil
+import tarfile
+import urllib.error
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.datasets.utils import check_integrity, download_url
+from tqdm import tqdm
+
+import toybirds
+from boxes import boxes_for_images, center_boxes, clip_boxes, coverage, crops_to_xywh, whole_image_boxes
+from utils import UserError, torch_seed
+
+DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"}
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
+CUB_ARCHIVE, CUB_MD5 = "CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+TRAIN_SHARE = 0.7  # of the 70/30 split
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the files of a data set say, one row per image, in the order of images.txt."""
+
+    name: str
+    root: Path
+    ids: np.ndarray  # (N,) int64, as in images.txt
+    paths: list[Path]
+    labels: np.ndarray  # (N,) int64, 0 to C - 1
+    class_names: list[str]
+    boxes: np.ndarray  # (N, 4) float64, x y width height in stored pixels, clipped to the image
+    split: np.ndarray  # (N,) "train" | "val" | "test"
+    image_sizes: np.ndarray  # (N, 2) int64, width height as stored
+    clipped: int = 0  # boxes that reached past their image
+
+    def rows(self, split: str) -> np.ndarray:
+        """Return the row numbers of one split."""
+        return np.flatnonzero(self.split == split)
+
+
+def read_dataset(
+    name: str,
+    root: Path | str | None = None,
+    *,
+    split: str = "official",
+    val_fraction: float = 0.0,
+    download: bool = False,
+) -> DataSet:
+    """Read and check a data set; ToyBirds is drawn when its folder is missing.
+
+    Args:
+        name: "toybirds" or "cub" (any folder in CUB's file format).
+        root: the folder with images.txt; None: the usual one under data/.
+        split: "official", or "70/30": train filled up with the first test images in file order.
+        val_fraction: share of each class's training images that becomes the split "val": the last ones in file order.
+        download: fetch the CUB archive when the folder is missing.
+
+    Raises:
+        UserError: on any fault of the files, naming file, line or image.
+    """
+    root = Path(root or DEFAULT_ROOTS[name])
+    if not root.exists():
+        _make_dataset(name, root, download)
+    data = _read_tables(name, root)
+    return hold_out(fill_train(data) if split == "70/30" else data, val_fraction)
+
+
+def _make_dataset(name: str, root: Path, download: bool) -> None:
+    if name == "toybirds":
+        toybirds.write_toybirds(root)
+    elif download:
+        download_cub(root)
+    else:
+        raise UserError(
+            f"{root}: there is no such folder; give dataset.root, or dataset.download=true to fetch CUB-200-2011 "
+            "(1.1 GB, non-commercial research use)"
+        )
+
+
+# --- the text files -----------------------------------------------------------------------------------------------
+
+
+def _read_tables(name: str, root: Path) -> DataSet:
+    images = dict(_read_rows(root / "images.txt", _text))
+    classes = dict(_read_rows(root / "classes.txt", _text))
+    class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
+    raw_boxes = _read_for(root / "bounding_boxes.txt", images, _box)
+    is_train = _read_for(root / "train_test_split.txt", images, _flag)
+    paths = [_image_path(root, image_id, relative) for image_id, relative in images.items()]
+    sizes = _read_sizes(paths)
+    boxes = _clip_checked(root / "bounding_boxes.txt", list(images), raw_boxes, sizes)
+    return DataSet(
+        name=name,
+        root=root,
+        ids=np.array(list(images)),
+        paths=paths,
+        labels=_labels(root, classes, class_of),
+        class_names=list(classes.values()),
+        boxes=boxes,
+        split=np.where(list(is_train.values()), "train", "test").astype("<U5"),
+        image_sizes=sizes,
+        clipped=int((np.abs(boxes - _as_array(raw_boxes)) > 1e-6).any(1).sum()),
+    )
+
+
+def _as_array(raw_boxes: dict[int, tuple]) -> np.ndarray:
+    return np.array(list(raw_boxes.values()), dtype=np.float64).reshape(-1, 4)
+
+
+def _read_rows(path: Path, parse: Callable[[list[str]], object]) -> Iterator[tuple[int, object]]:
+    """Yield (id, parsed rest) of each line; an id stands once."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; dataset.root must be a folder in CUB-200-2011's file format") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+    seen = {}
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            key, value = _whole_number(fields[:1]), parse(fields[1:])
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {line[:80]!r}: {error}") from None
+        if key in seen:
+            raise UserError(f"{path}:{number}: id {key} stands in line {seen[key]} already; remove one")
+        seen[key] = number
+        yield key, value
+    if not seen:
+        raise UserError(f"{path}: is empty")
+
+
+def _read_for(path: Path, images: dict[int, str], parse: Callable) -> dict[int, object]:
+    """Read a file that has one row for each image, into the order of images.txt."""
+    rows = dict(_read_rows(path, parse))
+    for one, other, problem in ((images, rows, "has no row here"), (rows, images, "is not in images.txt")):
+        lacking = next((key for key in one if key not in other), None)
+        if lacking is not None:
+            raise UserError(f"{path}: image id {lacking} {problem}; the files must name the same images")
+    return {key: rows[key] for key in images}
+
+
+def _text(fields: list[str]) -> str:
+    if not fields:
+        raise ValueError("a name is missing after the id")
+    return " ".join(fields)
+
+
+def _whole_number(fields: list[str]) -> int:
+    if len(fields) != 1 or not (fields[0].isascii() and fields[0].isdigit()) or len(fields[0]) > 18:
+        raise ValueError("a whole number was expected")
+    return int(fields[0])
+
+
+def _flag(fields: list[str]) -> bool:
+    if fields not in (["0"], ["1"]):
+        raise ValueError("1 (train) or 0 (test) was expected")
+    return fields == ["1"]
+
+
+def _box(fields: list[str]) -> tuple[float, float, float, float]:
+    try:
+        x, y, width, height = (float(field) for field in fields)
+    except ValueError:
+        raise ValueError("four numbers x y width height were expected") from None
+    if not all(map(math.isfinite, (x, y, width, height))):
+        raise ValueError("the box has a number that is not finite")
+    if width <= 0 or height <= 0:
+        raise ValueError("the box has no area")
+    return x, y, width, height
+
+
+def _labels(root: Path, classes: dict[int, str], class_of: dict[int, int]) -> np.ndarray:
+    number_of = {class_id: number for number, class_id in enumerate(classes)}
+    for image_id, class_id in class_of.items():
+        if class_id not in number_of:
+            raise UserError(
+                f"{root / 'image_class_labels.txt'}: image id {image_id} has class {class_id}, "
+                "which classes.txt does not name"
+            )
+    return np.array([number_of[class_id] for class_id in class_of.values()])
+
+
+def _image_path(root: Path, image_id: int, relative: str) -> Path:
+    folder = (root / "images").resolve()
+    path = Path(os.path.normpath(folder / relative))
+    if not path.is_relative_to(folder) or path == folder:
+        raise UserError(f"{root / 'images.txt'}: image id {image_id}: {relative!r} leaves the images folder")
+    return path
+
+
+def _read_sizes(paths: list[Path]) -> np.ndarray:
+    with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
+        return np.array(list(pool.map(_image_size, paths)), dtype=np.int64).reshape(-1, 2)
+
+
+def _clip_checked(path: Path, ids: list[int], raw_boxes: dict[int, tuple], sizes: np.ndarray) -> np.ndarray:
+    boxes = clip_boxes(_as_array(raw_boxes), sizes)
+    outside = np.flatnonzero((boxes[:, 2:] <= 0).any(1))
+    if len(outside):
+        image_id, size = ids[outside[0]], tuple(sizes[outside[0]].tolist())
+        raise UserError(f"{path}: image id {image_id}: box {raw_boxes[image_id]} lies outside the image, {size}")
+    return boxes
+
+
+# --- splits -------------------------------------------------------------------------------------------------------
+
+
+def fill_train(data: DataSet) -> DataSet:
+    """Return the data set with the first test images, in file order, moved to train until it holds 70%."""
+    wanted = math.ceil(TRAIN_SHARE * len(data.ids))
+    moved = data.rows("test")[: max(0, wanted - len(data.rows("train")))]
+    return _with_split(data, moved, "train")
+
+
+def hold_out(data: DataSet, val_fraction: float) -> DataSet:
+    """Return the data set with the last ``val_fraction`` of each class's training images as split "val"."""
+    train, moved = data.rows("train"), []
+    for label in range(len(data.class_names)):
+        rows = train[data.labels[train] == label]
+        moved.extend(rows[len(rows) - round(val_fraction * len(rows)) :])
+    return _with_split(data, moved, "val")
+
+
+def _with_split(data: DataSet, rows: Iterable[int], name: str) -> DataSet:
+    split = data.split.copy()
+    split[np.asarray(rows, dtype=np.int64)] = name
+    return replace(data, split=split)
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+def _open_image(path: Path) -> PIL.Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+            return PIL.Image.open(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: the image is missing; restore it or remove its rows from the text files") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: not an image that can be read ({_reason(error, path)}); restore it") from None
+    except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
+        raise UserError(f"{path}: declares more pixels than {PIL.Image.MAX_IMAGE_PIXELS:,}; refused") from None
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return str(error).replace(repr(str(path)), "it").splitlines()[0][:100]
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    with _open_image(path) as image:
+        return image.size
+
+
+def read_image(path: Path) -> PIL.Image.Image:
+    """Return an image as 8-bit RGB in its stored pixel grid (EXIF orientation is not applied, boxes refer to this).
+
+    Grey, palette and CMYK are converted; 16-bit grey is scaled to 8 bits; transparency is dropped.
+
+    Raises:
+        UserError: if it is missing, truncated or no image.
+    """
+    with _open_image(path) as image:
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{path}: the image is damaged ({_reason(error, path)}); restore it") from None
+        if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would cut off at 255
+            return PIL.Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            return image.convert("RGBA").convert("RGB")
+        return image.convert("RGB")
+
+
+def unreadable_images(data: DataSet) -> list[str]:
+    """Decode every image and return one line for each that fails."""
+
+    def fault(path: Path) -> str | None:
+        try:
+            read_image(path)
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
+        faults = tqdm(pool.map(fault, data.paths), total=len(data.paths), desc="checking images", unit=" images")
+        return [line for line in faults if line]
+
+
+# --- boxes of a source --------------------------------------------------------------------------------------------
+
+
+def source_boxes(source: str, data: DataSet) -> tuple[np.ndarray, int]:
+    """Return the boxes that ``source`` names, (N, 4) x y width height, and for how many images it has none.
+
+    Args:
+        source: "gt" (of the data set), "center", "image", or the path of a box JSON. An image without a box in the
+            JSON gets the whole image.
+        data: the data set, in whose order the boxes come.
+
+    Raises:
+        UserError: if the file is unusable or was made for other images.
+    """
+    if source == "gt":
+        return data.boxes, 0
+    if source == "center":
+        return center_boxes(data.image_sizes), 0
+    if source == "image":
+        return whole_image_boxes(data.image_sizes), 0
+    return boxes_for_images(source, data.ids, data.image_sizes)
+
+
+# --- torch data sets and loaders ----------------------------------------------------------------------------------
+
+
+class TrainImages(Dataset):
+    """Randomly transformed training images. What is drawn depends on (seed, epoch, image id) alone.
+
+    Items are asked for as (epoch, row), so that workers that live through the run know the epoch.
+    """
+
+    def __init__(self, data: DataSet, rows: np.ndarray, boxes: np.ndarray, transform: Callable, seed: int) -> None:
+        """Keep the rows of ``data`` with their crop boxes ``boxes`` (N, 4) of the whole data set."""
+        self.paths = [data.paths[row] for row in rows]
+        self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
+        self.boxes, self.transform, self.seed = boxes[rows], transform, seed
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, float]:
+        """Return image (3, size, size) uint8, label, and the share of the true box that the crop kept."""
+        epoch, row = key
+        image = read_image(self.paths[row])
+        with torch_seed(draw_seed(self.seed, epoch, int(self.ids[row]))):
+            image, crop = self.transform(image, self.boxes[row])
+        return image, int(self.labels[row]), float(coverage(crops_to_xywh(np.array(crop)), self.true_boxes[row]))
+
+
+def draw_seed(seed: int, epoch: int, image_id: int) -> int:
+    """Return the seed of all that is drawn for one image in one epoch."""
+    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class EpochBatches(Sampler):
+    """Batches of (epoch, row), shuffled anew each epoch by (seed, epoch) alone."""
+
+    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
+        starts = self._starts()
+        for start, end in zip(starts, [*starts[1:], self.size], strict=True):
+            yield [(self.epoch, row) for row in order[start:end]]
+
+    def _starts(self) -> list[int]:
+        """Return where the batches start; one image left over joins the last batch (BatchNorm needs two)."""
+        starts = list(range(0, self.size, self.batch_size))
+        return starts[:-1] if len(starts) > 1 and self.size - starts[-1] == 1 else starts
+
+
+class ViewImages(Dataset):
+    """Test images, each in several views."""
+
+    def __init__(self, data: DataSet, rows: np.ndarray, boxes: np.ndarray, views: list[Callable]) -> None:
+        """Keep the rows of ``data``; ``boxes`` (N, 4), of the whole data set, serve the views that look at a box."""
+        self.paths = [data.paths[row] for row in rows]
+        self.labels, self.boxes, self.views = data.labels[rows], boxes[rows], views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Return the views, each (3, size, size) uint8, and the label."""
+        image = read_image(self.paths[row])
+        return tuple(view(image, self.boxes[row]) for view in self.views), int(self.labels[row])
+
+
+def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:
+    """Build a loader with spawn workers that live as long as it.
+
+    Args:
+        dataset: what to load.
+        num_workers: processes; 0: this one.
+        pin_memory: for copies to a GPU.
+        **batches: batch_size, or batch_sampler.
+    """
+    return DataLoader(
+        dataset,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+        multiprocessing_context="spawn" if num_workers else None,
+        worker_init_fn=_use_one_thread,
+        **batches,
+    )
+
+
+def _use_one_thread(_worker: int) -> None:
+    torch.set_num_threads(1)  # as many workers as cores already
+
+
+# --- CUB-200-2011 -------------------------------------------------------------------------------------------------
+
+
+def download_cub(root: Path) -> None:
+    """Fetch, check and unpack CUB-200-2011 to ``root``; an archive that lies beside it is used.
+
+    Raises:
+        UserError: if it cannot be fetched or is not the official archive.
+    """
+    archive = root.parent / CUB_ARCHIVE
+    root.parent.mkdir(parents=True, exist_ok=True)
+    if not archive.exists():
+        try:
+            download_url(CUB_URL, str(root.parent), CUB_ARCHIVE, None)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            archive.unlink(missing_ok=True)
+            raise UserError(f"{CUB_URL}: cannot be fetched ({error}); fetch it by hand to {archive}") from None
+    if not check_integrity(str(archive), CUB_MD5):
+        raise UserError(f"{archive}: not the official archive (md5 is not {CUB_MD5}); remove it and try again")
+    unpack(archive, root)
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Unpack the folder CUB_200_2011 of the archive as ``root``, whole or not at all.
+
+    Raises:
+        UserError: if a member would leave the folder, or the archive is damaged or has no such folder.
+    """
+    scratch = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    try:
+        with tarfile.open(archive) as tar:
+            members = tqdm(tar, desc="unpacking", unit=" files", mininterval=1.0)
+            tar.extractall(scratch, members=members, filter="data")  # refuses members that leave the folder
+        os.replace(scratch / "CUB_200_2011", root)
+    except (tarfile.TarError, EOFError, FileNotFoundError) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error}); remove it and fetch it again") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""Accuracy of a classifier: logits in several test views, their average, and the comparison of two sets of runs."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import nn
+from torch.utils.data import DataLoader
+
+from transforms import normalize
+
+AVERAGE = "average"  # of the softmax over all views
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, loader: DataLoader, view_names: Sequence[str], device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return log-probabilities by view, each (N, K) on the CPU, and labels (N,).
+
+    With several views their average (of the probabilities) is added as ``average``.
+
+    Args:
+        model: maps (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
+        loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
+        view_names: of the tuple's members.
+        device: where the model is.
+    """
+    model.eval()
+    views, labels = [[] for _ in view_names], []
+    for batch, batch_labels in loader:
+        for logits, images in zip(views, batch, strict=True):
+            logits.append(model(normalize(images.to(device, non_blocking=True))).float().log_softmax(1))
+        labels.append(batch_labels)
+    log_probs = {name: torch.cat(parts).cpu() for name, parts in zip(view_names, views, strict=True)}
+    if len(log_probs) > 1:
+        stacked = torch.stack(list(log_probs.values()))
+        log_probs[AVERAGE] = stacked.logsumexp(0) - math.log(len(stacked))
+    return log_probs, torch.cat(labels)
+
+
+def loss_and_top1(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
+    """Return mean cross-entropy (no label smoothing) and accuracy, both over images; (N, K) and (N,)."""
+    loss = nn.functional.nll_loss(log_probs, labels)
+    return float(loss), float((log_probs.argmax(1) == labels).float().mean())
+
+
+# --- comparing two sets of runs -----------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """Difference of two methods on the same test images, over paired seeds."""
+
+    difference: float  # mean top-1 of a minus that of b, a fraction
+    p_seeds: float  # paired t-test over the seeds' accuracies; nan for fewer than two
+    p_images: float  # exact McNemar test over (seed, image) pairs
+    only_a: int  # pairs that only a gets right
+    only_b: int
+
+
+def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
+    """Compare two methods by their (seeds, images) bool arrays of right answers.
+
+    The t-test asks whether another set of seeds would show the difference, McNemar's test whether another set of
+    images would. The latter takes the pairs as independent, which repeated seeds on the same images are not: it is
+    the weaker word of the two.
+    """
+    a, b = correct_a.mean(1), correct_b.mean(1)
+    only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
+    p_seeds = float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
+    p_images = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    return Comparison(float((a - b).mean()), p_seeds, float(p_images), only_a, only_b)

@@ -1,0 +1,239 @@
+"""Networks by name, which of their weights learn, their EMA, and reading checkpoints into them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from utils import UserError, load_tensors
+
+TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
+_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
+_WORDS = {"small": "s", "base": "b", "large": "l", "huge": "g", "giant": "g"}
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+
+
+def timm_name(model_type: str) -> str:
+    """Return timm's name of a model type: DINOv2's short names are translated, others stand as they are."""
+    letter = _WORDS.get(model_type) or model_type.removeprefix("dinov2_vit").removesuffix("14")
+    if letter in _SIZES and model_type in (*_WORDS, f"dinov2_vit{letter}14"):
+        return f"vit_{_SIZES[letter]}_patch14_dinov2.lvd142m"
+    return model_type
+
+
+def build_model(
+    model_type: str, n_classes: int, *, image_size: int, patch_size: int, weights: str | None = None
+) -> nn.Module:
+    """Build a classifier with a new linear head.
+
+    Args:
+        model_type: "toyresnet", "resnet50" (torchvision's), "dinov2_vit{s,b,l,g}14" or the words for them, or any
+            timm model name.
+        n_classes: outputs of the head.
+        image_size: side of the input in pixels; a ViT's position embedding is resampled to it.
+        patch_size: of a ViT, pixels.
+        weights: start of the backbone: None (from scratch), "hub", or a state dict's path (its head is left out).
+
+    Raises:
+        UserError: on an unknown name, weights that do not fit or cannot be had, an image size that is no multiple
+            of the patch.
+    """
+    model = _create(model_type, n_classes, image_size, patch_size, from_hub=weights == "hub")
+    if weights not in (None, "hub"):
+        load_backbone(model, weights)
+    return model
+
+
+def _create(model_type, n_classes, image_size, patch_size, from_hub) -> nn.Module:
+    try:
+        if model_type == "resnet50":
+            model = torchvision.models.resnet50(weights="IMAGENET1K_V2" if from_hub else None)
+            model.fc = nn.Linear(model.fc.in_features, n_classes)
+            return model
+        if model_type == "toyresnet":
+            return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes)
+        return _create_timm(timm_name(model_type), n_classes, image_size, patch_size, from_hub)
+    except (OSError, RuntimeError) as error:
+        if not from_hub:
+            raise
+        reason = str(error).splitlines()[0][:100]
+        raise UserError(
+            f"model.weights=hub: the weights of {model_type} cannot be fetched ({reason}); fetch them on a machine "
+            "with a network and give model.weights=FILE"
+        ) from None
+
+
+def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool) -> nn.Module:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
+        raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
+    if not _is_vit(name):
+        return timm.create_model(name, num_classes=n_classes, pretrained=from_hub)
+    patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
+    check_patch_size(image_size, patch_size, patch, name)
+    return timm.create_model(name, num_classes=n_classes, pretrained=from_hub, img_size=image_size)
+
+
+def _is_vit(name: str) -> bool:
+    """Tell whether timm builds a plain ViT for this name, from the module that defines it."""
+    module = timm.models.model_entrypoint(name.split(".")[0]).__module__
+    return module in ("timm.models.vision_transformer", "timm.models.eva")
+
+
+def check_patch_size(image_size: int, patch_size: int, patch: int, name: str) -> None:
+    """Check that the config knows the ViT's patch and that the image is cut into whole patches.
+
+    Raises:
+        UserError: if not, with the nearest good size.
+    """
+    if patch_size != patch:
+        raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
+    if image_size % patch:
+        good = max(patch, round(image_size / patch) * patch)
+        raise UserError(
+            f"image_size={image_size}: no multiple of patch_size={patch}, which {name} needs; set image_size={good}"
+        )
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """Return the classifier layer."""
+    return model.fc if isinstance(model, torchvision.models.ResNet) else model.get_classifier()
+
+
+# --- what learns --------------------------------------------------------------------------------------------------
+
+
+def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool) -> None:
+    """Leave only the head (``freeze_backbone``) or only the CLS token and the head (``train_cls``) to learn.
+
+    Raises:
+        UserError: if ``train_cls`` is asked of a model without a CLS token.
+    """
+    if not (freeze_backbone or train_cls):
+        return
+    cls_token = getattr(model, "cls_token", None)
+    if train_cls and cls_token is None:
+        raise UserError("model.train_cls=true: this model has no CLS token; it is for ViTs, such as dinov2_vits14")
+    model.requires_grad_(False)
+    head_of(model).requires_grad_(True)
+    if train_cls:
+        cls_token.requires_grad_(True)
+
+
+def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
+    """Put the model in training mode; a frozen backbone's and ``freeze_bn``'s BatchNorm keep their statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            frozen = module.affine and not module.weight.requires_grad
+            module.train(not (freeze_bn or frozen))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the learning parameters into one group with weight decay and one, norms and biases, without.
+
+    Norms are told by their type, biases by being a module's ``bias``. Tokens and position embeddings, which are
+    parameters of no layer, get no decay either.
+    """
+    decayed, plain = [], []
+    for parameter, decays in _parameters(model):
+        if parameter.requires_grad:
+            (decayed if decays else plain).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Yield each parameter once, with whether it decays."""
+    seen = set()
+    for module in model.modules():
+        layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention))
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in seen:
+                seen.add(parameter)
+                yield parameter, layer and name != "bias"
+
+
+# --- EMA ----------------------------------------------------------------------------------------------------------
+
+
+def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
+    """Return the exponential moving average of the model's weights and buffers; its first update is a copy."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+
+
+# --- reading checkpoints ------------------------------------------------------------------------------------------
+
+
+def load_backbone(model: nn.Module, path: Path | str) -> None:
+    """Load a state dict's weights, except for the classifier's, into the model.
+
+    Raises:
+        UserError: if it is not a state dict of this architecture.
+    """
+    head = _head_prefix(model)
+    state = {key: value for key, value in _state_dict(load_tensors(path), path, "ema").items()
+             if not key.startswith(head)}  # fmt: skip
+    own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
+    _load_strictly(model, _fit_vit(model, state) | own, path)
+
+
+def load_trained(model: nn.Module, path: Path | str, *, ema: bool) -> None:
+    """Load a trained model, head included: a checkpoint of train.py (``ema``: its EMA), or a plain state dict.
+
+    Raises:
+        UserError: if it is of another architecture or has another number of classes.
+    """
+    state = _state_dict(load_tensors(path), path, "ema" if ema else "model")
+    weight = f"{_head_prefix(model)}weight"
+    own, found = model.state_dict().get(weight), state.get(weight)
+    if own is not None and found is not None and len(own) != len(found):
+        raise UserError(f"{path}: trained on {len(found)} classes, the data set has {len(own)}")
+    _load_strictly(model, _fit_vit(model, state), path)
+
+
+def _head_prefix(model: nn.Module) -> str:
+    head = head_of(model)
+    return next(name for name, module in model.named_modules() if module is head) + "."
+
+
+def _state_dict(content: Any, path: Path | str, which: str) -> dict[str, torch.Tensor]:
+    """Find the state dict in a checkpoint of ours, or in the wrappings that torchvision and timm use."""
+    for key in (which, "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+        raise UserError(f"{path}: holds no state dict (names and tensors); give a checkpoint of train.py or of timm")
+    return content
+
+
+def _fit_vit(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename and resample a ViT's official weights by timm's own filter; others pass unchanged."""
+    if not isinstance(model, timm.models.VisionTransformer):
+        return state
+    if not any(key in state for key in ("mask_token", "register_tokens")) and _same_shapes(model, state):
+        return state
+    return timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
+
+
+def _same_shapes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    own = model.state_dict()
+    return all(key in own and own[key].shape == value.shape for key, value in state.items())
+
+
+def _load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(
+            f"{path}: of another architecture than model.type ({len(lines)} kinds of mismatch; first: "
+            f"{lines[0][:120] if lines else error})"
+        ) from None

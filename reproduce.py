@@ -1,0 +1,193 @@
+"""Make a table of the README or docs/results.md: run its trainings, write the finished table.
+
+Writes ``run_dir`` (default runs/TABLE): one run folder per training, table.md, table.json. Trainings that are done are
+not repeated; the same command started twice shares the work (one per core: num_workers=0 num_threads=1).
+
+    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 50 trainings, about 100 minutes on one core
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import apply_preset, check_config, load_config, set_key
+from evaluation import Comparison, compare
+from sweep import FolderInUse, run_point
+from train import train_run
+from utils import UserError, environment, load_json, run_script, save_json, save_text
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: each row a method, each budget a block of rows, every cell over several seeds."""
+
+    title: str
+    preset: str
+    rows: dict[str, dict[str, Any]]  # name in the table -> overrides
+    control: str  # the row that the others are compared with
+    budgets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    common: dict[str, Any] = field(default_factory=dict)
+    oracles: tuple[str, ...] = ()  # views that see true boxes at test
+
+
+PLAIN = {"use_box": False}
+TABLES = {
+    "toybirds_crops": Table(
+        title="Training crops on ToyBirds",
+        preset="toybirds",
+        rows={
+            "RandomResizedCrop, scale .08": PLAIN,
+            "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
+            "reference, true boxes, thr 1": {"crop.mode": "reference"},
+            "exact, true boxes, thr 1": {"crop.mode": "exact"},
+            "exact, centred boxes, thr 1": {"crop.mode": "exact", "source": "center"},
+        },
+        control="RandomResizedCrop, scale .35",
+        budgets={"default budget, 40 epochs": {}, "three times the budget, 120 epochs": {"num_epochs": 120}},
+        common={"eval.views": ["full", "center"], "eval_box": "gt", "log_interval": 10},
+        oracles=("box", "average"),
+    ),
+}
+
+
+def main(config: dict) -> None:
+    """Run what is missing of the table, then write it."""
+    name = config["reproduce"]["table"]
+    if name not in TABLES:
+        raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
+    folder = Path(config["run_dir"] or f"runs/{name}")
+    points = table_points(TABLES[name], config["reproduce"]["seeds"])
+    for number, (label, overrides, place) in enumerate(points, 1):
+        print(f"--- {number}/{len(points)} {label}", flush=True)
+        try:
+            run_point(point_config(config, TABLES[name]), overrides, folder / place, train_run)
+        except FolderInUse:
+            print("another process works on it")
+    write_table(TABLES[name], config["reproduce"]["seeds"], folder)
+
+
+def point_config(config: dict, table: Table) -> dict:
+    """Return the config that all trainings of the table share."""
+    apply_preset(config, table.preset)
+    for key, value in table.common.items():
+        set_key(config, key, value)
+    check_config(config)
+    return config
+
+
+def table_points(table: Table, seeds: int) -> list[tuple[str, dict, str]]:
+    """Return (label, overrides, folder name) of each training; every row's first seed before any second."""
+    return [
+        (
+            f"{row}, {budget}, seed {seed}",
+            table.rows[row] | table.budgets[budget] | {"seed": seed},
+            place_of(table, budget, row, seed),
+        )
+        for budget in table.budgets
+        for seed in range(seeds)
+        for row in table.rows
+    ]
+
+
+def place_of(table: Table, budget: str, row: str, seed: int) -> str:
+    """Return the folder name of one training."""
+    words = "".join(c if c.isalnum() else "_" for c in row.replace(".", "0"))
+    return f"{list(table.budgets).index(budget)}_{words}_seed_{seed}".replace("__", "_")
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def write_table(table: Table, seeds: int, folder: Path) -> None:
+    """Write table.md and table.json of the trainings that are done."""
+    blocks = []
+    for budget in table.budgets:
+        found = {row: load_row(table, budget, row, seeds, folder) for row in table.rows}
+        found = {row: cells for row, cells in found.items() if cells["seeds"]}
+        if found:
+            blocks.append((budget, found))
+    if not blocks:
+        return
+    text = "\n".join([f"### {table.title}", "", *(block_text(table, *block) for block in blocks), machine_line()])
+    save_text(folder / "table.md", text + "\n")
+    save_json(folder / "table.json", {budget: {row: numbers(c) for row, c in rows.items()} for budget, rows in blocks})
+    print(f"\n{text}\n\nwritten to {folder / 'table.md'}")
+
+
+def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> dict[str, Any]:
+    """Read the finished trainings of one row: accuracies by view, right answers by view, maIoU."""
+    cells = {"seeds": [], "correct": {}, "maiou": [], "seconds": []}
+    for seed in range(seeds):
+        place = folder / place_of(table, budget, row, seed)
+        if not (place / "summary.json").exists():
+            continue
+        summary = load_json(place / "summary.json")
+        cells["seeds"].append(seed)
+        cells["maiou"].append(summary["maiou"])
+        predictions = load_json(place / "predictions.json").values()
+        for view in summary["top1"]:
+            right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions]
+            cells["correct"].setdefault(view, []).append(right)
+    cells["correct"] = {view: np.array(right) for view, right in cells["correct"].items()}
+    return cells
+
+
+def block_text(table: Table, budget: str, found: dict[str, dict]) -> str:
+    """Return one budget's rows as Markdown."""
+    views = list(next(iter(found.values()))["correct"])
+    heads = [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
+    lines = [
+        f"**{budget}**" if budget else "",
+        "",
+        f"| crops | maIoU | {' | '.join(heads)} | {views[0]}: against {table.control} | seeds |",
+        "|" + "---|" * (len(views) + 4),
+    ]
+    for row, cells in found.items():
+        tops = [spread(cells["correct"][view].mean(1)) for view in views]
+        against = "" if row == table.control else versus(cells, found.get(table.control), views[0])
+        maiou = f"{np.mean(cells['maiou']):.3f}"
+        lines.append(f"| {row} | {maiou} | {' | '.join(tops)} | {against} | {len(cells['seeds'])} |")
+    return "\n".join([*lines, ""])
+
+
+def spread(top1: np.ndarray) -> str:
+    """Return mean ± standard deviation over seeds, per cent."""
+    mean = f"{100 * top1.mean():.1f}"
+    return f"{mean} ± {100 * top1.std(ddof=1):.1f}" if len(top1) > 1 else mean
+
+
+def versus(cells: dict, control: dict | None, view: str) -> str:
+    """Return the difference to the control in points, with both tests, over the seeds that both have."""
+    shared = [seed for seed in cells["seeds"] if control and seed in control["seeds"]]
+    if not shared:
+        return ""
+    a, b = (some["correct"][view][[some["seeds"].index(seed) for seed in shared]] for some in (cells, control))
+    result: Comparison = compare(a, b)
+    return f"{100 * result.difference:+.1f} (p {p_text(result.p_seeds)} seeds, {p_text(result.p_images)} McNemar)"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value, shortened."""
+    return "n/a" if np.isnan(p) else "< .001" if p < 0.001 else f"{p:.3f}".removeprefix("0")
+
+
+def numbers(cells: dict) -> dict[str, Any]:
+    """Return what table.json keeps of a row."""
+    top1 = {view: right.mean(1).tolist() for view, right in cells["correct"].items()}
+    return {"seeds": cells["seeds"], "maiou": cells["maiou"], "top1": top1}
+
+
+def machine_line() -> str:
+    """Return the hardware and versions that stand under a table."""
+    about = environment()
+    gpu = f", {about['gpu']}" if about["gpu"] else ", no GPU"
+    return (
+        f"Test top-1 of the EMA in %, mean ± standard deviation over seeds. {about['processor']}{gpu}; "
+        f"torch {about['torch']}, Python {about['python']}."
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, load_config)

@@ -1,0 +1,540 @@
+"""Train a classifier on crops that are held to boxes.
+
+Reads a data set and, where ``source`` names one, a box JSON. Writes a run folder: config.json, log.jsonl, last.pt,
+best.pt, predictions.json, summary.json, curves.png.
+
+    python train.py                                            # ToyBirds, two cores, about 2 minutes
+    python train.py run_dir=runs/toybirds_0 resume=true        # go on with a run that was interrupted
+    python train.py preset=cub_first_training dataset.root=CUB_200_2011
+    python train.py sweeprun=true run_dir=runs/sweep           # the grid sweep.values, run after run
+"""
+
+import contextlib
+import copy
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import models
+from boxes import maiou_to_thr
+from config import ConfigError, leaves, load_config, step_gamma, worker_count
+from crops import ratio_gives_way
+from datasets import (
+    DataSet,
+    EpochBatches,
+    TrainImages,
+    ViewImages,
+    build_loader,
+    read_dataset,
+    source_boxes,
+    unreadable_images,
+)
+from evaluation import loss_and_top1, predict
+from plots import draw_curves
+from sweep import FolderInUse, run_sweep, start_wandb
+from transforms import build_train_transform, build_views, normalize
+from utils import (
+    Terminated,
+    UserError,
+    environment,
+    load_json,
+    load_log,
+    load_tensors,
+    locked,
+    new_folder,
+    run_script,
+    save_json,
+    save_log,
+    save_tensors,
+    seed_everything,
+    user_errors,
+)
+
+# What may change between a run and its continuation: it does not change the numbers.
+RESUME_MAY_CHANGE = {"resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
+
+
+def main(config: dict) -> None:
+    """Train once, or run the sweep."""
+    if config["sweeprun"]:
+        run_sweep(config, train_run)
+    else:
+        train_run(config)
+
+
+def load_run_config(arguments: list[str]) -> dict | None:
+    """Return the config of a run; with resume=true the run's own config.json takes the place of config.py.
+
+    Raises:
+        ConfigError: if a continued run is asked to change what its numbers depend on.
+    """
+    config = load_config(arguments)
+    if config is None or config["sweeprun"] or not config["resume"]:
+        return config
+    return resumed_config(arguments, Path(config["run_dir"]))
+
+
+def resumed_config(arguments: list[str], folder: Path) -> dict:
+    """Return the saved config of the run in ``folder`` with the command line laid over it."""
+    if not (folder / "config.json").exists():
+        raise ConfigError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
+    saved = load_json(folder / "config.json")
+    if not isinstance(saved, dict) or leaves(saved).keys() != leaves(load_config([])).keys():
+        raise ConfigError(f"{folder / 'config.json'}: of another version of config.py; start a new run")
+    config = load_config(arguments, base=saved)
+    before, now = leaves(saved), leaves(config)
+    for key in sorted(before.keys() - RESUME_MAY_CHANGE):
+        if before[key] != now[key]:
+            raise ConfigError(f"{key}={now[key]}: the run in {folder} has {before[key]}; a continued run keeps it")
+    return config
+
+
+# --- one run ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A training in progress: what is saved, and how far it is."""
+
+    folder: Path
+    model: nn.Module
+    ema: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+    epoch: int = 0  # epochs done
+    step: int = 0  # optimizer steps done
+    best_top1: float = -1.0  # of the EMA on the validation images
+    records: list[dict] = field(default_factory=list)  # log.jsonl
+
+
+def train_run(config: dict, wandb_run: Any = None) -> dict:
+    """Train one model from data to summary.json; return the summary.
+
+    Args:
+        config: the resolved config.
+        wandb_run: log to this wandb run; None: to a new one if ``wandb`` is on.
+    """
+    folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", config["dataset"]["name"])
+    with locked(folder) as mine, user_errors(ValueError):
+        if not mine:
+            raise FolderInUse(f"{folder}: another process works there; wait for it, or give another run_dir")
+        if (folder / "config.json").exists() and not config["resume"]:
+            raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
+        with resume_hint(folder):
+            return _train_in(folder, copy.deepcopy(config), wandb_run)
+
+
+def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
+    device = pick_device(config["device"])
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
+    seed_everything(config["seed"], config["deterministic"])
+    data = load_data(config)
+    boxes, notes = crop_boxes(config, data)
+    resolve(config, folder, data, boxes)
+    train_loader, val_loader, test_loader = build_loaders(config, data, boxes, device)
+    run = build_run(folder, config, device, steps_per_epoch=len(train_loader))
+    print(describe(config, run, data, device))
+    save_json(folder / "config.json", config)
+    if config["resume"]:
+        load_run(run, device)
+    own_wandb = wandb_run is None and config["wandb"]
+    if own_wandb:
+        wandb_run = start_wandb(config, folder)
+    for _ in range(run.epoch, config["num_epochs"]):
+        train_and_log_epoch(run, config, train_loader, val_loader, device, wandb_run)
+    summary = finish(run, config, data, test_loader, device, notes)
+    if wandb_run is not None:
+        wandb_run.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
+    if own_wandb:
+        wandb_run.finish()
+    return summary
+
+
+@contextlib.contextmanager
+def resume_hint(folder: Path) -> Iterator[None]:
+    """Say how to go on when the run is interrupted."""
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        if (folder / "config.json").exists():
+            print(f"\nto go on with this run: python train.py resume=true run_dir={folder}", file=sys.stderr)
+        raise
+
+
+def pick_device(device: str | None) -> torch.device:
+    """Return the device to train on; None: CUDA where there is one.
+
+    Raises:
+        UserError: if it is not to be had.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
+    return chosen
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def load_data(config: dict) -> DataSet:
+    """Read the data set; with ``dataset.check`` decode all its images first."""
+    wanted = config["dataset"]
+    data = read_dataset(
+        wanted["name"],
+        wanted["root"],
+        split=wanted["split"],
+        val_fraction=wanted["val_fraction"],
+        download=wanted["download"],
+    )
+    faults = unreadable_images(data) if wanted["check"] else []
+    if faults:
+        raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
+    for split in ("train", "test"):
+        if not len(data.rows(split)):
+            raise UserError(f"{data.root}: no image in the {split} split; see train_test_split.txt and dataset.split")
+    return data
+
+
+def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
+    """Return the boxes that training crops are held to, (N, 4), and what is worth telling about them."""
+    boxes, missing = source_boxes(config["source"] if config["use_box"] else "image", data)
+    if missing:
+        print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
+    return boxes, {"images_without_box": missing, "boxes_clipped": data.clipped}
+
+
+def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> None:
+    """Fill in what the config leaves to be derived, so that config.json tells all."""
+    config["run_dir"] = str(folder)
+    config["A_machine"] = config["A_machine"] or platform.node()
+    config["dataset"]["root"] = str(data.root)
+    config["model"]["n_classes"] = config["model"]["n_classes"] or len(data.class_names)
+    if config["model"]["n_classes"] < len(data.class_names):
+        raise UserError(f"model.n_classes={config['model']['n_classes']}: the data set has {len(data.class_names)}")
+    if config["opt"]["scheduler"] == "step":
+        config["opt"]["gamma"] = step_gamma(config["opt"], config["num_epochs"])
+    if config["maiou"] is not None and config["use_box"]:
+        rows, crop = data.rows("train"), config["crop"]
+        config["THR"] = maiou_to_thr(
+            config["maiou"],
+            boxes[rows],
+            data.image_sizes[rows],
+            mode=crop["mode"],
+            scale=tuple(crop["scale"]),
+            ratio=tuple(crop["ratio"]),
+        )
+
+
+def build_loaders(
+    config: dict, data: DataSet, boxes: np.ndarray, device: torch.device
+) -> tuple[DataLoader, DataLoader, DataLoader]:
+    """Build the loaders of training, validation (first view only) and test (all views)."""
+    machine = {"num_workers": worker_count(config["num_workers"]), "pin_memory": device.type == "cuda"}
+    transform = build_train_transform(
+        config["image_size"],
+        thr=config["THR"] if config["use_box"] else -1.0,
+        flip=config["flip"],
+        augment=config["augment"],
+        augment_p=config["augment_p"],
+        use_augment_mix=config["use_augment_mix"],
+        **config["crop"],
+    )
+    train = TrainImages(data, data.rows("train"), boxes, transform, config["seed"])
+    batches = EpochBatches(len(train), config["batch_size"], config["seed"])
+    views = test_views(config)
+    view_boxes = source_boxes(config["eval_box"] or "image", data)[0]
+    first = dict(list(views.items())[:1])
+    return (
+        build_loader(train, batch_sampler=batches, **machine),
+        _view_loader(config, data, validation_rows(data), view_boxes, first, machine),
+        _view_loader(config, data, data.rows("test"), view_boxes, views, machine | {"num_workers": 0}),
+    )
+
+
+def _view_loader(config, data, rows, boxes, views, machine) -> DataLoader:
+    images = ViewImages(data, rows, boxes, list(views.values()))
+    return build_loader(images, batch_size=config["eval"]["batch_size"], **machine)
+
+
+def validation_rows(data: DataSet) -> np.ndarray:
+    """Return the rows to validate on: the split "val", or the test images where there is none (as published)."""
+    rows = data.rows("val")
+    return rows if len(rows) else data.rows("test")
+
+
+def test_views(config: dict) -> dict:
+    """Return the test views by name, in order; ``eval_box`` adds the view box."""
+    names = list(config["eval"]["views"])
+    asks_box = any(name.startswith("box") for name in names)
+    if asks_box and config["eval_box"] is None:
+        raise UserError("eval.views asks for the view box, but eval_box is None: give gt, center or a box JSON")
+    if config["eval_box"] is not None and not asks_box:
+        names.append("box")
+    size = config["eval"]["size"] or config["image_size"]
+    return build_views(names, size, config["eval"]["crop_pct"], config["eval"]["box_margin"])
+
+
+# --- model, optimizer, schedule -----------------------------------------------------------------------------------
+
+
+def build_run(folder: Path, config: dict, device: torch.device, steps_per_epoch: int) -> Run:
+    """Build model, EMA, optimizer, schedule and scaler."""
+    wanted = config["model"]
+    model = models.build_model(
+        wanted["type"],
+        wanted["n_classes"],
+        image_size=config["image_size"],
+        patch_size=config["patch_size"],
+        weights=wanted["weights"],
+    )
+    if wanted["resumed_model"]:
+        models.load_trained(model, wanted["resumed_model"], ema=wanted["resumed_ema"])
+    models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
+    model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    optimizer = build_optimizer(models.parameter_groups(model, config["opt"]["weight_decay"]), config["opt"])
+    return Run(
+        folder=folder,
+        model=model,
+        ema=models.build_ema(model, config["other"]["ema_decay"]),
+        optimizer=optimizer,
+        scheduler=build_scheduler(optimizer, config["opt"], config["num_epochs"]),
+        scaler=torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and config["amp"] == "fp16"),
+    )
+
+
+def build_optimizer(groups: list[dict], opt: dict) -> torch.optim.Optimizer:
+    """Build sgd, adam or adamw over parameter groups that carry their own weight decay."""
+    if opt["type"] == "sgd":
+        return torch.optim.SGD(groups, lr=opt["lr"], momentum=opt["momentum"])
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, lr=opt["lr"])
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int) -> lr_scheduler.LRScheduler:
+    """Build the schedule over epochs: cosine or steps down to target_lr, after a linear rise if there is one."""
+    warmup = min(opt["warmup_epochs"], num_epochs - 1)
+    if opt["scheduler"] == "step":
+        main_part = lr_scheduler.StepLR(optimizer, opt["step_size"], step_gamma(opt, num_epochs))
+    else:
+        main_part = lr_scheduler.CosineAnnealingLR(optimizer, num_epochs - warmup, eta_min=opt["target_lr"])
+    if not warmup:
+        return main_part
+    rise = lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), total_iters=warmup)
+    return lr_scheduler.SequentialLR(optimizer, [rise, main_part], milestones=[warmup])
+
+
+def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str:
+    """Return the lines that a run starts with."""
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
+    crop = f"crops held to {config['source']}, {config['crop']['mode']}, THR={config['THR']:.3g}"
+    if not config["use_box"] or config["THR"] < 0:
+        crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
+    validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
+    return "\n".join(
+        [
+            f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",
+            f"{config['model']['type']}: {parameters:,} parameters learn, on {device}; {crop}",
+            f"run folder: {run.folder}",
+        ]
+    )
+
+
+# --- the loop -----------------------------------------------------------------------------------------------------
+
+
+def train_and_log_epoch(
+    run: Run,
+    config: dict,
+    train_loader: DataLoader,
+    val_loader: DataLoader,
+    device: torch.device,
+    wandb_run: Any,
+) -> None:
+    """Train one epoch; every ``log_interval`` epochs validate, log and draw; save."""
+    train_loader.batch_sampler.epoch = run.epoch
+    lr, start = run.scheduler.get_last_lr()[0], time.perf_counter()
+    record = {"epoch": run.epoch + 1, **train_one_epoch(run, config, train_loader, device), "lr": lr}
+    record["seconds"] = time.perf_counter() - start
+    record["images_per_second"] = len(train_loader.dataset) / record["seconds"]
+    if not math.isfinite(record["train_loss"]):
+        raise UserError(f"epoch {record['epoch']}: the loss is {record['train_loss']}; lower opt.lr={lr:.3g}")
+    run.scheduler.step()
+    run.epoch += 1
+    is_best = False
+    if run.epoch % config["log_interval"] == 0 or run.epoch == config["num_epochs"]:
+        is_best = validate_and_log(run, record, val_loader, config, device, wandb_run)
+    if config["save"]:
+        save_run(run, config, is_best)
+
+
+def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.device) -> dict[str, float]:
+    """Update the model once over ``loader``; return loss, accuracy and maIoU as means over images."""
+    freeze_from = config["model"]["freeze_bn_from"]
+    models.train_mode(run.model, freeze_bn=freeze_from is not None and run.epoch >= freeze_from)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"])
+    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
+    sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
+    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, unit_scale=True)
+    for images, labels, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) float64
+        labels = labels.to(device, non_blocking=True)
+        with autocast:
+            logits = run.model(normalize(images.to(device, non_blocking=True)))
+            loss = criterion(logits, labels)
+        update(run, loss, config["model"]["ema_step"])
+        sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
+        seen, kept = seen + len(labels), kept + float(coverages.sum())
+        if run.step % 20 == 0:  # reading the sums waits for the device
+            rate = seen / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"loss {sums[0] / seen:.3f}, top-1 {sums[1] / seen:.1%}, {rate:.0f} images/s")
+    return {"train_loss": float(sums[0]) / seen, "train_top1": float(sums[1]) / seen, "maiou": kept / seen}
+
+
+def update(run: Run, loss: torch.Tensor, ema_step: int) -> None:
+    """Take one optimizer step and, every ``ema_step`` of them, update the EMA."""
+    run.optimizer.zero_grad(set_to_none=True)
+    run.scaler.scale(loss).backward()
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.step += 1
+    if run.step % ema_step == 0:
+        run.ema.update_parameters(run.model)
+
+
+def validate_and_log(
+    run: Run, record: dict, loader: DataLoader, config: dict, device: torch.device, wandb_run: Any
+) -> bool:
+    """Validate model and EMA, log and draw; return whether the EMA is the best so far."""
+    for prefix, model in (("", run.model), ("ema_", run.ema)):
+        log_probs, labels = predict(model, loader, ["first"], device)
+        record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs["first"], labels)
+    run.records.append(record)
+    save_log(run.folder / "log.jsonl", run.records)
+    draw_curves(run.records, run.folder / "curves.png")
+    if wandb_run is not None:
+        wandb_run.log(record, step=record["epoch"])
+    print(
+        f"epoch {record['epoch']:3d}/{config['num_epochs']}  train {record['train_loss']:.3f}  "
+        f"val {record['loss']:.3f} top-1 {record['top1']:.1%}  EMA {record['ema_loss']:.3f} "
+        f"top-1 {record['ema_top1']:.1%}  maIoU {record['maiou']:.3f}  {record['images_per_second']:.0f} images/s",
+        flush=True,
+    )
+    is_best = record["ema_top1"] >= run.best_top1  # of equals the later one: trained for longer
+    run.best_top1 = max(run.best_top1, record["ema_top1"])
+    return is_best
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save_run(run: Run, config: dict, is_best: bool) -> None:
+    """Write best.pt if this epoch is the best so far, then last.pt, from which the run can go on."""
+    weights = {"model": run.model.state_dict(), "ema": run.ema.module.state_dict()}
+    about = {"epoch": run.epoch, "step": run.step, "best_top1": run.best_top1, "config": config}
+    if is_best:
+        save_tensors(run.folder / "best.pt", weights | about)
+    state = {
+        "optimizer": run.optimizer.state_dict(),
+        "scheduler": run.scheduler.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "ema_updates": run.ema.n_averaged,
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    save_tensors(run.folder / "last.pt", weights | about | state)
+
+
+def load_run(run: Run, device: torch.device) -> None:
+    """Go on from last.pt where there is one; epochs logged after it are done again."""
+    if not (run.folder / "last.pt").exists():
+        print("no last.pt yet: starting from the first epoch")
+        return
+    state = load_tensors(run.folder / "last.pt")
+    with user_errors((RuntimeError, KeyError, ValueError), f"{run.folder / 'last.pt'}: not of this run: "):
+        run.model.load_state_dict(state["model"])
+        run.ema.module.load_state_dict(state["ema"])
+        run.ema.n_averaged.copy_(state["ema_updates"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scheduler.load_state_dict(state["scheduler"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.epoch, run.step, run.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        torch.set_rng_state(state["rng"])
+        if device.type == "cuda" and len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+    run.records = [record for record in load_log(run.folder / "log.jsonl") if record["epoch"] <= run.epoch]
+    print(f"going on after epoch {run.epoch}")
+
+
+# --- the end ------------------------------------------------------------------------------------------------------
+
+
+def finish(
+    run: Run, config: dict, data: DataSet, loader: DataLoader, device: torch.device, notes: dict
+) -> dict[str, Any]:
+    """Test the final model and its EMA in every view; write predictions.json and summary.json."""
+    names, rows = list(test_views(config)), data.rows("test")
+    top1, classes = {}, {}
+    for which, model in (("model", run.model), ("ema", run.ema)):
+        log_probs, labels = predict(model, loader, names, device)
+        for view, values in log_probs.items():
+            top1.setdefault(view, {})[which] = loss_and_top1(values, labels)[1]
+            classes.setdefault(view, {})[which] = values.argmax(1).tolist()
+    predictions = {
+        str(image_id): {
+            "label": int(data.labels[row]),
+            "model": classes[names[0]]["model"][n],
+            "ema": classes[names[0]]["ema"][n],
+            "views": {view: {which: found[n] for which, found in both.items()} for view, both in classes.items()},
+        }
+        for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True))
+    }
+    save_json(run.folder / "predictions.json", predictions)
+    summary = summarize(run, config, data, top1, notes)
+    save_json(run.folder / "summary.json", summary)
+    for view, both in top1.items():
+        oracle = " (oracle: true boxes at test)" if view.startswith("box") and config["eval_box"] == "gt" else ""
+        print(f"test, view {view}: model {both['model']:.1%}, EMA {both['ema']:.1%}{oracle}")
+    return summary
+
+
+def summarize(run: Run, config: dict, data: DataSet, top1: dict, notes: dict) -> dict[str, Any]:
+    """Return what a table needs to know of a finished run."""
+    thr = config["THR"] if config["use_box"] else -1.0
+    train = data.rows("train")
+    gave_way = ratio_gives_way(data.boxes[train], data.image_sizes[train], thr) if thr > 0 else np.zeros(1, bool)
+    seconds = sum(record["seconds"] for record in run.records)
+    return {
+        "top1": top1,  # view -> model, ema: fractions of the test images
+        "n_test": len(data.rows("test")),
+        "best_validation_top1": run.best_top1,
+        "epochs": run.epoch,
+        "THR": thr,
+        "maiou": float(np.mean([record["maiou"] for record in run.records])),
+        "training_seconds_of_logged_epochs": seconds,
+        "images_per_second": float(np.median([record["images_per_second"] for record in run.records])),
+        "images_whose_crop_ratio_gave_way": int(gave_way.sum()),
+        **notes,
+        "environment": environment(),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, load_run_config)

@@ -1,0 +1,242 @@
+"""What happens to one image: the localized crop, colour-only augmentation, training transform and test views."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import PIL.Image
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from boxes import expand_boxes
+from crops import MODES, sample_crops
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+VIEWS = ("full", "center", "whole", "box")
+
+
+class LocalizedRandomResizedCrop(v2.Transform):
+    """Crop at random so that the crop keeps at least ``thr`` of a box, then resize.
+
+    Called as ``crop(image, boxes)`` with a ``tv_tensors.BoundingBoxes`` of one box, or ``crop(image, box=xywh)``.
+    Takes PIL images and tensors; further inputs (masks, boxes) are cropped alike. Randomness is torch's.
+
+    Args:
+        size: of the output in pixels, a side or (height, width).
+        thr: share of the box kept, 0 to 1; negative: the law of RandomResizedCrop, and no box is needed.
+        mode: "exact" (every crop keeps its share) or "reference" (the published crop, which nearly does).
+        scale: least and largest area, as shares of the image's.
+        ratio: least and largest width / height.
+        interpolation: of the resizing, antialiased.
+
+    Raises:
+        ValueError: on a wrong argument, or when called without exactly one box.
+    """
+
+    def __init__(
+        self,
+        size: int | Sequence[int],
+        thr: float,
+        mode: str = "exact",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
+    ) -> None:
+        super().__init__()
+        if mode not in MODES or not thr <= 1:
+            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}, thr={thr} at most 1")
+        self.size = [size, size] if isinstance(size, int) else list(size)
+        self.thr, self.mode, self.scale, self.ratio = thr, mode, tuple(scale), tuple(ratio)
+        self.interpolation = interpolation
+
+    @staticmethod
+    def get_params(
+        image_size: tuple[int, int],
+        box_xywh: Sequence[float],
+        thr: float,
+        mode: str = "exact",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        rng: np.random.Generator | None = None,
+    ) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width) of one crop of an image of (width, height) pixels."""
+        crop = sample_crops(np.array([box_xywh], float), np.array([image_size]), thr, mode, scale, ratio, rng)
+        return tuple(crop[0].tolist())
+
+    def forward(self, *inputs, box: Sequence[float] | None = None):
+        """Crop and resize; ``box`` is (x, y, width, height) in pixels where no BoundingBoxes is among the inputs."""
+        if box is None:
+            return super().forward(*inputs)
+        *outputs, _ = super().forward(*inputs, as_bounding_boxes(box, F.get_size(inputs[0])))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def make_params(self, flat_inputs: list) -> dict[str, int]:
+        """Draw the crop for one sample (the hook of v2 transforms)."""
+        height, width = F.get_size(next(item for item in flat_inputs if _is_image(item)))
+        box = (0, 0, width, height) if self.thr < 0 else _only_box(flat_inputs)
+        rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
+        params = self.get_params((width, height), box, self.thr, self.mode, self.scale, self.ratio, rng)
+        return dict(zip(("top", "left", "height", "width"), params, strict=True))
+
+    def transform(self, inpt, params: dict[str, int]):
+        """Apply the drawn crop to one input."""
+        return self._call_kernel(
+            F.resized_crop, inpt, **params, size=self.size, interpolation=self.interpolation, antialias=True
+        )
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for printing."""
+        return f"size={self.size}, thr={self.thr}, mode={self.mode}, scale={self.scale}, ratio={self.ratio}"
+
+
+def _is_image(item) -> bool:
+    return isinstance(item, (PIL.Image.Image, tv_tensors.Image)) or type(item) is torch.Tensor
+
+
+def _only_box(flat_inputs: list) -> Sequence[float]:
+    boxes = [item for item in flat_inputs if isinstance(item, tv_tensors.BoundingBoxes)]
+    if len(boxes) != 1 or boxes[0].shape[-2:] not in ((1, 4), (4,)):
+        found = [tuple(item.shape) for item in boxes]
+        raise ValueError(f"LocalizedRandomResizedCrop needs one box an image, found BoundingBoxes of shapes {found}")
+    xywh = F.convert_bounding_box_format(boxes[0], new_format=tv_tensors.BoundingBoxFormat.XYWH)
+    return torch.Tensor(xywh).double().reshape(4).tolist()
+
+
+def as_bounding_boxes(box_xywh: Sequence[float], canvas_size: Sequence[int]) -> tv_tensors.BoundingBoxes:
+    """Wrap one (x, y, width, height) for v2 transforms; ``canvas_size`` is (height, width) of its image."""
+    box = torch.as_tensor(np.asarray(box_xywh, dtype=np.float64)).reshape(1, 4)
+    return tv_tensors.BoundingBoxes(box, format="XYWH", canvas_size=tuple(canvas_size))
+
+
+def build_colour_augmentation(augment_p: float) -> v2.Transform:
+    """Return the colour-only augmentation: one of five, drawn per image.
+
+    Args:
+        augment_p: strength of the colour jitter, 0 to 1.
+    """
+    return v2.RandomChoice(
+        [
+            v2.ColorJitter(0.5 * augment_p, 0.5 * augment_p, 0.5 * augment_p, 0.1 * augment_p),
+            v2.RandomChoice([v2.RandomPosterize(bits, p=1.0) for bits in (4, 3, 2)]),
+            v2.RandomChoice([v2.RandomSolarize(threshold, p=1.0) for threshold in (192, 230)]),
+            v2.RandomEqualize(p=1.0),
+            v2.RandomAutocontrast(p=1.0),
+        ]
+    )
+
+
+class TrainTransform:
+    """Crop, flip and recolour one training image; tells which crop it drew.
+
+    Args:
+        crop: a v2 transform whose parameters are top, left, height, width.
+        flip: probability of a horizontal flip.
+        colour: colour augmentation applied after the crop, None for none.
+    """
+
+    def __init__(self, crop: v2.Transform, flip: float = 0.5, colour: v2.Transform | None = None) -> None:
+        self.crop = crop
+        self.after = v2.Compose([v2.RandomHorizontalFlip(flip), *([colour] if colour else []), v2.PILToTensor()])
+
+    def __call__(
+        self, image: PIL.Image.Image, box_xywh: np.ndarray
+    ) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+        """Return the image, (3, size, size) uint8, and the crop's (top, left, height, width) in its pixels."""
+        params = self.crop.make_params([image, as_bounding_boxes(box_xywh, image.size[::-1])])
+        crop = tuple(params[key] for key in ("top", "left", "height", "width"))
+        return self.after(self.crop.transform(image, params)), crop
+
+
+def build_train_transform(
+    image_size: int,
+    *,
+    thr: float,
+    mode: str,
+    scale: Sequence[float],
+    ratio: Sequence[float],
+    interpolation: str,
+    flip: float,
+    augment: bool,
+    augment_p: float,
+    use_augment_mix: bool,
+) -> TrainTransform:
+    """Build the training transform; arguments are the config's keys of these names (thr negative: no box)."""
+    how = {"scale": tuple(scale), "ratio": tuple(ratio), "interpolation": v2.InterpolationMode(interpolation)}
+    if thr < 0:
+        crop = v2.RandomResizedCrop(image_size, antialias=True, **how)
+    else:
+        crop = LocalizedRandomResizedCrop(image_size, thr, mode, **how)
+    colour = build_colour_augmentation(augment_p) if augment else None
+    return TrainTransform(crop, flip, v2.AugMix() if use_augment_mix else colour)
+
+
+# --- test views ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show a test image to the network.
+
+    full: the short side resized to ``size``, the middle square. center: the middle square of ``crop_pct`` times the
+    short side. whole: the whole image, squeezed into a square. box: a square around the image's box with a margin.
+    """
+
+    kind: str
+    size: int  # pixels, both sides of the network's input
+    crop_pct: float = 0.875
+    box_margin: float = 0.1  # on each side, as a share of the box's side
+
+    def __call__(self, image: PIL.Image.Image, box_xywh: np.ndarray) -> torch.Tensor:
+        """Return the view, (3, size, size) uint8."""
+        if self.kind == "whole":
+            image = F.resize(image, [self.size, self.size], antialias=True)
+        elif self.kind == "box":
+            top, left, height, width = square_crop(box_xywh, image.size, self.box_margin)
+            image = F.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
+        else:
+            short = self.size if self.kind == "full" else round(self.size / self.crop_pct)
+            image = F.center_crop(F.resize(image, [short], antialias=True), [self.size, self.size])
+        return F.pil_to_tensor(image)
+
+
+def square_crop(
+    box_xywh: Sequence[float], image_size: tuple[int, int], margin: float
+) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) around a box with a margin, widened towards a square inside the image.
+
+    Context rather than distortion: the short side grows to the long one's length as far as the image goes.
+
+    Args:
+        box_xywh: in pixels, inside the image.
+        image_size: width, height.
+        margin: on each side, as a share of the box's side.
+    """
+    box, size = expand_boxes(np.asarray(box_xywh, float), np.array(image_size), margin), np.array(image_size)
+    near, far = np.floor(box[:2]), np.ceil(box[:2] + box[2:])
+    side = np.minimum((far - near).max(), size)
+    near = np.clip(np.round((near + far - side) / 2), 0, size - side)
+    left, top, width, height = (int(n) for n in (*near, *side))
+    return top, left, height, width
+
+
+def build_views(names: Sequence[str], size: int, crop_pct: float, box_margin: float) -> dict[str, View]:
+    """Build test views by name: ``full``, ``center``, ``whole``, ``box``, each also as ``VIEW@SIZE``.
+
+    Raises:
+        ValueError: on a name that is not understood.
+    """
+    views = {}
+    for name in names:
+        match = re.fullmatch(rf"({'|'.join(VIEWS)})(?:@([1-9][0-9]{{0,3}}))?", name)
+        if not match:
+            raise ValueError(f"eval.views: {name!r} is not understood; write {', '.join(VIEWS)}, or such as full@96")
+        views[name] = View(match[1], int(match[2] or size), crop_pct, box_margin)
+    return views
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    """Return a batch (B, 3, H, W) uint8 as float32 with ImageNet's mean and deviation, on its device."""
+    return F.normalize(images.float().div_(255), IMAGENET_MEAN, IMAGENET_STD, inplace=True)

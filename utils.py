@@ -1,0 +1,235 @@
+"""What every script needs: the user's error and the guard that reports it, whole-file writes, run folders, seeds."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pickle
+import platform
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class UserError(Exception):
+    """A fault that the user can mend. The message is one line: what was found, where, what to do."""
+
+    def __init__(self, message: str) -> None:
+        # a loader's worker hands its error over as a whole traceback with the message at its end
+        super().__init__(message.rpartition("UserError: ")[2].strip())
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that nothing but the guard catches it (as with KeyboardInterrupt)."""
+
+
+def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], dict | None]) -> None:
+    """Run a script from the command line: load its config, call ``main``, end with the right exit status.
+
+    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
+
+    Args:
+        main: the script, given the resolved config.
+        load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
+    """
+    signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        with user_errors(ValueError):
+            config = load_config(sys.argv[1:])
+        if config is not None:
+            main(config)
+    except (UserError, OSError) as error:
+        _exit(_one_line(error), 2)
+    except KeyboardInterrupt:
+        _exit("interrupted", 130)
+    except Terminated:
+        _exit("terminated", 143)
+
+
+@contextlib.contextmanager
+def user_errors(kind: type[Exception], where: str = "") -> Iterator[None]:
+    """Turn exceptions of one kind, raised inside the with block, into UserError; ``where`` goes before the message."""
+    try:
+        yield
+    except kind as error:
+        raise UserError(f"{where}{error}") from error
+
+
+def _raise_terminated(*_):
+    raise Terminated
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename or 'unknown file'}"
+    return " ".join(str(error).split())
+
+
+def _exit(message: str, status: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+# --- files, written whole or not at all ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str) -> Iterator[Path]:
+    """Yield a scratch path in the folder of ``path``; on leaving without an error it takes the place of ``path``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield scratch
+        with open(scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def save_text(path: Path | str, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def save_json(path: Path | str, value: Any) -> None:
+    """Write JSON, whole or not at all; NaN and infinity are refused, since JSON has neither."""
+    save_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def load_json(path: Path | str) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        UserError: if there is no such file or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply to be one of our files") from None
+    except ValueError as error:  # of the decoder or of UTF-8
+        raise UserError(f"{path}: not a whole JSON file ({error}); make it again") from None
+
+
+def save_tensors(path: Path | str, value: Any) -> None:
+    """Write a checkpoint (tensors in dicts, lists, plain values), whole or not at all."""
+    with whole_file(path) as scratch:
+        torch.save(value, scratch)
+
+
+def load_tensors(path: Path | str) -> Any:
+    """Return what a ``.pt`` or ``.pth`` file holds, on the CPU; code in the pickle is never run.
+
+    Raises:
+        UserError: if there is no such file, it is torn, or it holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, a checkpoint file was expected") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused, it is no plain checkpoint: it is damaged or holds objects other than tensors and "
+            "plain values (such a pickle can run code)"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(f"{path}: torn or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+
+
+# --- run folders --------------------------------------------------------------------------------------------------
+
+
+def new_folder(parent: Path | str, stem: str) -> Path:
+    """Create and return ``parent/stem_{i}``, i the first free number; safe when several processes ask at once."""
+    number = 0
+    while True:
+        folder = Path(parent) / f"{stem}_{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+@contextlib.contextmanager
+def locked(folder: Path | str) -> Iterator[bool]:
+    """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def load_log(path: Path | str) -> list[dict]:
+    """Return the objects of a ``log.jsonl``; no file means no epoch yet.
+
+    Raises:
+        UserError: if a line is not a JSON object.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            records.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise UserError(f"{path}:{number}: not a JSON object; remove the line") from None
+    return records
+
+
+def save_log(path: Path | str, records: list[dict]) -> None:
+    """Write a ``log.jsonl``, whole or not at all (a run has a few hundred lines)."""
+    save_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+def environment() -> dict[str, Any]:
+    """Return what a result was made with: host, processor, versions."""
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "host": platform.node(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "gpu": cuda,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+# --- randomness ---------------------------------------------------------------------------------------------------
+
+
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, NumPy and torch; ``deterministic`` makes torch refuse what it cannot repeat."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.benchmark = not deterministic
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's own error message
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@contextlib.contextmanager
+def torch_seed(seed: int) -> Iterator[None]:
+    """Let torch's CPU generator start from ``seed`` inside the with block and go on as before after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        yield
