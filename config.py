@@ -413,7 +413,8 @@ def help_text() -> str:
     """Return the dict above with its comments: they are the manual."""
     source = Path(__file__).read_text(encoding="utf-8")
     literal = next(
-        node for node in ast.parse(source).body
+        node
+        for node in ast.parse(source).body
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "config"
     )
     lines = source.splitlines()[literal.lineno : literal.end_lineno - 1]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import toybirds
 from boxes import boxes_for_images, center_boxes, clip_boxes, coverage, crops_to_xywh, whole_image_boxes
-from utils import UserError, torch_seed
+from utils import UserError, torch_seed, user_errors, whole_file
 
 DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"}
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
@@ -74,22 +74,22 @@ def read_dataset(
         UserError: on any fault of the files, naming file, line or image.
     """
     root = Path(root or DEFAULT_ROOTS[name])
-    if not root.exists():
-        _make_dataset(name, root, download)
+    if name == "toybirds":
+        with user_errors(FileExistsError):  # another version of the drawings lies there
+            toybirds.write_toybirds(root)
+    elif not root.exists():
+        _make_cub(root, download)
     data = _read_tables(name, root)
     return hold_out(fill_train(data) if split == "70/30" else data, val_fraction)
 
 
-def _make_dataset(name: str, root: Path, download: bool) -> None:
-    if name == "toybirds":
-        toybirds.write_toybirds(root)
-    elif download:
-        download_cub(root)
-    else:
+def _make_cub(root: Path, download: bool) -> None:
+    if not download:
         raise UserError(
             f"{root}: there is no such folder; give dataset.root, or dataset.download=true to fetch CUB-200-2011 "
             "(1.1 GB, non-commercial research use)"
         )
+    download_cub(root)
 
 
 # --- the text files -----------------------------------------------------------------------------------------------
@@ -432,16 +432,20 @@ def download_cub(root: Path) -> None:
         UserError: if it cannot be fetched or is not the official archive.
     """
     archive = root.parent / CUB_ARCHIVE
-    root.parent.mkdir(parents=True, exist_ok=True)
     if not archive.exists():
-        try:
-            download_url(CUB_URL, str(root.parent), CUB_ARCHIVE, None)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            archive.unlink(missing_ok=True)
-            raise UserError(f"{CUB_URL}: cannot be fetched ({error}); fetch it by hand to {archive}") from None
+        _fetch(CUB_URL, archive)
     if not check_integrity(str(archive), CUB_MD5):
         raise UserError(f"{archive}: not the official archive (md5 is not {CUB_MD5}); remove it and try again")
     unpack(archive, root)
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetch a file, whole or not at all."""
+    with whole_file(path) as scratch:
+        try:
+            download_url(url, str(scratch.parent), scratch.name)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand to {path}") from None
 
 
 def unpack(archive: Path, root: Path) -> None:

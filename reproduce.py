@@ -14,7 +14,7 @@ import numpy as np
 
 from config import apply_preset, check_config, load_config, set_key
 from evaluation import Comparison, compare
-from sweep import FolderInUse, run_point
+from sweep import FolderInUseError, run_point
 from train import train_run
 from utils import UserError, environment, load_json, run_script, save_json, save_text
 
@@ -63,7 +63,7 @@ def main(config: dict) -> None:
         print(f"--- {number}/{len(points)} {label}", flush=True)
         try:
             run_point(point_config(config, TABLES[name]), overrides, folder / place, train_run)
-        except FolderInUse:
+        except FolderInUseError:
             print("another process works on it")
     write_table(TABLES[name], config["reproduce"]["seeds"], folder)
 

@@ -15,7 +15,7 @@ from plots import draw_sweep, fit_line
 from utils import UserError, load_json, new_folder, save_json, save_text
 
 
-class FolderInUse(UserError):
+class FolderInUseError(UserError):
     """Another process works in this run folder."""
 
 
@@ -43,7 +43,7 @@ def run_point(config: dict, overrides: dict[str, Any], folder: Path, train: Trai
 
     Raises:
         UserError: if the folder holds a run with other settings.
-        FolderInUse: if another process works on it.
+        FolderInUseError: if another process works on it.
     """
     point = with_overrides(config, overrides, folder)
     if point["resume"]:
@@ -101,7 +101,7 @@ def run_sweep(config: dict, train: Train) -> None:
             print(f"--- {point_name(overrides)}", flush=True)
             try:
                 run_point(config, overrides, place, train)
-            except FolderInUse:
+            except FolderInUseError:
                 print("another process works on it")
     write_summary(config, folder)
 
@@ -174,7 +174,7 @@ def start_wandb(config: dict, folder: Path) -> Any:
             project=config["sweep"]["project"],
             name=folder.name,
             id=folder.name.replace("=", "_").replace(",", "_"),
-            resume="allow",
+            resume="allow" if config["resume"] else None,
             dir=str(folder),
             config=config,
         )

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-VERSION = 1  # raise it with every change that alters a drawn pixel, a box or a file's format
+VERSION = 2  # raise it with every change that alters a drawn pixel, a box or a file's format
 
 CROWNS = ("Ruby_crowned", "Azure_crowned")
 WINGS = ("Plain", "Barred")
@@ -38,10 +38,11 @@ Color = tuple[int, int, int]
 class Palette(NamedTuple):
     """Colours (RGB, 0 to 255) that images are drawn with; another palette gives birds of another kind."""
 
-    crowns: tuple[Color, Color] = ((206, 38, 48), (46, 96, 214))
-    beaks: tuple[Color, Color] = ((244, 150, 36), (52, 50, 58))
-    bars: Color = (244, 240, 222)
-    # Muted, so that no body is as red, blue or white as a part is.
+    # Half muted: brighter parts are learnt from any crop, duller ones are hardly learnt from whole images.
+    crowns: tuple[Color, Color] = ((184, 56, 54), (66, 95, 178))
+    beaks: tuple[Color, Color] = ((218, 149, 64), (80, 74, 72))
+    bars: Color = (226, 219, 198)
+    # Duller still, so that no body is as red, blue or white as a part is.
     bodies: tuple[Color, ...] = (
         (156, 118, 82), (124, 132, 92), (134, 134, 138), (186, 154, 98), (112, 104, 122), (150, 98, 84),
         (98, 124, 118),
@@ -113,7 +114,8 @@ LEG = np.array([(0, 0.28), (0.045, 0.28), (0.045, 0.56), (0.14, 0.60), (-0.06, 0
 # The head's parts, around its centre.
 HEAD = _arc(0.25, 0.25)
 CROWN = np.concatenate([_arc(0.27, 0.27, 208, 325, n=12), [(0.16, -0.13), (0.0, -0.13), (-0.16, -0.10)]])
-EYE_RING, PUPIL = _arc(0.052, 0.052, n=12) + (0.09, -0.03), _arc(0.034, 0.034, n=10) + (0.095, -0.03)
+EYE_RING = _arc(0.052, 0.052, n=12) + np.array([0.09, -0.03])
+PUPIL = _arc(0.034, 0.034, n=10) + np.array([0.095, -0.03])
 CONE = np.array([(0.17, -0.13), (0.36, -0.09), (0.55, 0.05), (0.34, 0.13), (0.17, 0.17)])
 # The dagger lies inside the cone and ends in the same tip, so that a beak's form leaves the box as it is.
 DAGGER = np.array([(0.20, -0.04), (0.39, -0.015), (0.55, 0.05), (0.39, 0.045), (0.20, 0.06)])
@@ -175,7 +177,8 @@ def _trunk(rng: np.random.Generator, body: Color, head: _Placement) -> list[_Sha
     tail = (TAIL * (rng.uniform(0.8, 1.1), rng.uniform(0.8, 1.3))) @ _rotation(rng.uniform(-16, 16)).T
     leg_color, head_color = _scaled(body, 0.4), _scaled(body, rng.uniform(0.8, 1.15))
     legs = [_Shape(LEG * (1, rng.uniform(0.9, 1.1)) + (x, 0), leg_color) for x in (-0.08, 0.1)]
-    neck = np.array([(0.0, -0.30), head.offset + (-0.06, -0.22), head.offset + (0.16, 0.18), (0.42, 0.14)])
+    nape, throat = head.offset + np.array([(-0.06, -0.22), (0.16, 0.18)])
+    neck = np.array([(0.0, -0.30), nape, throat, (0.42, 0.14)])
     return [
         _Shape(tail, _scaled(body, darker * 0.9)), *legs, _Shape(neck, _scaled(body, 0.96)),
         _Shape(TRUNK * (1, plump), body), _Shape(BELLY * (1, plump), _scaled(body, 1.0, lighter)),
@@ -462,9 +465,7 @@ def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int, progress: boo
     """Draw all images and write them and CUB's five lists into ``folder``."""
     for class_id, class_name in enumerate(CLASS_NAMES, start=1):
         (folder / "images" / f"{class_id:03d}.{class_name}").mkdir(parents=True)
-    boxes = [
-        _write_image(folder, row, seed) for row in tqdm(rows, desc="drawing ToyBirds", disable=not progress)
-    ]
+    boxes = [_write_image(folder, row, seed) for row in tqdm(rows, desc="drawing ToyBirds", disable=not progress)]
     lists = {
         "images.txt": [f"{row.image_id} {row.name}" for row in rows],
         "image_class_labels.txt": [f"{row.image_id} {row.class_id}" for row in rows],
@@ -473,9 +474,7 @@ def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int, progress: boo
             " ".join([str(row.image_id), *(f"{side:.1f}" for side in box)])
             for row, box in zip(rows, boxes, strict=True)
         ],
-        "classes.txt": [
-            f"{class_id} {class_id:03d}.{name}" for class_id, name in enumerate(CLASS_NAMES, start=1)
-        ],
+        "classes.txt": [f"{class_id} {class_id:03d}.{name}" for class_id, name in enumerate(CLASS_NAMES, start=1)],
     }
     for name, lines in lists.items():
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -43,7 +43,7 @@ from datasets import (
 )
 from evaluation import loss_and_top1, predict
 from plots import draw_curves
-from sweep import FolderInUse, run_sweep, start_wandb
+from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import build_train_transform, build_views, normalize
 from utils import (
     Terminated,
@@ -130,7 +130,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
     folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", config["dataset"]["name"])
     with locked(folder) as mine, user_errors(ValueError):
         if not mine:
-            raise FolderInUse(f"{folder}: another process works there; wait for it, or give another run_dir")
+            raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
         if (folder / "config.json").exists() and not config["resume"]:
             raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
         with resume_hint(folder):
@@ -374,8 +374,7 @@ def train_and_log_epoch(
     record = {"epoch": run.epoch + 1, **train_one_epoch(run, config, train_loader, device), "lr": lr}
     record["seconds"] = time.perf_counter() - start
     record["images_per_second"] = len(train_loader.dataset) / record["seconds"]
-    if not math.isfinite(record["train_loss"]):
-        raise UserError(f"epoch {record['epoch']}: the loss is {record['train_loss']}; lower opt.lr={lr:.3g}")
+    check_finite(record, "train_loss")
     run.scheduler.step()
     run.epoch += 1
     is_best = False
@@ -383,6 +382,12 @@ def train_and_log_epoch(
         is_best = validate_and_log(run, record, val_loader, config, device, wandb_run)
     if config["save"]:
         save_run(run, config, is_best)
+
+
+def check_finite(record: dict, key: str) -> None:
+    """Raise UserError if a loss is no longer a number."""
+    if not math.isfinite(record[key]):
+        raise UserError(f"epoch {record['epoch']}: {key} is {record[key]}; lower opt.lr (now {record['lr']:.3g})")
 
 
 def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.device) -> dict[str, float]:
@@ -426,6 +431,7 @@ def validate_and_log(
     for prefix, model in (("", run.model), ("ema_", run.ema)):
         log_probs, labels = predict(model, loader, ["first"], device)
         record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs["first"], labels)
+        check_finite(record, f"{prefix}loss")
     run.records.append(record)
     save_log(run.folder / "log.jsonl", run.records)
     draw_curves(run.records, run.folder / "curves.png")

@@ -141,9 +141,7 @@ class TrainTransform:
         self.crop = crop
         self.after = v2.Compose([v2.RandomHorizontalFlip(flip), *([colour] if colour else []), v2.PILToTensor()])
 
-    def __call__(
-        self, image: PIL.Image.Image, box_xywh: np.ndarray
-    ) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    def __call__(self, image: PIL.Image.Image, box_xywh: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
         """Return the image, (3, size, size) uint8, and the crop's (top, left, height, width) in its pixels."""
         params = self.crop.make_params([image, as_bounding_boxes(box_xywh, image.size[::-1])])
         crop = tuple(params[key] for key in ("top", "left", "height", "width"))
@@ -202,9 +200,7 @@ class View:
         return F.pil_to_tensor(image)
 
 
-def square_crop(
-    box_xywh: Sequence[float], image_size: tuple[int, int], margin: float
-) -> tuple[int, int, int, int]:
+def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) around a box with a margin, widened towards a square inside the image.
 
     Context rather than distortion: the short side grows to the long one's length as far as the image goes.

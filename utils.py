@@ -145,7 +145,9 @@ def load_tensors(path: Path | str) -> Any:
             f"{path}: refused, it is no plain checkpoint: it is damaged or holds objects other than tensors and "
             "plain values (such a pickle can run code)"
         ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except PermissionError:
+        raise UserError(f"{path}: may not be read; see its permissions") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise UserError(f"{path}: torn or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
 
 

@@ -28,8 +28,8 @@ def _contents(root: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def drawings() -> list[toybirds.ToyBird]:
-    """400 drawings, their labels 0 to 7 in turn."""
-    return [_draw(seed, seed % 8) for seed in range(400)]
+    """240 drawings, their labels 0 to 7 in turn."""
+    return [_draw(seed, seed % 8) for seed in range(240)]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_birds_fill_10_to_45_percent_of_the_image_and_lie_off_centre(drawings):
     boxes = np.array([drawing.box_xywh for drawing in drawings])
     sizes = np.array([drawing.image.size for drawing in drawings])
     share = boxes[:, 2:].prod(axis=1) / sizes.prod(axis=1)
-    assert 0.10 <= share.min() and share.max() <= 0.45
+    assert share.min() >= 0.10 and share.max() <= 0.45
     assert 0.25 < np.median(share) < 0.31
     centers = (boxes[:, :2] + boxes[:, 2:] / 2) / sizes
     assert (centers.std(axis=0) > 0.08).all()
@@ -76,12 +76,10 @@ def test_birds_fill_10_to_45_percent_of_the_image_and_lie_off_centre(drawings):
 
 
 def test_size_place_and_light_say_nothing_of_the_class(drawings):
-    """Class means differ by no more than chance: F with 7 and 392 degrees of freedom is < 3.6 in 99.9%."""
-    features = np.array(
-        [[*d.box_xywh, *d.image.size, np.asarray(d.image).mean(), d.mask.mean()] for d in drawings]
-    )
-    groups = features.reshape(50, 8, -1)  # (images a class, classes, features)
-    between = 50 * groups.mean(axis=0).var(axis=0, ddof=1)
+    """Class means differ by no more than chance: F with 7 and 232 degrees of freedom is < 3.6 in 99.9%."""
+    features = np.array([[*d.box_xywh, *d.image.size, np.asarray(d.image).mean(), d.mask.mean()] for d in drawings])
+    groups = features.reshape(30, 8, -1)  # (images a class, classes, features)
+    between = 30 * groups.mean(axis=0).var(axis=0, ddof=1)
     within = groups.var(axis=0, ddof=1).mean(axis=0)
     assert (between / within < 3.6).all(), between / within
 
@@ -251,5 +249,5 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(written, tmp_pat
     with pytest.raises(FileExistsError, match="something else"):
         toybirds.write_toybirds(tmp_path / "mine", **SMALL)
     assert _contents(tmp_path / "mine") == {"photo.jpg": b"mine"}
-    with pytest.raises(FileExistsError, match="seed 0.*seed 5"):
+    with pytest.raises(FileExistsError, match=r"seed 0.*seed 5"):
         toybirds.write_toybirds(written, seed=5, **SMALL)

@@ -1,0 +1,49 @@
+"""Small data that the tests share."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import toybirds
+
+
+@pytest.fixture(scope="session")
+def birds(tmp_path_factory) -> Path:
+    """Return a small ToyBirds folder, in CUB's file format: read only."""
+    root = tmp_path_factory.mktemp("data") / "birds"
+    toybirds.write_toybirds(root, train_per_class=6, test_per_class=3, progress=False)
+    return root
+
+
+@pytest.fixture
+def birds_copy(birds, tmp_path) -> Path:
+    """Return a copy of the small ToyBirds folder, to be damaged."""
+    return Path(shutil.copytree(birds, tmp_path / "birds"))
+
+
+def real_folder(variable: str) -> Path:
+    """Return the folder that an environment variable names; skip the test where it is absent."""
+    folder = Path(os.environ.get(variable, ""))
+    if not os.environ.get(variable) or not folder.is_dir():
+        pytest.skip(f"{variable} names no folder: real data is not at hand")
+    return folder
+
+
+@pytest.fixture
+def cub24() -> Path:
+    """Return the real images in CUB's format that CUB24 names."""
+    return real_folder("CUB24")
+
+
+@pytest.fixture(scope="session")
+def cub_boxes() -> tuple[np.ndarray, np.ndarray]:
+    """Return all of CUB's boxes (11788, 4), clipped, and image sizes (11788, 2), from CUB_METADATA."""
+    folder = real_folder("CUB_METADATA")
+    boxes = np.loadtxt(folder / "bounding_boxes.txt")[:, 1:]
+    sizes = np.loadtxt(folder / "image_sizes.txt")[:, 1:]
+    far = np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
+    near = np.maximum(boxes[:, :2], 0)
+    return np.concatenate([near, far - near], axis=1), sizes

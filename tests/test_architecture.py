@@ -1,0 +1,70 @@
+"""The import graph, and that importing a module does no work."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = {"train", "check_dataset", "reproduce", "generate_dino_boxes", "make_toy_localizer", "visualize"}
+# Who may import whom (of ours); scripts may import all modules, and reproduce.py is a script over train.py.
+ALLOWED = {
+    "config": set(),
+    "crops": set(),
+    "utils": set(),
+    "boxes": {"crops", "utils"},
+    "toybirds": {"utils"},
+    "transforms": {"boxes", "crops"},
+    "attention": {"utils"},
+    "map_boxes": {"boxes"},
+    "dino_transform": {"attention", "boxes", "crops", "map_boxes", "utils"},
+    "datasets": {"boxes", "toybirds", "utils"},
+    "models": {"utils"},
+    "evaluation": {"boxes", "transforms", "utils"},
+    "plots": {"utils"},
+    "sweep": {"plots", "utils"},
+}
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+def imports_of(module: str) -> set[str]:
+    """Return all modules that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / f"{module}.py").read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_import_graph(module):
+    ours = imports_of(module) & set(MODULES)
+    if module not in SCRIPTS:
+        assert ours <= ALLOWED[module]
+    elif module != "reproduce":
+        assert not ours & SCRIPTS
+
+
+@pytest.mark.parametrize("module", sorted(SCRIPTS & set(MODULES)))
+def test_a_script_has_a_guard_and_no_other_work_at_module_level(module):
+    body = ast.parse((ROOT / f"{module}.py").read_text()).body
+    allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+    work = [node for node in body[1:-1] if not isinstance(node, allowed)]
+    assert isinstance(body[0], ast.Expr) and isinstance(body[-1], ast.If) and not work
+
+
+def test_importing_everything_prints_nothing_and_writes_nothing(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(MODULES)}"
+    done = subprocess.run([sys.executable, "-B", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_wandb_is_imported_only_where_it_is_on(module):
+    body = ast.parse((ROOT / f"{module}.py").read_text()).body
+    assert not [node for node in body if isinstance(node, ast.Import) and node.names[0].name == "wandb"]

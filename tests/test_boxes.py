@@ -1,0 +1,154 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_convert, box_iou
+
+import boxes
+from boxes import BoxFile, load_boxes, save_boxes
+from utils import UserError
+
+
+def pairs(count=300, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([rng.uniform(0, 60, (count, 2)), rng.uniform(1, 60, (count, 2))], 1) for _ in range(2)]
+
+
+def test_iou_agrees_with_torchvision():
+    a, b = pairs()
+    theirs = box_iou(*(box_convert(torch.tensor(x), "xywh", "xyxy") for x in (a, b))).diagonal().numpy()
+    np.testing.assert_allclose(boxes.iou(a, b), theirs, atol=1e-12)
+
+
+def test_coverage_agrees_with_counting_pixels():
+    a, b = (x.round() for x in pairs())
+
+    def mask(box):
+        image = np.zeros((130, 140), bool)  # H, W
+        x, y, w, h = box.astype(int)
+        image[y : y + h, x : x + w] = True
+        return image
+
+    counted = [(mask(p) & mask(q)).sum() / mask(q).sum() for p, q in zip(a, b, strict=True)]
+    np.testing.assert_allclose(boxes.coverage(a, b), counted)
+
+
+def test_a_box_inside_a_crop_is_kept_exactly():
+    inner = np.array([[0.1, 0.7, 33.3, 21.9]])
+    assert boxes.coverage(np.array([[0, 0, 34, 23]]), inner)[0] == 1.0
+
+
+def test_clip_expand_and_the_trivial_boxes():
+    size = np.array([[53, 37]])
+    assert boxes.clip_boxes([[-5, 30, 20, 20]], size).tolist() == [[0, 30, 15, 7]]
+    assert boxes.expand_boxes(np.array([[10, 10, 10, 20.0]]), size, 0.5).tolist() == [[5, 0, 20, 37]]
+    assert boxes.whole_image_boxes(size).tolist() == [[0, 0, 53, 37]]
+    np.testing.assert_allclose(boxes.center_boxes(size, 0.5), [[13.25, 9.25, 26.5, 18.5]])
+
+
+def test_the_centred_box_on_cub_is_as_known(cub_boxes):
+    true, sizes = cub_boxes
+    assert boxes.iou(boxes.center_boxes(sizes), true).mean() == pytest.approx(0.524, abs=0.005)
+    assert boxes.iou(boxes.whole_image_boxes(sizes), true).mean() == pytest.approx(0.342, abs=0.005)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+def test_a_target_maiou_gives_the_threshold_that_reaches_it(mode):
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(100, 300, (500, 2))
+    true = np.concatenate([sizes * 0.3, sizes * rng.uniform(0.2, 0.5, (500, 2))], 1)
+    thr = boxes.maiou_to_thr(0.9, true, sizes, mode=mode)
+    assert boxes.maiou_curve(true, sizes, [thr], mode=mode, seed=1)[0] == pytest.approx(0.9, abs=0.01)
+    with pytest.raises(UserError, match="reach from"):
+        boxes.maiou_to_thr(0.2, true, sizes, mode=mode)
+
+
+def test_the_published_proxy_and_its_inverse():
+    assert boxes.published_maiou(0.5) == pytest.approx(0.879, abs=5e-4)
+    assert boxes.published_thr(boxes.published_maiou(0.3)) == pytest.approx(0.3)
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def write(path, **change):
+    save_boxes(
+        path,
+        {7: (1.5, 2, 30, 20), 3: None},
+        {7: (53, 37), 3: (20, 10)},
+        made_by="test",
+        settings={"threshold": 0.5},
+        scores={7: 0.25, 3: None},
+    )
+    if change:
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    return path
+
+
+def test_a_box_file_comes_back_as_it_was(tmp_path):
+    assert load_boxes(write(tmp_path / "boxes.json")) == BoxFile(
+        boxes={7: (1.5, 2.0, 30.0, 20.0), 3: None},
+        image_sizes={7: (53, 37), 3: (20, 10)},
+        made_by="test",
+        settings={"threshold": 0.5},
+        scores={7: 0.25, 3: None},
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["boxes.json"]  # no scratch file is left
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": "masks"}, "kind is 'masks'"),
+        ({"version": 2}, "version 2"),
+        ({"box_format": "xyxy"}, "xyxy"),
+        ({"made_by": None}, "made_by"),
+        ({"boxes": []}, "boxes"),
+        ({"boxes": {"7": [1, 2, 3, 4]}}, "different images"),
+        ({"boxes": {"7": [1, 2, 3], "3": None}}, "image 7"),
+        ({"boxes": {"7": [1, 2, 0, 4], "3": None}}, "with an area"),
+        ({"boxes": {"7": [1, 2, True, 4], "3": None}}, "image 7"),
+        ({"boxes": {"7": [1, 2, "3", 4], "3": None}}, "image 7"),
+        ({"boxes": {"7": [50, 2, 30, 4], "3": None}}, "reaches past"),
+        ({"image_sizes": {"7": [53], "3": [20, 10]}}, "size"),
+        ({"image_sizes": {"7": [53.5, 37], "3": [20, 10]}}, "size"),
+        ({"scores": {"7": "high"}}, "score"),
+        ({"scores": {"9": 1.0}}, "without an entry"),
+    ],
+)
+def test_a_wrong_box_file_is_refused_in_one_line(tmp_path, change, told):
+    path = write(tmp_path / "boxes.json", **change)
+    with pytest.raises(UserError, match=told) as error:
+        load_boxes(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"kind": "localized-crops boxes"', "\xff", "NaN", "[" * 9999])
+def test_text_that_is_no_box_file(tmp_path, text):
+    path = tmp_path / "boxes.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"boxes\.json"):
+        load_boxes(path)
+
+
+def test_nan_in_a_box_is_refused_on_both_ends(tmp_path):
+    path = tmp_path / "boxes.json"
+    with pytest.raises(ValueError, match="image 1"):
+        save_boxes(path, {1: (float("nan"), 0, 1, 1)}, {1: (9, 9)}, made_by="test", settings={})
+    assert not path.exists()
+    text = write(path).read_text().replace("1.5", "NaN")
+    path.write_text(text)
+    with pytest.raises(UserError, match="image 7"):
+        load_boxes(path)
+
+
+def test_boxes_of_a_data_set(tmp_path):
+    path = write(tmp_path / "boxes.json")
+    found, missing = boxes.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
+    assert missing == 1
+    assert found.tolist() == [[0, 0, 20, 10], [1.5, 2, 30, 20]]
+    with pytest.raises(UserError, match="no entry for image 5"):
+        boxes.boxes_for_images(path, [5], np.array([[20, 10]]))
+    with pytest.raises(UserError, match=r"image 7 is \(37, 53\) here"):
+        boxes.boxes_for_images(path, [7], np.array([[37, 53]]))

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from evaluation import AVERAGE, compare, loss_and_top1, predict
+from plots import draw_curves, draw_sweep, fit_line
+from transforms import normalize
+
+
+class Net(nn.Module):
+    """Give the channel means as logits."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for count in (4, 3):  # the last batch is short
+        views = (torch.randint(0, 256, (count, 3, s, s), dtype=torch.uint8, generator=generator) for s in (8, 12))
+        yield tuple(views), torch.arange(count) % 3
+
+
+def test_predictions_count_images_and_average_probabilities():
+    log_probs, labels = predict(Net(), batches(), ["a", "b"], torch.device("cpu"))
+    assert labels.tolist() == [0, 1, 2, 0, 0, 1, 2]
+    expected = [torch.cat([normalize(views[n]).mean((2, 3)).softmax(1) for views, _ in batches()]) for n in (0, 1)]
+    torch.testing.assert_close(log_probs["a"].exp(), expected[0])
+    torch.testing.assert_close(log_probs[AVERAGE].exp(), (expected[0] + expected[1]) / 2)
+    loss, top1 = loss_and_top1(log_probs["b"], labels)
+    assert loss == pytest.approx(nn.functional.cross_entropy(expected[1].log(), labels).item())
+    assert top1 == pytest.approx((expected[1].argmax(1) == labels).sum().item() / 7)
+
+
+def test_a_single_view_has_no_average():
+    black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    log_probs, _ = predict(Net(), [((black,), torch.zeros(2).long())], ["a"], torch.device("cpu"))
+    assert list(log_probs) == ["a"]
+
+
+def test_comparison_is_paired():
+    rng = np.random.default_rng(0)
+    hard = rng.random(400)  # images differ more than methods do
+    a, b = (np.stack([rng.random(400) * 0.6 + edge > hard for _ in range(5)]) for edge in (0.45, 0.3))
+    result = compare(a, b)
+    assert result.difference == pytest.approx(a.mean() - b.mean())
+    assert (result.only_a, result.only_b) == ((a & ~b).sum(), (b & ~a).sum())
+    assert result.p_images == stats.binomtest(result.only_a, result.only_a + result.only_b).pvalue < 0.001
+    assert result.p_seeds == stats.ttest_rel(a.mean(1), b.mean(1)).pvalue
+
+
+def test_comparison_of_equals_and_of_one_seed():
+    a = np.array([[True, False, True]])
+    assert compare(a, a).p_images == 1.0 and np.isnan(compare(a, a).p_seeds)
+
+
+def test_a_line_is_fitted_as_numpy_does():
+    x, y = [0.5, 0.7, 0.9, 1.0], [0.1, 0.35, 0.4, 0.5]
+    fit = fit_line(x, y)
+    slope, intercept = np.polyfit(x, y, 1)
+    assert fit["slope"] == pytest.approx(slope) and fit["intercept"] == pytest.approx(intercept)
+    assert fit["r2"] == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+    assert fit_line([0.5, 0.5], [1, 2]) is None and fit_line([0.5, 0.6], [1.0, 1.0])["r2"] == 0
+
+
+def test_pictures_are_drawn(tmp_path):
+    keys = ("train_loss", "train_top1", "loss", "top1", "ema_loss", "ema_top1", "lr", "maiou")
+    draw_curves([{"epoch": n, **dict.fromkeys(keys, 0.1 * n)} for n in (1, 2)], tmp_path / "curves.png")
+    rows = [{"value": v, "maiou": 0.6 + 0.2 * abs(v), "top1": 0.5 + 0.1 * v} for v in (-1, 0, 0.5, 1)]
+    draw_sweep(rows, tmp_path / "sweep.png", "title")
+    for name in ("curves.png", "sweep.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 10_000

@@ -1,0 +1,194 @@
+import copy
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import models
+from utils import UserError, save_tensors
+
+TINY_VIT = "vit_tiny_patch16_224"
+
+
+def build(model_type="toyresnet", n_classes=5, image_size=64, patch_size=16, weights=None):
+    return models.build_model(model_type, n_classes, image_size=image_size, patch_size=patch_size, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("dinov2_vits14", "vit_small_patch14_dinov2.lvd142m"),
+        ("base", "vit_base_patch14_dinov2.lvd142m"),
+        ("large", "vit_large_patch14_dinov2.lvd142m"),
+        ("huge", "vit_giant_patch14_dinov2.lvd142m"),
+        ("dinov2_vitg14", "vit_giant_patch14_dinov2.lvd142m"),
+        ("resnet18", "resnet18"),
+        ("s", "s"),
+    ],
+)
+def test_the_short_names_of_dinov2(word, name):
+    assert models.timm_name(word) == name
+    assert word == "s" or timm.is_model(name)
+
+
+@pytest.mark.parametrize("model_type", ["toyresnet", "resnet50", "resnet18", TINY_VIT])
+def test_a_model_has_the_wanted_classes(model_type):
+    assert build(model_type).eval()(torch.randn(2, 3, 64, 64)).shape == (2, 5)
+
+
+def test_a_dinov2_classifier_takes_multiples_of_14():
+    model = build("dinov2_vits14", image_size=42, patch_size=14).eval()
+    assert model(torch.randn(1, 3, 42, 42)).shape == (1, 5)
+    with pytest.raises(UserError, match="set image_size=98"):
+        build("dinov2_vits14", image_size=100, patch_size=14)
+    with pytest.raises(UserError, match="set patch_size=16"):
+        build(TINY_VIT, patch_size=14)
+    with pytest.raises(UserError, match="no such model"):
+        build("resnet5000")
+
+
+# --- parameter groups, what learns --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["resnet50", "toyresnet", TINY_VIT])
+def test_groups_hold_each_parameter_once_and_agree_with_timms(model_type):
+    model = build(model_type)
+    groups = models.parameter_groups(model, 0.1)
+    grouped = [p for group in groups for p in group["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters()))
+    skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    theirs = param_groups_weight_decay(model, 0.1, no_weight_decay_list=skip)
+    for ours in groups:
+        same = next(group for group in theirs if group["weight_decay"] == ours["weight_decay"])
+        assert {id(p) for p in ours["params"]} == {id(p) for p in same["params"]}
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = build()
+    models.set_trainable(model, freeze_backbone=True, train_cls=False)
+    groups = models.parameter_groups(model, 0.1)
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.fc.parameters()}
+
+
+@pytest.mark.parametrize("train_cls", [False, True])
+def test_only_what_should_learn_changes_bit_for_bit(train_cls):
+    model = build(TINY_VIT, image_size=32)
+    models.set_trainable(model, freeze_backbone=not train_cls, train_cls=train_cls)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.1), lr=0.1)
+    model(torch.randn(3, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {"head.weight", "head.bias"} | ({"cls_token"} if train_cls else set())
+
+
+def test_train_cls_needs_a_cls_token():
+    with pytest.raises(UserError, match="no CLS token"):
+        models.set_trainable(build(), freeze_backbone=False, train_cls=True)
+
+
+@pytest.mark.parametrize("how", ["free", "freeze_bn", "freeze_backbone"])
+def test_batchnorm_statistics_stand_still_when_told(how):
+    model = build()
+    models.set_trainable(model, freeze_backbone=how == "freeze_backbone", train_cls=False)
+    models.train_mode(model, freeze_bn=how == "freeze_bn")
+    before = model.bn1.running_mean.clone()
+    model(torch.randn(4, 3, 64, 64) + 3)
+    assert torch.equal(before, model.bn1.running_mean) == (how != "free")
+    assert model.training
+
+
+# --- EMA ----------------------------------------------------------------------------------------------------------
+
+
+def test_ema_follows_its_formula_for_weights_and_buffers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    ema, expected = models.build_ema(model, 0.9), None
+    for _ in range(4):
+        with torch.no_grad():
+            model[0].weight.add_(torch.randn(3, 3))
+            model(torch.randn(8, 3))
+        ema.update_parameters(model)
+        now = {key: value.clone().float() for key, value in model.state_dict().items()}
+        expected = now if expected is None else {k: 0.9 * expected[k] + 0.1 * now[k] for k in now}
+    for key in ("0.weight", "1.running_mean", "1.running_var"):
+        torch.testing.assert_close(ema.module.state_dict()[key], expected[key])
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+
+def save(tmp_path, value):
+    save_tensors(tmp_path / "weights.pt", value)
+    return tmp_path / "weights.pt"
+
+
+def equal_states(a, b, leave_out=()):
+    return all(torch.equal(a[key], b[key]) for key in a if not key.startswith(leave_out))
+
+
+def test_a_checkpoint_gives_its_ema_or_its_model(tmp_path):
+    one, other, into = build(), build(), build()
+    path = save(tmp_path, {"model": one.state_dict(), "ema": other.state_dict(), "epoch": 3, "config": {"seed": 0}})
+    models.load_trained(into, path, ema=False)
+    assert equal_states(into.state_dict(), one.state_dict())
+    models.load_trained(into, path, ema=True)
+    assert equal_states(into.state_dict(), other.state_dict())
+
+
+def test_a_torchvision_state_dict_starts_the_backbone_and_leaves_the_head(tmp_path):
+    theirs = torchvision.models.resnet50()
+    model = build("resnet50", weights=save(tmp_path, theirs.state_dict()))
+    assert equal_states(model.state_dict(), theirs.state_dict(), leave_out="fc.")
+    assert model.fc.weight.shape == (5, 2048)
+
+
+def test_a_timm_state_dict_is_resampled_to_the_image_size(tmp_path):
+    theirs = timm.create_model(TINY_VIT)  # 224 px: 14 x 14 patches
+    path = save(tmp_path, {"state_dict": theirs.state_dict()})
+    model = build(TINY_VIT, image_size=64, weights=path)
+    assert model.pos_embed.shape[1] == 1 + 4 * 4
+    assert equal_states(model.blocks.state_dict(), theirs.blocks.state_dict())
+
+
+def test_an_official_dinov2_state_dict_is_understood(tmp_path):
+    theirs = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=42, depth=12)
+    state = dict(theirs.state_dict()) | {"mask_token": torch.zeros(1, 384)}
+    model = build("dinov2_vits14", image_size=42, patch_size=14, weights=save(tmp_path, state))
+    assert equal_states(model.blocks.state_dict(), theirs.blocks.state_dict())
+
+
+class Boom:
+    def __reduce__(self):
+        return print, ("code in a pickle was run",)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (lambda: build(n_classes=7).state_dict(), "trained on 7 classes, the data set has 5"),
+        (lambda: build("resnet18").state_dict(), "another architecture"),
+        (lambda: {"model": {"a": 1}}, "no state dict"),
+        (lambda: [1, 2], "no state dict"),
+        (lambda: {}, "no state dict"),
+        (lambda: Boom(), "refused"),
+    ],
+)
+def test_a_wrong_checkpoint_is_one_line(tmp_path, capsys, value, told):
+    path = save(tmp_path, value())
+    with pytest.raises(UserError, match=told) as error:
+        models.load_trained(build(), path, ema=True)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert "code in a pickle" not in capsys.readouterr().out
+
+
+def test_torn_and_missing_checkpoints(tmp_path):
+    path = save(tmp_path, build().state_dict())
+    path.write_bytes(path.read_bytes()[:5000])
+    for wrong in (path, tmp_path / "none.pt", tmp_path):
+        with pytest.raises(UserError, match=wrong.name):
+            models.load_trained(build(), wrong, ema=True)

@@ -1,0 +1,393 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import config
+import models
+import train
+from boxes import save_boxes
+from datasets import read_dataset
+from utils import UserError, load_json, load_log, load_tensors
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["num_epochs=4", "image_size=32", "batch_size=8", "num_workers=0", "dataset.name=cub", "opt.warmup_epochs=1"]
+
+
+def words(birds, run_dir, *more):
+    return [*SMALL, f"dataset.root={birds}", f"run_dir={run_dir}", *more]
+
+
+def run(birds, run_dir, *more):
+    """Train in this process as the command line would; return the summary."""
+    return train.train_run(train.load_run_config(words(birds, run_dir, *more)))
+
+
+def command(birds, run_dir, *more, **options):
+    """Start train.py as a process."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words(birds, run_dir, *more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(birds, tmp_path_factory):
+    """Return the folder of an unbroken run, with augmentation, a step schedule and an EMA that skips steps."""
+    folder = tmp_path_factory.mktemp("runs") / "unbroken"
+    run(birds, folder, *FULL)
+    return folder
+
+
+FULL = ["augment=true", "model.ema_step=3", "opt.scheduler=step", "opt.step_size=2", "dataset.check=true"]
+
+
+def assert_same_run(a, b):
+    """Check that two runs ended with the same weights, bit for bit, and logged the same numbers."""
+    first, second = (load_tensors(folder / "last.pt") for folder in (a, b))
+    for part in ("model", "ema"):
+        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
+    timed = {"seconds", "images_per_second"}
+    logs = [[{k: v for k, v in r.items() if k not in timed} for r in load_log(f / "log.jsonl")] for f in (a, b)]
+    assert logs[0] == logs[1]
+    assert (a / "predictions.json").read_text() == (b / "predictions.json").read_text()
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_all_that_was_promised(birds, unbroken):
+    wanted = {"config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png"}
+    assert wanted <= {path.name for path in unbroken.iterdir()}
+    resolved = load_json(unbroken / "config.json")
+    assert resolved["model"]["n_classes"] == 8 and resolved["A_machine"] and 0 < resolved["opt"]["gamma"] < 1
+    log = load_log(unbroken / "log.jsonl")
+    keys = {
+        "epoch",
+        "train_loss",
+        "loss",
+        "top1",
+        "ema_loss",
+        "ema_top1",
+        "lr",
+        "seconds",
+        "images_per_second",
+        "maiou",
+    }
+    assert [record["epoch"] for record in log] == [1, 2, 3, 4] and all(keys <= record.keys() for record in log)
+    assert all(record["maiou"] == 1.0 for record in log)  # THR 1, exact: every crop holds its box
+    data = read_dataset("cub", birds)
+    predictions = load_json(unbroken / "predictions.json")
+    rows = data.rows("test")
+    assert list(predictions) == [str(i) for i in data.ids[rows]]
+    summary = load_json(unbroken / "summary.json")
+    for which in ("model", "ema"):
+        right = [predictions[str(data.ids[row])][which] == data.labels[row] for row in rows]
+        assert np.mean(right) == pytest.approx(summary["top1"]["full"][which])
+    assert set(summary["top1"]) == {"full", "center", "average"}
+
+
+def test_training_learns(birds, tmp_path):
+    run(birds, tmp_path / "run", "num_epochs=12", "THR=1", "opt.lr=0.003")
+    log = load_log(tmp_path / "run" / "log.jsonl")
+    assert log[-1]["train_loss"] < log[0]["train_loss"] - 0.15
+
+
+def test_real_images_train_too(cub24, tmp_path):
+    small = ["dataset.split=70/30", "num_epochs=1", "log_interval=1", "use_box=true", "THR=0.5", "crop.mode=reference"]
+    summary = run(cub24, tmp_path / "run", *small)
+    assert summary["n_test"] == 419 and summary["boxes_clipped"] > 0
+    assert 0.85 < summary["maiou"] < 0.93  # .891 on all of CUB
+
+
+# --- the same numbers again ---------------------------------------------------------------------------------------
+
+
+def test_workers_change_nothing(birds, unbroken, tmp_path):
+    run(birds, tmp_path / "run", *FULL, "num_workers=2")
+    assert_same_run(unbroken, tmp_path / "run")
+
+
+def test_another_seed_changes_the_run(birds, unbroken, tmp_path):
+    run(birds, tmp_path / "run", *FULL, "seed=1")
+    assert load_log(tmp_path / "run" / "log.jsonl") != load_log(unbroken / "log.jsonl")
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(birds, unbroken, tmp_path):
+    folder = tmp_path / "run"
+    process = command(birds, folder, *FULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while not (folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert load_tensors(folder / "last.pt")["epoch"] < 4, "killed too late to show anything"
+    run(birds, folder, *FULL, "resume=true")
+    assert_same_run(unbroken, folder)
+
+
+def test_an_interrupted_run_says_how_to_go_on(birds, tmp_path):
+    folder = tmp_path / "run"
+    process = command(birds, folder, "num_epochs=500")
+    while not (folder / "last.pt").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"python train.py resume=true run_dir={folder}" in error and "Traceback" not in error
+
+
+def test_a_run_goes_on_from_its_own_config(birds, unbroken, tmp_path, monkeypatch):
+    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    monkeypatch.setitem(config.config, "num_epochs", 99)  # config.py was edited meanwhile
+    resumed = train.load_run_config(["resume=true", f"run_dir={folder}"])
+    assert resumed["num_epochs"] == 4 and resumed["model"]["ema_step"] == 3
+    with pytest.raises(config.ConfigError, match=r"THR=0\.5: the run in .* has 1\.0"):
+        train.load_run_config(["resume=true", f"run_dir={folder}", "THR=0.5"])
+    with pytest.raises(config.ConfigError, match="no run to go on with"):
+        train.load_run_config(["resume=true", f"run_dir={tmp_path / 'none'}"])
+
+
+def test_a_finished_run_is_not_overwritten(birds, unbroken):
+    before = (unbroken / "last.pt").read_bytes()
+    with pytest.raises(UserError, match="holds a run already"):
+        run(birds, unbroken, *FULL)
+    assert (unbroken / "last.pt").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(birds, unbroken, tmp_path):
+    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    checkpoint = load_tensors(folder / "last.pt")
+    checkpoint["model"].pop("conv1.weight")
+    torch.save(checkpoint, folder / "last.pt")
+    with pytest.raises(UserError, match="not of this run"):
+        run(birds, folder, *FULL, "resume=true")
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_target_maiou_sets_the_threshold(birds, tmp_path):
+    summary = run(birds, tmp_path / "run", "maiou=0.9", "num_epochs=3")
+    assert 0 < summary["THR"] < 1 and summary["maiou"] == pytest.approx(0.9, abs=0.02)
+    assert load_json(tmp_path / "run" / "config.json")["THR"] == summary["THR"]
+
+
+def test_plain_random_resized_crop_ignores_the_boxes(birds, tmp_path):
+    one = run(birds, tmp_path / "one", "use_box=false", "num_epochs=1")
+    two = run(birds, tmp_path / "two", "THR=-1", "num_epochs=1", "source=image")
+    assert one["maiou"] == two["maiou"] < 0.9 and one["top1"] == two["top1"]
+
+
+def test_boxes_of_a_file_and_images_without_one(birds, tmp_path, capsys):
+    data = read_dataset("cub", birds)
+    sizes = dict(zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True))
+    found = dict(zip(data.ids.tolist(), data.boxes.tolist(), strict=True))
+    save_boxes(tmp_path / "true.json", found, sizes, made_by="test", settings={})
+    save_boxes(tmp_path / "some.json", found | {1: None, 2: None}, sizes, made_by="test", settings={})
+    one = run(birds, tmp_path / "gt", "num_epochs=1")
+    two = run(birds, tmp_path / "true", "num_epochs=1", f"source={tmp_path / 'true.json'}")
+    assert one["top1"] == two["top1"]
+    some = run(birds, tmp_path / "some", "num_epochs=1", f"source={tmp_path / 'some.json'}")
+    assert some["images_without_box"] == 2 and "no box for 2 images" in capsys.readouterr().out
+
+
+def test_a_second_training_starts_from_the_first(birds, unbroken, tmp_path):
+    best = unbroken / "best.pt"
+    still = ["num_epochs=1", f"model.resumed_model={best}", "opt.lr=1e-12", "opt.target_lr=1e-12", "augment=false"]
+    run(birds, tmp_path / "run", *still, "model.freeze_bn_from=0", "opt.type=sgd", "opt.weight_decay=0")
+    ours, theirs = load_tensors(tmp_path / "run" / "last.pt")["model"], load_tensors(best)["ema"]
+    for key in theirs:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-9)
+
+
+def test_box_view_and_views_of_other_sizes(birds, tmp_path, capsys):
+    summary = run(birds, tmp_path / "run", "num_epochs=1", "eval_box=gt", "eval.views=full,whole@40")
+    assert set(summary["top1"]) == {"full", "whole@40", "box", "average"}
+    assert "oracle" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("scheduler", ["cosine", "step"])
+def test_the_schedule_ends_at_target_lr(scheduler):
+    cfg = config.load_config([f"opt.scheduler={scheduler}", "num_epochs=40", "opt.step_size=4", "opt.warmup_epochs=0"])
+    optimizer = train.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], cfg["opt"])
+    schedule = train.build_scheduler(optimizer, cfg["opt"], 40)
+    rates = []
+    for _ in range(40):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(cfg["opt"]["lr"]) and rates == sorted(rates, reverse=True)
+    assert schedule.get_last_lr()[0] == pytest.approx(cfg["opt"]["target_lr"], rel=1e-3)
+
+
+def test_warmup_rises_to_lr():
+    cfg = config.load_config(["opt.warmup_epochs=3", "num_epochs=9"])
+    optimizer = train.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], cfg["opt"])
+    schedule, rates = train.build_scheduler(optimizer, cfg["opt"], 9), []
+    for _ in range(9):
+        rates.append(schedule.get_last_lr()[0] / cfg["opt"]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0]) and rates[4] < 1
+
+
+def test_the_ema_is_updated_every_so_many_steps(birds, tmp_path):
+    run(birds, tmp_path / "run", "num_epochs=3", "model.ema_step=5")  # 21 images a class less val: 4 steps an epoch
+    state = load_tensors(tmp_path / "run" / "last.pt")
+    assert state["ema_updates"] == state["step"] // 5 > 0
+
+
+# --- sweeps -------------------------------------------------------------------------------------------------------
+
+SWEEP = ["sweeprun=true", "sweep.values=-1,0.5,1", "sweep.seeds=1", "num_epochs=1"]
+
+
+def sweep(birds, folder, *more):
+    train.main(train.load_run_config(words(birds, folder, *SWEEP, *more)))
+
+
+def test_a_local_sweep_does_each_point_once(birds, tmp_path, capsys, monkeypatch):
+    sweep(birds, tmp_path, "sweep.count=2")
+    assert "sweep.count=2 reached" in capsys.readouterr().out
+    assert len(load_json(tmp_path / "sweep.json")["rows"]) == 2
+    trained = []
+    once = train.train_run
+    monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a) or once(*a))
+    sweep(birds, tmp_path)
+    assert len(trained) == 1
+    found = load_json(tmp_path / "sweep.json")
+    assert [row["value"] for row in found["rows"]] == [-1, 0.5, 1] and found["fit"]["n"] == 2
+    assert (tmp_path / "sweep.png").exists() and "RandomResizedCrop" in (tmp_path / "sweep.md").read_text()
+    with pytest.raises(UserError, match="holds a run with batch_size=8"):
+        sweep(birds, tmp_path, "batch_size=4")
+
+
+def test_a_sweep_over_maiou(birds, tmp_path):
+    sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")
+    rows = load_json(tmp_path / "sweep.json")["rows"]
+    assert rows[0]["THR"] < rows[1]["THR"] and rows[0]["maiou"] == pytest.approx(0.85, abs=0.05)
+    sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")  # recognised, though THR was derived
+
+
+def test_a_wandb_sweep_without_a_network_is_one_line(birds, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
+    with pytest.raises(UserError, match="wandb cannot be reached") as error:
+        sweep(birds, tmp_path, "wandb=true")
+    assert "\n" not in str(error.value)
+
+
+def test_wandb_logs_offline(birds, tmp_path):
+    # in a process of its own: wandb reads its environment once a process
+    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    process = command(birds, tmp_path / "run", "num_epochs=1", "wandb=true", env=env)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, monkeypatch):
+    import wandb
+
+    folder, logged, trained = tmp_path / "sweep", [], []
+    folder.mkdir()
+    run(birds, folder / "THR=0.5,seed=0", "num_epochs=1", "THR=0.5")
+
+    class FakeRun:
+        def __init__(self, values):
+            self.config, self.summary = values, {}
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def log(self, record, step=None):
+            logged.append(record)
+
+    points = iter([{"THR": 0.5, "seed": 0}, {"THR": 1.0, "seed": 0}])
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(next(points)))
+    monkeypatch.setattr(wandb, "sweep", lambda grid, project: f"{sorted(grid['parameters'])}")
+    monkeypatch.setattr(wandb, "agent", lambda sweep_id, function, project, count: [function() for _ in range(2)])
+    once = train.train_run
+    monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a[0]["THR"]) or once(*a))
+    sweep(birds, folder, "wandb=true", "sweep.values=0.5,1.0")
+    assert trained == [1.0]
+    assert [record["test_top1"] for record in logged if "test_top1" in record] and len(logged) == 3
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["source=none.json"], r"none\.json: there is no such file"),
+        (["model.type=resnet9000"], "no such model"),
+        (["model.resumed_model=none.pt"], r"none\.pt: there is no such file"),
+        (["model.n_classes=3"], "the data set has 8"),
+        (["eval.views=box"], "eval_box is None"),
+        (["eval.views=ful"], "not understood"),
+        (["device=cuda:77"], "device=cuda:77"),
+        (["model.type=dinov2_vits14", "image_size=33"], "set image_size=28"),
+        (["dataset.val_fraction=0.9", "opt.lr=1e30", "opt.target_lr=1e-5"], "between"),
+        (["maiou=0.51"], "reach from"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(birds, tmp_path, more, told):
+    with pytest.raises((UserError, config.ConfigError), match=told) as error:
+        run(birds, tmp_path / "run", *more)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "config.json").exists()  # nothing that a new try would trip over
+
+
+def test_a_loss_that_is_no_number_ends_the_run(birds, tmp_path):
+    with pytest.raises(UserError, match=r"lower opt\.lr"):
+        run(birds, tmp_path / "run", "opt.type=sgd", "opt.lr=900", "opt.warmup_epochs=0", "num_epochs=30")
+
+
+def test_two_processes_do_not_work_in_one_folder(birds, tmp_path):
+    folder = tmp_path / "run"
+    first = command(birds, folder, "num_epochs=500")
+    while not (folder / "config.json").exists() and first.poll() is None:
+        time.sleep(0.01)
+    with pytest.raises(UserError, match="another process works there"):
+        run(birds, folder, "resume=false")
+    first.kill()
+    first.communicate()
+
+
+def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "THRR=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: THRR: there is no such key; did you mean THR? (python train.py --help lists all)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fine_tuning_the_cls_token_changes_it_and_the_head_only(birds, tmp_path):
+    vit = ["model.type=vit_tiny_patch16_224", "patch_size=16", "model.train_cls=true", "num_epochs=1"]
+    summary = run(birds, tmp_path / "run", *vit)
+    assert summary["epochs"] == 1
+    torch.manual_seed(0)
+    start = models.build_model("vit_tiny_patch16_224", 8, image_size=32, patch_size=16).state_dict()
+    end = load_tensors(tmp_path / "run" / "last.pt")["model"]
+    assert {key for key in end if not torch.equal(end[key], start[key])} == {"cls_token", "head.weight", "head.bias"}
+
+
+def test_config_json_is_the_dict_itself(unbroken):
+    assert (
+        config.leaves(json.loads((unbroken / "config.json").read_text())).keys() == config.leaves(config.config).keys()
+    )

@@ -1,0 +1,175 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from boxes import coverage, crops_to_xywh
+from transforms import (
+    LocalizedRandomResizedCrop,
+    build_train_transform,
+    build_views,
+    normalize,
+    square_crop,
+)
+
+WIDTH, HEIGHT = 53, 37
+BOX = (20.0, 10.0, 15.5, 12.25)  # xywh
+CROP = {"thr": 0.8, "mode": "exact", "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": "bilinear"}
+COLOUR = {"flip": 0.5, "augment": True, "augment_p": 1.0, "use_augment_mix": False}
+
+
+def picture(width=WIDTH, height=HEIGHT, seed=0) -> PIL.Image.Image:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC)
+
+
+def tv_box(box=BOX, box_format="XYWH"):
+    return tv_tensors.BoundingBoxes([box], format=box_format, canvas_size=(HEIGHT, WIDTH))
+
+
+def test_a_box_goes_in_as_bounding_boxes_or_as_an_argument():
+    crop = LocalizedRandomResizedCrop(24, 0.7)
+    x, y, w, h = BOX
+    results = []
+    for call in (
+        lambda: crop(picture(), tv_box())[0],
+        lambda: crop(picture(), tv_box((x, y, x + w, y + h), "XYXY"))[0],
+        lambda: crop(picture(), box=BOX),
+        lambda: crop({"image": picture(), "box": tv_box()})["image"],
+    ):
+        torch.manual_seed(5)
+        results.append(np.asarray(call()))
+    assert results[0].shape == (24, 24, 3)
+    assert all((result == results[0]).all() for result in results)
+
+
+def test_the_crop_is_torchvisions_resized_crop_of_the_drawn_params():
+    torch.manual_seed(1)
+    params = LocalizedRandomResizedCrop((11, 17), 0.5).make_params([picture(), tv_box()])
+    torch.manual_seed(1)
+    image, box = LocalizedRandomResizedCrop((11, 17), 0.5)(picture(), tv_box())
+    expected = v2.functional.resized_crop(picture(), **params, size=[11, 17], antialias=True)
+    assert image.size == (17, 11) and (np.asarray(image) == np.asarray(expected)).all()
+    assert box.canvas_size == (11, 17)  # the box is cropped along
+    expected = v2.functional.resized_crop(tv_box(), **params, size=[11, 17])
+    assert torch.equal(torch.Tensor(box), torch.Tensor(expected))
+
+
+def test_pil_images_and_uint8_tensors_give_the_same_pixels():
+    crop = LocalizedRandomResizedCrop(24, 0.7)
+    image = picture()
+    torch.manual_seed(2)
+    from_pil = v2.functional.pil_to_tensor(crop(image, box=BOX)).int()
+    torch.manual_seed(2)
+    from_tensor = crop(v2.functional.pil_to_tensor(image), box=BOX)
+    assert from_tensor.dtype == torch.uint8
+    assert (from_pil - from_tensor.int()).abs().max() <= 1  # rounding of the two resizers
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+def test_params_keep_the_box(mode):
+    kept = []
+    for number in range(200):
+        rng = np.random.default_rng(number)
+        crop = LocalizedRandomResizedCrop.get_params((WIDTH, HEIGHT), BOX, 0.9, mode, rng=rng)
+        top, left, height, width = crop
+        assert top >= 0 and top + height <= HEIGHT and left >= 0 and left + width <= WIDTH
+        kept.append(coverage(crops_to_xywh(np.array(crop)), np.array(BOX)))
+    assert min(kept) >= 0.9 if mode == "exact" else np.mean(kept) > 0.95
+
+
+def test_it_stands_in_a_compose_and_needs_exactly_one_box():
+    pipeline = v2.Compose([LocalizedRandomResizedCrop(16, 1.0), v2.RandomHorizontalFlip(0.5)])
+    image, _ = pipeline(picture(), tv_box())
+    assert image.size == (16, 16)
+    with pytest.raises(ValueError, match="one box an image"):
+        LocalizedRandomResizedCrop(16, 1.0)(picture())
+    two = tv_tensors.BoundingBoxes([BOX, BOX], format="XYWH", canvas_size=(HEIGHT, WIDTH))
+    with pytest.raises(ValueError, match="one box an image"):
+        LocalizedRandomResizedCrop(16, 1.0)(picture(), two)
+    assert LocalizedRandomResizedCrop(16, -1.0)(picture()).size == (16, 16)  # no box, none needed
+    with pytest.raises(ValueError, match="mode"):
+        LocalizedRandomResizedCrop(16, 0.5, mode="best")
+
+
+def test_the_training_transform_tells_the_crop_that_it_made():
+    transform = build_train_transform(24, **CROP, flip=0.0, augment=False, augment_p=1.0, use_augment_mix=False)
+    torch.manual_seed(3)
+    image, (top, left, height, width) = transform(picture(), np.array(BOX))
+    expected = v2.functional.resized_crop(picture(), top, left, height, width, [24, 24], antialias=True)
+    assert image.dtype == torch.uint8 and torch.equal(image, v2.functional.pil_to_tensor(expected))
+    assert coverage(np.array([left, top, width, height]), np.array(BOX)) >= 0.8
+
+
+def test_without_a_box_the_crop_is_torchvisions_own():
+    transform = build_train_transform(24, **CROP | {"thr": -1.0}, **COLOUR)
+    assert type(transform.crop) is v2.RandomResizedCrop
+
+
+@pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}, {"augment_p": 0.0}])
+def test_augmentation_is_drawn_anew_and_repeats_with_the_seed(change):
+    transform = build_train_transform(24, **CROP, **COLOUR | change)
+    seen = []
+    for seed in (0, 0, 1, 2, 3):
+        torch.manual_seed(seed)
+        seen.append(transform(picture(), np.array(BOX))[0])
+        assert seen[-1].shape == (3, 24, 24) and seen[-1].dtype == torch.uint8
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_colour_augmentation_changes_colours_and_moves_nothing():
+    flat = PIL.Image.new("RGB", (WIDTH, HEIGHT), (200, 90, 40))
+    transform = build_train_transform(24, **CROP, **COLOUR)
+    colours = set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        image, _ = transform(flat, np.array(BOX))
+        assert (image == image[:, :1, :1]).all()  # a flat image stays flat
+        colours.add(tuple(image[:, 0, 0].tolist()))
+    assert len(colours) > 8 and (200, 90, 40) in colours
+
+
+# --- test views ---------------------------------------------------------------------------------------------------
+
+
+def test_views_against_torchvision():
+    image = picture(61, 40)
+    views = build_views(["full", "center", "whole@30", "box@20"], 28, 0.875, 0.0)
+    full = v2.Compose([v2.Resize(28), v2.CenterCrop(28), v2.PILToTensor()])(image)
+    center = v2.Compose([v2.Resize(32), v2.CenterCrop(28), v2.PILToTensor()])(image)
+    assert torch.equal(views["full"](image, np.array(BOX)), full)
+    assert torch.equal(views["center"](image, np.array(BOX)), center)
+    assert torch.equal(views["whole@30"](image, np.array(BOX)), v2.PILToTensor()(v2.Resize([30, 30])(image)))
+    top, left, height, width = square_crop(BOX, image.size, 0.0)
+    box = v2.functional.resized_crop(image, top, left, height, width, [20, 20], antialias=True)
+    assert torch.equal(views["box@20"](image, np.array(BOX)), v2.functional.pil_to_tensor(box))
+
+
+@pytest.mark.parametrize(
+    ("box", "margin", "expected"),  # top, left, height, width
+    [
+        ((20, 10, 10, 6), 0.0, (8, 20, 10, 10)),  # widened to a square, concentric
+        ((0, 0, 10, 6), 0.0, (0, 0, 10, 10)),  # moved in from the corner
+        ((5, 5, 40, 20), 0.1, (0, 1, 37, 48)),  # as square as the image allows
+        ((20, 10, 10, 10), 0.5, (5, 15, 20, 20)),
+        ((0, 0, WIDTH, HEIGHT), 1.0, (0, 0, HEIGHT, WIDTH)),
+    ],
+)
+def test_a_box_view_is_square_and_inside(box, margin, expected):
+    assert square_crop(box, (WIDTH, HEIGHT), margin) == expected
+
+
+@pytest.mark.parametrize("name", ["ful", "full@", "full@0", "full@x", "box@-3", ""])
+def test_an_unknown_view_is_refused(name):
+    with pytest.raises(ValueError, match="not understood"):
+        build_views([name], 64, 0.875, 0.1)
+
+
+def test_normalize_is_torchvisions():
+    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    steps = v2.Compose(
+        [v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])]
+    )
+    torch.testing.assert_close(normalize(images), steps(images))
