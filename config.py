@@ -31,6 +31,10 @@ config = {
         "table": "toybirds_crops",  # which table reproduce.py makes; it names them all when asked for another
         "seeds": 5,  # trainings per row
     },
+    "visualize": {
+        "out": "crops.png",  # where visualize.py writes its picture
+        "images": 6,  # rows of the picture
+    },
     # --- data
     "dataset": {
         "name": "toybirds",  # toybirds (drawn by code on first use) | cub (any folder in CUB-200-2011's file format)
@@ -52,6 +56,27 @@ config = {
         "scale": [0.08, 1.0],  # area of the crop, share of the image
         "ratio": [0.75, 1.3333333333333333],  # width / height of the crop
         "interpolation": "bilinear",  # bilinear | bicubic
+    },
+    # --- attention maps and boxes of generate_dino_boxes.py
+    "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
+    "dino": {
+        "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
+        "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a checkpoint
+        # of train.py (its EMA); None: hub, or toy_localizer.pt without a model
+        "image_size": None,  # short side of the input in pixels, rounded to whole patches; None: that of its training
+        "autocontrast": False,  # stretch each image's contrast first
+        "batch_size": 32,  # images of one shape
+        "heads": "mean",  # mean | sparsity (weighted mean) | the number of one head
+        "steps": ["heads", "min_max"],  # cleaning, in this order: heads, outlier, filter, min_max, softmax
+        "filter_size": None,  # cells, of the step filter; None: a tenth of the map's short side, at least 3
+        "temperature": 2.0,  # of the softmax that makes a map a density
+        "method": "component",  # component (one connected component of the enlarged map) | published
+        "threshold": 0.15,  # of the map scaled to [0, 1]
+        "otsu": False,  # find the threshold by Otsu's method instead, image by image
+        "upsample": 4,  # component: the map is enlarged so many times before it is cut
+        "choose": "heaviest",  # component: heaviest (largest sum) | strongest (holds the maximum)
+        "size_factor": 1.0,  # component: both sides of the box are multiplied by it
+        "again": False,  # remove what lies at `out`, finished or not, and start anew
     },
     # --- augmentation
     "augment": False,  # colour-only augmentation, one drawn per image
@@ -87,7 +112,7 @@ config = {
     "image_size": 64,  # side of the training crops after resizing, pixels
     "opt": {
         "type": "adamw",  # sgd | adam | adamw
-        "lr": 2e-3,
+        "lr": 4e-3,
         "target_lr": 1e-5,  # where the schedule ends
         "momentum": 0.9,  # sgd
         "weight_decay": 0.05,  # not on norms and biases
@@ -126,6 +151,9 @@ _CUB = {
     "opt.weight_decay": 1e-4,
     "opt.warmup_epochs": 0,
     "crop.mode": "reference",
+    "dino.model": "dinov2_vits14",
+    "dino.image_size": 518,
+    "dino.steps": ["heads", "outlier", "filter", "min_max"],
     "deterministic": False,
     "num_threads": None,
 }
@@ -137,6 +165,7 @@ presets = {
         "use_box": False,
         "num_epochs": 90,  # not published: choose by the validation curve
     },
+    "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
     "cub_second_training": {
         **_CUB,
         "model.resumed_model": "runs/cub_first_training/best.pt",
@@ -155,6 +184,11 @@ OPTIONAL = {
     "sweep.id": str,
     "dataset.root": str,
     "maiou": float,
+    "out": str,
+    "dino.model": str,
+    "dino.weights": str,
+    "dino.image_size": int,
+    "dino.filter_size": int,
     "eval.size": int,
     "eval_box": str,
     "model.n_classes": int,
@@ -172,6 +206,8 @@ CHOICES = {
     "dataset.split": ("official", "70/30"),
     "crop.mode": ("exact", "reference"),
     "crop.interpolation": ("bilinear", "bicubic"),
+    "dino.method": ("component", "published"),
+    "dino.choose": ("heaviest", "strongest"),
     "opt.type": ("sgd", "adam", "adamw"),
     "opt.scheduler": ("cosine", "step"),
     "amp": ("none", "bf16", "fp16"),
@@ -182,11 +218,19 @@ RANGES = {
     "sweep.seeds": (1, math.inf),
     "sweep.count": (1, math.inf),
     "reproduce.seeds": (1, math.inf),
+    "visualize.images": (1, 64),
     "dataset.val_fraction": (0.0, 0.9),
     "THR": (-math.inf, 1.0),
     "maiou": (0.5, 1.0),
     "crop.scale": (1e-6, 1.0),
     "crop.ratio": (1e-3, 1e3),
+    "dino.image_size": (1, 4096),
+    "dino.batch_size": (1, math.inf),
+    "dino.filter_size": (1, 4096),
+    "dino.temperature": (1e-6, math.inf),
+    "dino.threshold": (0.0, 1.0),
+    "dino.upsample": (1, 64),
+    "dino.size_factor": (0.01, 100.0),
     "augment_p": (0.0, 1.0),
     "flip": (0.0, 1.0),
     "eval.size": (1, 4096),

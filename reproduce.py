@@ -26,7 +26,7 @@ class Table:
     title: str
     preset: str
     rows: dict[str, dict[str, Any]]  # name in the table -> overrides
-    control: str  # the row that the others are compared with
+    controls: tuple[str, ...]  # rows that the others are compared with: with the one that validates best
     budgets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     common: dict[str, Any] = field(default_factory=dict)
     oracles: tuple[str, ...] = ()  # views that see true boxes at test
@@ -44,7 +44,7 @@ TABLES = {
             "exact, true boxes, thr 1": {"crop.mode": "exact"},
             "exact, centred boxes, thr 1": {"crop.mode": "exact", "source": "center"},
         },
-        control="RandomResizedCrop, scale .35",
+        controls=("RandomResizedCrop, scale .08", "RandomResizedCrop, scale .35"),
         budgets={"default budget, 40 epochs": {}, "three times the budget, 120 epochs": {"num_epochs": 120}},
         common={"eval.views": ["full", "center"], "eval_box": "gt", "log_interval": 10},
         oracles=("box", "average"),
@@ -117,8 +117,8 @@ def write_table(table: Table, seeds: int, folder: Path) -> None:
 
 
 def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> dict[str, Any]:
-    """Read the finished trainings of one row: accuracies by view, right answers by view, maIoU."""
-    cells = {"seeds": [], "correct": {}, "maiou": [], "seconds": []}
+    """Read the finished trainings of one row: seeds, right answers by view, maIoU, best validation accuracy."""
+    cells = {"seeds": [], "correct": {}, "maiou": [], "validation": []}
     for seed in range(seeds):
         place = folder / place_of(table, budget, row, seed)
         if not (place / "summary.json").exists():
@@ -126,6 +126,7 @@ def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> d
         summary = load_json(place / "summary.json")
         cells["seeds"].append(seed)
         cells["maiou"].append(summary["maiou"])
+        cells["validation"].append(summary["best_validation_top1"])
         predictions = load_json(place / "predictions.json").values()
         for view in summary["top1"]:
             right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions]
@@ -137,16 +138,17 @@ def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> d
 def block_text(table: Table, budget: str, found: dict[str, dict]) -> str:
     """Return one budget's rows as Markdown."""
     views = list(next(iter(found.values()))["correct"])
+    control = max(table.controls, key=lambda row: np.mean(found[row]["validation"]) if row in found else -1.0)
     heads = [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
     lines = [
         f"**{budget}**" if budget else "",
         "",
-        f"| crops | maIoU | {' | '.join(heads)} | {views[0]}: against {table.control} | seeds |",
+        f"| crops | maIoU | {' | '.join(heads)} | {views[0]}: against {control} | seeds |",
         "|" + "---|" * (len(views) + 4),
     ]
     for row, cells in found.items():
         tops = [spread(cells["correct"][view].mean(1)) for view in views]
-        against = "" if row == table.control else versus(cells, found.get(table.control), views[0])
+        against = "" if row == control else versus(cells, found.get(control), views[0])
         maiou = f"{np.mean(cells['maiou']):.3f}"
         lines.append(f"| {row} | {maiou} | {' | '.join(tops)} | {against} | {len(cells['seeds'])} |")
     return "\n".join([*lines, ""])

@@ -53,12 +53,16 @@ def run_point(config: dict, overrides: dict[str, Any], folder: Path, train: Trai
     return train(point, wandb_run)
 
 
+# Keys that a finished training does not depend on: of the machine, of logging, of other stages.
+FREE_KEYS = {"run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
+FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
+
+
 def _check_same(folder: Path, point: dict, overrides: dict[str, Any]) -> None:
     """Refuse a folder that was made with other settings than this point has."""
     saved = load_json(folder / "config.json")
-    free = {"run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "sweep", "sweeprun", "log_interval"}
     derived = {"THR"} if "maiou" in overrides else set()
-    for key in point.keys() - free - derived:
+    for key in sorted(point.keys() - FREE_KEYS - derived):
         if not _agrees(point[key], saved.get(key)):
             raise UserError(f"{folder}: holds a run with {key}={saved.get(key)}; give another run_dir")
 
