@@ -48,7 +48,8 @@ config = {
     # --- boxes and crops
     "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
     "use_box": True,  # hold the training crops to the boxes; false: RandomResizedCrop
-    "use_dino_maps": False,  # draw the crops' centres from DINO's attention maps (needs use_box=false)
+    "use_dino_maps": False,  # draw the crops' centres from attention maps (needs use_box=false)
+    "dino_maps": None,  # the maps: the box JSON that generate_dino_boxes.py wrote them beside
     "THR": 1.0,  # share of the box that a crop keeps, 0 to 1; negative: RandomResizedCrop
     "maiou": None,  # target mean asymmetric IoU, .5 to 1: sets THR from the training boxes; None: THR as it stands
     "crop": {
@@ -56,6 +57,7 @@ config = {
         "scale": [0.08, 1.0],  # area of the crop, share of the image
         "ratio": [0.75, 1.3333333333333333],  # width / height of the crop
         "interpolation": "bilinear",  # bilinear | bicubic
+        "temperature": 2.0,  # of the softmax that makes a density of an attention map: lower is more pointed
     },
     # --- attention maps and boxes of generate_dino_boxes.py
     "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
@@ -183,6 +185,7 @@ OPTIONAL = {
     "A_machine": str,
     "sweep.id": str,
     "dataset.root": str,
+    "dino_maps": str,
     "maiou": float,
     "out": str,
     "dino.model": str,
@@ -231,6 +234,7 @@ RANGES = {
     "dino.threshold": (0.0, 1.0),
     "dino.upsample": (1, 64),
     "dino.size_factor": (0.01, 100.0),
+    "crop.temperature": (1e-4, 1e6),
     "augment_p": (0.0, 1.0),
     "flip": (0.0, 1.0),
     "eval.size": (1, 4096),

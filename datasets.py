@@ -11,10 +11,11 @@ import shutil
 import tarfile
 import urllib.error
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -337,11 +338,26 @@ class TrainImages(Dataset):
     Items are asked for as (epoch, row), so that workers that live through the run know the epoch.
     """
 
-    def __init__(self, data: DataSet, rows: np.ndarray, boxes: np.ndarray, transform: Callable, seed: int) -> None:
-        """Keep the rows of ``data`` with their crop boxes ``boxes`` (N, 4) of the whole data set."""
+    def __init__(
+        self,
+        data: DataSet,
+        rows: np.ndarray,
+        guides: Mapping[int, Any],
+        transform: Callable,
+        seed: int,
+    ) -> None:
+        """Keep the rows of ``data``.
+
+        Args:
+            data: the data set.
+            rows: which of its images.
+            guides: image id -> what the transform's crop goes by (a box, an attention map); None where it has none.
+            transform: (image, guide) -> (tensor, crop).
+            seed: of all that is drawn.
+        """
         self.paths = [data.paths[row] for row in rows]
         self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
-        self.boxes, self.transform, self.seed = boxes[rows], transform, seed
+        self.guides, self.transform, self.seed = guides, transform, seed
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -349,9 +365,9 @@ class TrainImages(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int, float]:
         """Return image (3, size, size) uint8, label, and the share of the true box that the crop kept."""
         epoch, row = key
-        image = read_image(self.paths[row])
-        with torch_seed(draw_seed(self.seed, epoch, int(self.ids[row]))):
-            image, crop = self.transform(image, self.boxes[row])
+        image, image_id = read_image(self.paths[row]), int(self.ids[row])
+        with torch_seed(draw_seed(self.seed, epoch, image_id)):
+            image, crop = self.transform(image, self.guides.get(image_id))
         return image, int(self.labels[row]), float(coverage(crops_to_xywh(np.array(crop)), self.true_boxes[row]))
 
 

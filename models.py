@@ -61,11 +61,20 @@ def _create(model_type, n_classes, image_size, patch_size, from_hub) -> nn.Modul
     except (OSError, RuntimeError) as error:
         if not from_hub:
             raise
-        reason = str(error).splitlines()[0][:100]
         raise UserError(
-            f"model.weights=hub: the weights of {model_type} cannot be fetched ({reason}); fetch them on a machine "
-            "with a network and give model.weights=FILE"
+            f"model.weights=hub: the weights of {model_type} cannot be fetched ({str(error).splitlines()[0][:80]}); "
+            f"fetch {weights_address(model_type)} on a machine with a network and give model.weights=FILE"
         ) from None
+
+
+def weights_address(model_type: str) -> str:
+    """Return where the pretrained weights of a model type are published."""
+    if model_type == "resnet50":
+        return torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url
+    published = timm.get_pretrained_cfg(timm_name(model_type))
+    if published is None:
+        return "them"
+    return f"huggingface.co/{published.hf_hub_id}/model.safetensors" if published.hf_hub_id else published.url
 
 
 def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool) -> nn.Module:
@@ -76,8 +85,12 @@ def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, fr
     if not _is_vit(name):
         return timm.create_model(name, num_classes=n_classes, pretrained=from_hub)
     patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
-    check_patch_size(image_size, patch_size, patch, name)
-    return timm.create_model(name, num_classes=n_classes, pretrained=from_hub, img_size=image_size)
+    if patch_size != patch:
+        raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
+    check_patches("image_size", image_size, patch)
+    return timm.create_model(
+        name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True
+    )
 
 
 def _is_vit(name: str) -> bool:
@@ -86,19 +99,21 @@ def _is_vit(name: str) -> bool:
     return module in ("timm.models.vision_transformer", "timm.models.eva")
 
 
-def check_patch_size(image_size: int, patch_size: int, patch: int, name: str) -> None:
-    """Check that the config knows the ViT's patch and that the image is cut into whole patches.
+def check_patches(key: str, image_size: int, patch: int | None) -> None:
+    """Check that an image side is cut into whole patches; ``key`` is the setting that it comes from.
 
     Raises:
         UserError: if not, with the nearest good size.
     """
-    if patch_size != patch:
-        raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
-    if image_size % patch:
+    if patch and image_size % patch:
         good = max(patch, round(image_size / patch) * patch)
-        raise UserError(
-            f"image_size={image_size}: no multiple of patch_size={patch}, which {name} needs; set image_size={good}"
-        )
+        raise UserError(f"{key}={image_size}: no multiple of the model's patch, {patch} pixels; set {good}")
+
+
+def patch_of(model: nn.Module) -> int | None:
+    """Return the side of a ViT's patches in pixels; None for networks without patches."""
+    patch_embed = getattr(model, "patch_embed", None)
+    return patch_embed.patch_size[0] if patch_embed is not None else None
 
 
 def head_of(model: nn.Module) -> nn.Module:

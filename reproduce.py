@@ -42,11 +42,12 @@ TABLES = {
             "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
             "reference, true boxes, thr 1": {"crop.mode": "reference"},
             "exact, true boxes, thr 1": {"crop.mode": "exact"},
+            "exact, true boxes, thr .6": {"crop.mode": "exact", "THR": 0.6},
             "exact, centred boxes, thr 1": {"crop.mode": "exact", "source": "center"},
         },
         controls=("RandomResizedCrop, scale .08", "RandomResizedCrop, scale .35"),
         budgets={"default budget, 40 epochs": {}, "three times the budget, 120 epochs": {"num_epochs": 120}},
-        common={"eval.views": ["full", "center"], "eval_box": "gt", "log_interval": 10},
+        common={"eval.views": ["full", "center", "full@96"], "eval_box": "gt", "log_interval": 10},
         oracles=("box", "average"),
     ),
 }

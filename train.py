@@ -15,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from tqdm import tqdm
 
 import models
@@ -41,10 +42,12 @@ from datasets import (
     source_boxes,
     unreadable_images,
 )
+from dino_transform import DinoRandomResizedCrop
 from evaluation import loss_and_top1, predict
+from map_cache import MapCache, dataset_fingerprint
 from plots import draw_curves
 from sweep import FolderInUseError, run_sweep, start_wandb
-from transforms import build_train_transform, build_views, normalize
+from transforms import build_box_crop, build_train_transform, build_views, normalize
 from utils import (
     Terminated,
     UserError,
@@ -62,6 +65,7 @@ from utils import (
     user_errors,
 )
 
+WORTH_A_WORKER = 2000  # images: fewer are read sooner than a spawn worker starts, some seconds
 # What may change between a run and its continuation: it does not change the numbers.
 RESUME_MAY_CHANGE = {"resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
 
@@ -249,15 +253,13 @@ def build_loaders(
     """Build the loaders of training, validation (first view only) and test (all views)."""
     machine = {"num_workers": worker_count(config["num_workers"]), "pin_memory": device.type == "cuda"}
     transform = build_train_transform(
-        config["image_size"],
-        thr=config["THR"] if config["use_box"] else -1.0,
+        build_crop(config),
         flip=config["flip"],
         augment=config["augment"],
         augment_p=config["augment_p"],
         use_augment_mix=config["use_augment_mix"],
-        **config["crop"],
     )
-    train = TrainImages(data, data.rows("train"), boxes, transform, config["seed"])
+    train = TrainImages(data, data.rows("train"), crop_guides(config, data, boxes), transform, config["seed"])
     batches = EpochBatches(len(train), config["batch_size"], config["seed"])
     views = test_views(config)
     view_boxes = source_boxes(config["eval_box"] or "image", data)[0]
@@ -265,12 +267,45 @@ def build_loaders(
     return (
         build_loader(train, batch_sampler=batches, **machine),
         _view_loader(config, data, validation_rows(data), view_boxes, first, machine),
-        _view_loader(config, data, data.rows("test"), view_boxes, views, machine | {"num_workers": 0}),
+        _view_loader(config, data, data.rows("test"), view_boxes, views, machine),
     )
+
+
+def build_crop(config: dict) -> v2.Transform:
+    """Build the training crop: held to boxes, centred by attention maps, or plain."""
+    crop = config["crop"]
+    if config["use_dino_maps"]:
+        return DinoRandomResizedCrop(
+            config["image_size"],
+            scale=tuple(crop["scale"]),
+            ratio=tuple(crop["ratio"]),
+            temperature=crop["temperature"],
+            interpolation=v2.InterpolationMode(crop["interpolation"]),
+        )
+    return build_box_crop(
+        config["image_size"],
+        thr=config["THR"] if config["use_box"] else -1.0,
+        mode=crop["mode"],
+        scale=crop["scale"],
+        ratio=crop["ratio"],
+        interpolation=crop["interpolation"],
+    )
+
+
+def crop_guides(config: dict, data: DataSet, boxes: np.ndarray) -> Mapping[int, np.ndarray]:
+    """Return what the crop of each image goes by, by image id: its attention map, or its box."""
+    if not config["use_dino_maps"]:
+        return dict(zip(data.ids.tolist(), boxes, strict=True))
+    if config["dino_maps"] is None:
+        raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
+    names = [str(path.relative_to(data.root.resolve() / "images")) for path in data.paths]
+    return MapCache.open(config["dino_maps"], dataset=dataset_fingerprint(data.ids, names, data.image_sizes))
 
 
 def _view_loader(config, data, rows, boxes, views, machine) -> DataLoader:
     images = ViewImages(data, rows, boxes, list(views.values()))
+    if len(images) < WORTH_A_WORKER:
+        machine = machine | {"num_workers": 0}
     return build_loader(images, batch_size=config["eval"]["batch_size"], **machine)
 
 
@@ -305,6 +340,8 @@ def build_run(folder: Path, config: dict, device: torch.device, steps_per_epoch:
         patch_size=config["patch_size"],
         weights=wanted["weights"],
     )
+    for name, view in test_views(config).items():
+        models.check_patches(f"eval.views={name}: size", view.size, models.patch_of(model))
     if wanted["resumed_model"]:
         models.load_trained(model, wanted["resumed_model"], ema=wanted["resumed_ema"])
     models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
@@ -345,7 +382,9 @@ def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
     crop = f"crops held to {config['source']}, {config['crop']['mode']}, THR={config['THR']:.3g}"
-    if not config["use_box"] or config["THR"] < 0:
+    if config["use_dino_maps"]:
+        crop = f"crops centred by the maps of {config['dino_maps']}, temperature {config['crop']['temperature']:g}"
+    elif not config["use_box"] or config["THR"] < 0:
         crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
     return "\n".join(
@@ -398,7 +437,7 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
     sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
-    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, unit_scale=True)
+    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False)
     for images, labels, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) float64
         labels = labels.to(device, non_blocking=True)
         with autocast:

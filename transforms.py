@@ -132,7 +132,8 @@ class TrainTransform:
     """Crop, flip and recolour one training image; tells which crop it drew.
 
     Args:
-        crop: a v2 transform whose parameters are top, left, height, width.
+        crop: a v2 transform whose parameters are top, left, height, width, drawn from the image and its guide: a box
+            or an attention map.
         flip: probability of a horizontal flip.
         colour: colour augmentation applied after the crop, None for none.
     """
@@ -141,32 +142,39 @@ class TrainTransform:
         self.crop = crop
         self.after = v2.Compose([v2.RandomHorizontalFlip(flip), *([colour] if colour else []), v2.PILToTensor()])
 
-    def __call__(self, image: PIL.Image.Image, box_xywh: np.ndarray) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-        """Return the image, (3, size, size) uint8, and the crop's (top, left, height, width) in its pixels."""
-        params = self.crop.make_params([image, as_bounding_boxes(box_xywh, image.size[::-1])])
+    def __call__(
+        self, image: PIL.Image.Image, guide: np.ndarray | None
+    ) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+        """Return the image, (3, size, size) uint8, and the crop's (top, left, height, width) in its pixels.
+
+        Args:
+            image: the whole image.
+            guide: what the crop goes by: the image's box (4,) x y width height, or its attention map (feat_h, feat_w),
+                None where it has no map.
+        """
+        is_box = guide is not None and np.ndim(guide) == 1
+        params = self.crop.make_params([image, as_bounding_boxes(guide, image.size[::-1]) if is_box else guide])
         crop = tuple(params[key] for key in ("top", "left", "height", "width"))
         return self.after(self.crop.transform(image, params)), crop
 
 
-def build_train_transform(
-    image_size: int,
-    *,
-    thr: float,
-    mode: str,
-    scale: Sequence[float],
-    ratio: Sequence[float],
-    interpolation: str,
-    flip: float,
-    augment: bool,
-    augment_p: float,
-    use_augment_mix: bool,
-) -> TrainTransform:
-    """Build the training transform; arguments are the config's keys of these names (thr negative: no box)."""
+def build_box_crop(
+    image_size: int, *, thr: float, mode: str, scale: Sequence[float], ratio: Sequence[float], interpolation: str
+) -> v2.Transform:
+    """Build the crop that is held to a box; torchvision's own RandomResizedCrop where ``thr`` is negative.
+
+    Arguments are the config's keys of these names.
+    """
     how = {"scale": tuple(scale), "ratio": tuple(ratio), "interpolation": v2.InterpolationMode(interpolation)}
     if thr < 0:
-        crop = v2.RandomResizedCrop(image_size, antialias=True, **how)
-    else:
-        crop = LocalizedRandomResizedCrop(image_size, thr, mode, **how)
+        return v2.RandomResizedCrop(image_size, antialias=True, **how)
+    return LocalizedRandomResizedCrop(image_size, thr, mode, **how)
+
+
+def build_train_transform(
+    crop: v2.Transform, *, flip: float, augment: bool, augment_p: float, use_augment_mix: bool
+) -> TrainTransform:
+    """Build the training transform around a crop; arguments are the config's keys of these names."""
     colour = build_colour_augmentation(augment_p) if augment else None
     return TrainTransform(crop, flip, v2.AugMix() if use_augment_mix else colour)
 

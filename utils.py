@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import random
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 
 
@@ -23,6 +25,11 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         # a loader's worker hands its error over as a whole traceback with the message at its end
         super().__init__(message.rpartition("UserError: ")[2].strip())
+
+
+# What torch.load and safetensors raise on files that are torn or something else.
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
+UNREADABLE += (safetensors.SafetensorError,)
 
 
 class Terminated(BaseException):
@@ -129,12 +136,14 @@ def save_tensors(path: Path | str, value: Any) -> None:
 
 
 def load_tensors(path: Path | str) -> Any:
-    """Return what a ``.pt`` or ``.pth`` file holds, on the CPU; code in the pickle is never run.
+    """Return what a ``.pt``, ``.pth`` or ``.safetensors`` file holds, on the CPU; code in a pickle is never run.
 
     Raises:
         UserError: if there is no such file, it is torn, or it holds more than tensors and plain values.
     """
     try:
+        if Path(path).suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
@@ -147,7 +156,7 @@ def load_tensors(path: Path | str) -> Any:
         ) from None
     except PermissionError:
         raise UserError(f"{path}: may not be read; see its permissions") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: torn or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
 
 
@@ -177,7 +186,11 @@ def locked(folder: Path | str) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it: leave nothing behind
+                shutil.rmtree(folder)
 
 
 def load_log(path: Path | str) -> list[dict]:

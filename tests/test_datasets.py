@@ -16,7 +16,7 @@ import torch
 import datasets
 from boxes import save_boxes
 from datasets import EpochBatches, TrainImages, ViewImages, build_loader, read_dataset, read_image, source_boxes
-from transforms import build_train_transform, build_views
+from transforms import build_box_crop, build_train_transform, build_views
 from utils import UserError
 
 
@@ -205,11 +205,10 @@ def test_sources(birds, tmp_path):
 
 
 def train_images(data, seed=0):
-    transform = build_train_transform(
-        24, thr=0.8, mode="exact", scale=(0.08, 1), ratio=(0.75, 4 / 3), interpolation="bilinear",
-        flip=0.5, augment=True, augment_p=1.0, use_augment_mix=False,
-    )  # fmt: skip
-    return TrainImages(data, data.rows("train"), data.boxes, transform, seed)
+    crop = build_box_crop(24, thr=0.8, mode="exact", scale=(0.08, 1), ratio=(0.75, 4 / 3), interpolation="bilinear")
+    transform = build_train_transform(crop, flip=0.5, augment=True, augment_p=1.0, use_augment_mix=False)
+    guides = dict(zip(data.ids.tolist(), data.boxes, strict=True))
+    return TrainImages(data, data.rows("train"), guides, transform, seed)
 
 
 def one_epoch(images, epoch, num_workers, batch_size=7):

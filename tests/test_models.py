@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from safetensors.torch import save_file
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
@@ -42,12 +43,28 @@ def test_a_model_has_the_wanted_classes(model_type):
 def test_a_dinov2_classifier_takes_multiples_of_14():
     model = build("dinov2_vits14", image_size=42, patch_size=14).eval()
     assert model(torch.randn(1, 3, 42, 42)).shape == (1, 5)
-    with pytest.raises(UserError, match="set image_size=98"):
+    with pytest.raises(UserError, match=r"image_size=100: no multiple .* set 98"):
         build("dinov2_vits14", image_size=100, patch_size=14)
+    assert model(torch.randn(1, 3, 28, 70)).shape == (1, 5)  # test views may have other sizes
     with pytest.raises(UserError, match="set patch_size=16"):
         build(TINY_VIT, patch_size=14)
     with pytest.raises(UserError, match="no such model"):
         build("resnet5000")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "told"),
+    [("resnet50", "resnet50-11ad3fa6.pth"), ("small", "timm/vit_small_patch14_dinov2.lvd142m/model.safetensors")],
+)
+def test_without_a_network_the_file_to_fetch_is_named(model_type, told, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(torchvision.models, "resnet50", no_network)
+    monkeypatch.setattr(timm, "create_model", no_network)
+    with pytest.raises(UserError, match=told) as error:
+        models._create(model_type, 5, 56, 14, from_hub=True)
+    assert "model.weights=FILE" in str(error.value) and "\n" not in str(error.value)
 
 
 # --- parameter groups, what learns --------------------------------------------------------------------------------
@@ -153,6 +170,16 @@ def test_a_timm_state_dict_is_resampled_to_the_image_size(tmp_path):
     model = build(TINY_VIT, image_size=64, weights=path)
     assert model.pos_embed.shape[1] == 1 + 4 * 4
     assert equal_states(model.blocks.state_dict(), theirs.blocks.state_dict())
+
+
+def test_safetensors_are_read_too(tmp_path):
+    theirs = timm.create_model("resnet18")
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    model = build("resnet18", weights=tmp_path / "model.safetensors")
+    assert equal_states(model.state_dict(), theirs.state_dict(), leave_out="fc.")
+    (tmp_path / "torn.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:999])
+    with pytest.raises(UserError, match=r"torn\.safetensors"):
+        build("resnet18", weights=tmp_path / "torn.safetensors")
 
 
 def test_an_official_dinov2_state_dict_is_understood(tmp_path):

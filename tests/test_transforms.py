@@ -8,6 +8,7 @@ from torchvision.transforms import v2
 from boxes import coverage, crops_to_xywh
 from transforms import (
     LocalizedRandomResizedCrop,
+    build_box_crop,
     build_train_transform,
     build_views,
     normalize,
@@ -95,7 +96,9 @@ def test_it_stands_in_a_compose_and_needs_exactly_one_box():
 
 
 def test_the_training_transform_tells_the_crop_that_it_made():
-    transform = build_train_transform(24, **CROP, flip=0.0, augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = build_train_transform(
+        build_box_crop(24, **CROP), flip=0.0, augment=False, augment_p=1.0, use_augment_mix=False
+    )
     torch.manual_seed(3)
     image, (top, left, height, width) = transform(picture(), np.array(BOX))
     expected = v2.functional.resized_crop(picture(), top, left, height, width, [24, 24], antialias=True)
@@ -104,13 +107,12 @@ def test_the_training_transform_tells_the_crop_that_it_made():
 
 
 def test_without_a_box_the_crop_is_torchvisions_own():
-    transform = build_train_transform(24, **CROP | {"thr": -1.0}, **COLOUR)
-    assert type(transform.crop) is v2.RandomResizedCrop
+    assert type(build_box_crop(24, **CROP | {"thr": -1.0})) is v2.RandomResizedCrop
 
 
 @pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}, {"augment_p": 0.0}])
 def test_augmentation_is_drawn_anew_and_repeats_with_the_seed(change):
-    transform = build_train_transform(24, **CROP, **COLOUR | change)
+    transform = build_train_transform(build_box_crop(24, **CROP), **COLOUR | change)
     seen = []
     for seed in (0, 0, 1, 2, 3):
         torch.manual_seed(seed)
@@ -121,7 +123,7 @@ def test_augmentation_is_drawn_anew_and_repeats_with_the_seed(change):
 
 def test_colour_augmentation_changes_colours_and_moves_nothing():
     flat = PIL.Image.new("RGB", (WIDTH, HEIGHT), (200, 90, 40))
-    transform = build_train_transform(24, **CROP, **COLOUR)
+    transform = build_train_transform(build_box_crop(24, **CROP), **COLOUR)
     colours = set()
     for seed in range(40):
         torch.manual_seed(seed)

@@ -66,6 +66,11 @@ def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path):
     holder.wait()
     with utils.locked(tmp_path) as mine:
         assert mine
+        (tmp_path / "kept").touch()
+    assert (tmp_path / "kept").exists()
+    with utils.locked(tmp_path / "other"):
+        pass
+    assert not (tmp_path / "other").exists()  # an empty folder is not left behind
 
 
 def test_torch_seed_repeats_and_leaves_no_trace():

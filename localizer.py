@@ -1,0 +1,192 @@
+"""The network whose attention gives the maps: by name, from the hub, a local file, or a checkpoint of train.py."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision.transforms.v2.functional as F
+from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
+from torch import nn
+
+from attention import last_attention
+from models import load_backbone, timm_name
+from utils import UserError, load_tensors, torch_seed
+
+TOY_WEIGHTS = Path(__file__).parent / "toy_localizer.pt"  # made by make_toy_localizer.py
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, of train.py's networks too
+
+
+@dataclass(frozen=True)
+class Localizer:
+    """A network without its classifier, and what its input must be."""
+
+    model: nn.Module  # in eval mode
+    name: str  # of the architecture
+    weights: str  # where they came from
+    weights_sha256: str
+    image_size: int  # pixels, the side it was trained at
+    patch: tuple[int, int]  # height, width in pixels
+    mean: tuple[float, ...] = IMAGENET[0]
+    std: tuple[float, ...] = IMAGENET[1]
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return (B, 3, H, W) uint8 images as the float32 that the network wants, on their device."""
+        return F.normalize(images.float().div_(255), list(self.mean), list(self.std), inplace=True)
+
+
+def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
+    """Build the network and load its weights.
+
+    Args:
+        model_type: a timm name or dinov2_vit{s,b,l,g}14; None: what the weights file says of itself.
+        weights: "hub"; "random" (to test a pipeline); a state dict's path (official DINO or DINOv2, timm); a checkpoint
+            of train.py, whose EMA is taken; None: the ToyBirds localizer, or with a ``model_type`` the hub.
+
+    Raises:
+        UserError: one line, on a name, file or architecture that does not serve.
+    """
+    weights = weights or ("hub" if model_type else str(TOY_WEIGHTS))
+    if weights in ("hub", "random"):
+        if model_type is None:
+            raise UserError(f"dino.weights={weights}: name the network too, such as dino.model=dinov2_vits14")
+        name, model = timm_name(model_type), _from_hub(model_type) if weights == "hub" else _from_scratch(model_type)
+        return _finish(model, name, weights, **_input_of(model))
+    content = load_tensors(weights)
+    about = content.get("config") if isinstance(content, dict) else None
+    if isinstance(about, dict):
+        return _from_checkpoint(weights, about, model_type)
+    about = content.get("about") if isinstance(content, dict) else None
+    if isinstance(about, dict) and model_type is None:
+        return _from_toy(weights, content, about)
+    if model_type is None:
+        raise UserError(f"{weights}: does not say which network it is of; add dino.model=NAME, such as dinov2_vits14")
+    model = _create(timm_name(model_type))
+    _load(model, weights, "dino.model")
+    return _finish(model, timm_name(model_type), weights, **_input_of(model))
+
+
+def _finish(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:
+    try:
+        last_attention(model)
+    except ValueError as error:
+        raise UserError(f"dino.model: {name} gives no maps: {error}") from None
+    patch = tuple(model.patch_embed.feat_ratio(as_scalar=False))
+    return Localizer(model.eval(), name, weights, state_hash(model), patch=patch, **input_of)
+
+
+def state_hash(model: nn.Module) -> str:
+    """Return a hash of all weights and buffers: equal weights from different files are the same."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# --- from the hub, from a plain state dict ------------------------------------------------------------------------
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        raise UserError(f"dino.model={name}: there is no such model; timm has {', '.join(near) or 'no similar one'}")
+    try:
+        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+    except TypeError:
+        raise UserError(f"dino.model={name}: is no Vision Transformer of any input size; give one, such as DINOv2") from None
+
+
+def _input_of(model: nn.Module) -> dict[str, Any]:
+    about = model.pretrained_cfg
+    return {"image_size": about["input_size"][-1], "mean": tuple(about["mean"]), "std": tuple(about["std"])}
+
+
+def _from_hub(model_type: str) -> nn.Module:
+    name = timm_name(model_type)
+    _create(name)  # a wrong name is told apart from a missing network
+    try:
+        return _create(name, pretrained=True)
+    except Exception as error:  # the hub's clients raise errors of many unrelated kinds
+        raise UserError(
+            f"dino.weights=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
+            f"{_weights_url(name)} on a machine with a network and give dino.weights=FILE dino.model={model_type}"
+        ) from None
+
+
+def _weights_url(name: str) -> str:
+    about = timm.get_pretrained_cfg(name)
+    if about is not None and about.url:
+        return about.url
+    hub_id = getattr(about, "hf_hub_id", None) or f"timm/{name}"
+    return f"https://huggingface.co/{hub_id.removesuffix('/')}/resolve/main/pytorch_model.bin"
+
+
+def _from_scratch(model_type: str) -> nn.Module:
+    with torch_seed(0):
+        return _create(timm_name(model_type))
+
+
+def _load(model: nn.Module, path: str, key: str) -> None:
+    try:
+        load_backbone(model, path)
+    except UserError as error:
+        raise UserError(str(error).replace("model.type", key)) from None
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"{path}: of another architecture than {key} ({reason})") from None
+
+
+# --- files that say what they are ---------------------------------------------------------------------------------
+
+
+def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) -> Localizer:
+    """Build the network of a checkpoint of train.py, at the input size that it was trained at, with its EMA."""
+    try:
+        trained, image_size = timm_name(config["model"]["type"]), int(config["image_size"])
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: its config names no model.type and image_size; train it again") from None
+    if model_type is not None and timm_name(model_type) != trained:
+        raise UserError(f"{path}: of {trained}, but dino.model={model_type}; leave dino.model=None or give another file")
+    if not timm.is_model(trained):
+        raise UserError(f"{path}: of {trained}, which has no attention; a Vision Transformer is needed")
+    model = _create(trained, img_size=image_size)
+    _load(model, path, "its own model.type")
+    return _finish(model, trained, path, image_size=image_size)
+
+
+def build_toy_vit(*, image_size: int, stride: int, width: int, depth: int, heads: int) -> nn.Module:
+    """Build the small ViT for drawn birds: a convolutional stem, so that it learns within a minute, and no classifier.
+
+    Args:
+        image_size: side of the training images in pixels; others work too.
+        stride: pixels a cell, a power of two: as many convolutions of stride two.
+        width, depth, heads: of the transformer.
+    """
+    count = stride.bit_length() - 1
+    channels = tuple(max(32, width >> left) for left in reversed(range(count)))
+    stem = ConvStem(depth=count, channels=channels, stride=(2,) * count, kernel_size=3, act_layer=nn.GELU)
+    return timm.models.VisionTransformer(
+        img_size=image_size,
+        patch_size=1,  # of the stem's output
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        num_classes=0,
+        dynamic_img_size=True,
+        embed_layer=partial(HybridEmbed, backbone=stem, proj=False),
+    )
+
+
+def _from_toy(path: str, content: dict[str, Any], about: dict[str, Any]) -> Localizer:
+    try:
+        model = build_toy_vit(**about["architecture"])
+        model.load_state_dict({key: value.float() for key, value in content["model"].items()})
+        image_size = int(about["architecture"]["image_size"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:80]
+        raise UserError(f"{path}: not a file of make_toy_localizer.py ({reason}); run it again") from None
+    return _finish(model, "toy_localizer", path, image_size=image_size)

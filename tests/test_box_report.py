@@ -1,0 +1,106 @@
+"""box_report.py against brute force over pixels, and its files."""
+
+import numpy as np
+import PIL.Image
+import pytest
+
+import box_report
+from box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
+from utils import load_json
+
+SIZES = np.array([[53, 37], [40, 61], [30, 30], [71, 44], [64, 48]])  # width, height: odd and unequal
+SPLIT = np.array(["train", "val", "test", "train", "test"])
+
+
+def some_boxes(seed):
+    rng = np.random.default_rng(seed)
+    near = rng.integers(0, SIZES // 2)
+    return np.concatenate([near, rng.integers(2, SIZES - near)], axis=1).astype(np.float64)
+
+
+def pixels(box, size):
+    """(H, W) bool, True inside a box of whole pixels."""
+    x, y, width, height = box.astype(int)
+    mask = np.zeros((size[1], size[0]), dtype=bool)
+    mask[y : y + height, x : x + width] = True
+    return mask
+
+
+def brute_force(boxes, true):
+    masks = [(pixels(b, s), pixels(t, s)) for b, t, s in zip(boxes, true, SIZES, strict=True)]
+    ious = np.array([(a & b).sum() / (a | b).sum() for a, b in masks])
+    return ious, np.array([(a & b).sum() / b.sum() for a, b in masks])
+
+
+@pytest.fixture
+def scores():
+    found = np.array([True, False, True, True, True])
+    return evaluate_boxes(some_boxes(0), found, some_boxes(1), SIZES, SPLIT)
+
+
+def test_figures_against_pixels(scores):
+    ious, coverages = brute_force(some_boxes(0), some_boxes(1))
+    for split, rows in (("train", [0, 1, 3]), ("test", [2, 4])):
+        score = scores["boxes"][split]
+        assert score["mean_iou"] == pytest.approx(ious[rows].mean())
+        assert score["coverage"] == pytest.approx(coverages[rows].mean())
+        for level in ("0.3", "0.5", "0.7"):
+            assert score["iou_at"][level] == (ious[rows] >= float(level)).mean()
+        assert score["n"] == len(rows)
+    assert (scores["boxes"]["train"]["n_without_box"], scores["boxes"]["test"]["n_without_box"]) == (1, 0)
+
+
+def test_every_baseline_has_every_figure(scores):
+    assert set(scores) == {"boxes", "whole_image", "center", "median_train"}
+    for method in scores.values():
+        for split in ("train", "test"):
+            assert {"mean_iou", "coverage", "iou_at", "n", "n_without_box"} == set(method[split])
+    whole = np.concatenate([np.zeros_like(SIZES), SIZES], axis=1)
+    ious, _ = brute_force(whole, some_boxes(1))
+    assert scores["whole_image"]["test"]["mean_iou"] == pytest.approx(ious[[2, 4]].mean())
+    assert scores["whole_image"]["test"]["coverage"] == 1
+
+
+def test_the_median_box_looks_at_training_images_only():
+    true = some_boxes(1)
+    is_train = np.isin(SPLIT, ("train", "val"))
+    before = box_report.median_boxes(true, SIZES, is_train)
+    edges = np.concatenate([true[:, :2], true[:, :2] + true[:, 2:]], axis=1) / np.tile(SIZES, 2)
+    expected = np.median(edges[is_train], axis=0) * np.tile(SIZES, 2)
+    assert np.allclose(before[:, :2], expected[:, :2])
+    assert np.allclose(before[:, :2] + before[:, 2:], expected[:, 2:])
+    changed = np.where(is_train[:, None], true, 1.0)
+    assert np.array_equal(box_report.median_boxes(changed, SIZES, is_train), before)
+
+
+def test_a_split_without_images_is_left_out():
+    test_only = np.array(["test"] * 5)
+    scores = evaluate_boxes(some_boxes(0), np.ones(5, bool), some_boxes(1), SIZES, test_only)
+    assert set(scores["boxes"]) == {"test"} and scores["median_train"] == scores["center"]
+    assert "train" not in report_table(scores).replace("median training", "")
+
+
+def test_the_files(scores, tmp_path):
+    save_report(tmp_path / "my.boxes.json", scores, {"maps": 1.5}, images_mapped=5)
+    content = load_json(tmp_path / "my.boxes.eval.json")
+    assert content["boxes"] == scores["boxes"] and content["seconds"] == {"maps": 1.5}
+    assert "torch" in content["environment"] and content["images_mapped"] == 5
+    table = (tmp_path / "my.boxes.eval.md").read_text().splitlines()
+    assert len(table) == 2 + 2 * 4 and len({line.count("|") for line in table}) == 1
+    assert f"{scores['boxes']['train']['mean_iou']:.3f}" in table[2]
+
+
+def test_best_median_worst():
+    ious = np.array([0.1, 0.9, 0.5, 0.3, 0.7])
+    assert best_median_worst(ious, 1) == {"best": [1], "median": [2], "worst": [0]}
+    assert best_median_worst(ious, 9)["best"] == [1, 4, 2, 3, 0]
+
+
+def test_the_contact_sheet_is_a_picture(tmp_path):
+    image = PIL.Image.new("RGB", (53, 37), (200, 30, 30))
+    panel = Panel(image, np.full((4, 5), np.nan), (5, 5, 20, 10), (8, 8, 20, 10), "image 3")
+    draw_contact_sheet({"best": [panel, panel], "worst": [panel]}, tmp_path / "sheet.png")
+    with PIL.Image.open(tmp_path / "sheet.png") as sheet:
+        sheet.load()
+        assert sheet.width > 300
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,148 @@
+"""Density-map crops: the law of their centres and shapes, and that they lie inside the image."""
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from scipy import stats
+from torchvision.transforms import v2
+
+import dino_transform
+from dino_transform import (
+    DinoRandomResizedCrop,
+    draw_crop_shapes,
+    draw_density_points,
+    map_to_density,
+    sample_density_crops,
+)
+
+IMAGE_SIZE = (53, 37)  # width, height
+FEAT = (5, 9)
+
+
+def random_density(seed=0):
+    density = np.random.default_rng(seed).random(FEAT) ** 2
+    density[1, 2] = 0  # a cell that is never drawn
+    return density / density.sum()
+
+
+def test_attention_is_importable_from_here():
+    assert dino_transform.cls_attention.__module__ == "attention"
+
+
+def test_centres_follow_the_density():
+    density, num_points = random_density(), 40_000
+    points = draw_density_points(density, IMAGE_SIZE, num_points, np.random.default_rng(1))
+    columns, rows = (points / IMAGE_SIZE * FEAT[::-1]).astype(int).T
+    counts = np.zeros(FEAT)
+    np.add.at(counts, (rows, columns), 1)
+    drawn = density > 0
+    assert counts[~drawn].sum() == 0
+    assert stats.chisquare(counts[drawn], density[drawn] * num_points).pvalue > 0.01
+    transposed = np.ascontiguousarray(density.T).reshape(FEAT)  # a swapped axis must not pass
+    assert stats.chisquare(counts[drawn], (transposed[drawn] / transposed[drawn].sum()) * num_points).pvalue < 1e-9
+
+
+def test_centres_are_uniform_inside_a_cell():
+    density = np.zeros(FEAT)
+    density[3, 7] = 1
+    points = draw_density_points(density, IMAGE_SIZE, 5_000, np.random.default_rng(2))
+    inside = points / IMAGE_SIZE * FEAT[::-1] - (7, 3)
+    for axis in (0, 1):
+        assert stats.kstest(inside[:, axis], "uniform").pvalue > 0.01
+
+
+def test_crops_are_centred_on_the_drawn_points_where_the_border_allows():
+    density = np.zeros(FEAT)
+    density[2, 4] = 1  # the middle cell
+    crops = sample_density_crops(density, (530, 370), 2_000, scale=(0.1, 0.1), rng=np.random.default_rng(3))
+    top, left, height, width = crops.T
+    assert np.abs(left + width / 2 - 265).max() <= 530 / 9 / 2 + 1
+    assert np.abs(top + height / 2 - 185).max() <= 370 / 5 / 2 + 1
+
+
+@pytest.mark.parametrize("image_size", [(53, 37), (37, 53), (1, 1), (500, 3), (3, 500)])
+def test_crops_lie_inside_the_image(image_size):
+    crops = sample_density_crops(random_density(), image_size, 3_000, rng=np.random.default_rng(4))
+    top, left, height, width = crops.T
+    assert crops.dtype == np.int64 and (crops[:, :2] >= 0).all() and (crops[:, 2:] >= 1).all()
+    assert (left + width <= image_size[0]).all() and (top + height <= image_size[1]).all()
+
+
+def test_shapes_follow_torchvision():
+    scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4_000
+    shapes = draw_crop_shapes((200, 150), count, scale, ratio, np.random.default_rng(5))
+    torch.manual_seed(0)
+    image = torch.zeros(1, 150, 200, dtype=torch.uint8)
+    theirs = [v2.RandomResizedCrop(8, scale, ratio).make_params([image]) for _ in range(count)]
+    assert stats.ks_2samp(shapes[:, 0], [params["width"] for params in theirs]).pvalue > 0.01
+    assert stats.ks_2samp(shapes[:, 1], [params["height"] for params in theirs]).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("image_size", "shape"), [((500, 30), (40, 30)), ((30, 500), (30, 40)), ((30, 35), (30, 35))])
+def test_shape_where_no_try_fits(image_size, shape):
+    shapes = draw_crop_shapes(image_size, 3, (5.0, 6.0), (3 / 4, 4 / 3), np.random.default_rng(6))
+    assert (shapes == shape).all()
+
+
+def test_temperature():
+    cells = np.random.default_rng(7).random(FEAT)
+    assert map_to_density(cells, 1e-4).max() == pytest.approx(1)
+    assert np.allclose(map_to_density(cells, 1e6), 1 / cells.size, atol=1e-6)
+    concentration = [(map_to_density(cells, t) ** 2).sum() for t in (0.05, 0.2, 1.0, 5.0)]
+    assert concentration == sorted(concentration, reverse=True)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7, np.nan])
+def test_blank_maps_give_the_uniform_density(value):
+    assert np.allclose(map_to_density(np.full(FEAT, value, dtype=np.float16), 2.0), 1 / 45)
+
+
+def test_float16_maps_of_a_large_grid_lose_no_cell():
+    density = map_to_density(np.random.default_rng(8).random((64, 64)).astype(np.float16), 2.0)
+    assert density.sum() == pytest.approx(1) and (density > 0).all()
+
+
+@pytest.mark.parametrize("make_map", [np.asarray, torch.from_numpy])
+def test_transform_on_pil_and_tensor_is_the_same(make_map):
+    pixels = np.random.default_rng(9).integers(0, 256, (37, 53, 3), dtype=np.uint8)
+    attention_map = make_map(np.random.default_rng(10).random(FEAT).astype(np.float16))
+    transform = DinoRandomResizedCrop((16, 24), temperature=0.2)
+    torch.manual_seed(3)
+    from_pil = transform(PIL.Image.fromarray(pixels), attention_map)
+    torch.manual_seed(3)
+    from_tensor = transform(torch.from_numpy(pixels).permute(2, 0, 1), attention_map)
+    assert from_pil.size == (24, 16) and from_tensor.shape == (3, 16, 24) and from_tensor.dtype == torch.uint8
+    difference = v2.functional.pil_to_tensor(from_pil).int() - from_tensor.int()
+    assert difference.abs().max() <= 2  # Pillow and torch round their resizing differently
+
+
+def test_transform_follows_the_seed_and_a_cold_map():
+    attention_map = np.zeros(FEAT)
+    attention_map[4, 8] = 1  # bottom right
+    transform = DinoRandomResizedCrop(8, scale=(0.05, 0.05), temperature=0.01)
+    image = torch.zeros(3, 370, 530, dtype=torch.uint8)
+    torch.manual_seed(0)
+    crops = [transform.make_params([image, attention_map]) for _ in range(20)]
+    assert all(crop["left"] > 265 and crop["top"] > 185 for crop in crops)
+    torch.manual_seed(0)
+    assert crops == [transform.make_params([image, attention_map]) for _ in range(20)]
+    assert len({tuple(crop.values()) for crop in crops}) > 10
+
+
+def test_a_density_is_taken_as_it_is_without_temperature():
+    density = np.zeros(FEAT)
+    density[0, 0] = 1
+    transform = DinoRandomResizedCrop(8, scale=(0.05, 0.05), temperature=None)
+    crop = transform.make_params([PIL.Image.new("RGB", (530, 370)), density])
+    assert crop["left"] < 60 and crop["top"] < 75
+
+
+@pytest.mark.parametrize("arguments", [{"temperature": 0.0}, {"scale": (0.0, 1.0)}, {"ratio": (2.0, 1.0)}])
+def test_wrong_arguments(arguments):
+    with pytest.raises(ValueError, match="got"):
+        DinoRandomResizedCrop(8, **arguments)
+
+
+def test_a_stack_of_heads_is_refused():
+    with pytest.raises(ValueError, match="feat_h, feat_w"):
+        DinoRandomResizedCrop(8)(PIL.Image.new("RGB", (9, 9)), np.zeros((3, *FEAT)))
