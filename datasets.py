@@ -5,6 +5,8 @@ classes are taken as they are in the files (neither need be contiguous); labels 
 names, in its order.
 """
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -53,6 +55,13 @@ class DataSet:
         """Return the row numbers of one split."""
         return np.flatnonzero(self.split == split)
 
+    def fingerprint(self) -> str:
+        """Return a hash of which images these are: ids, file names, sizes, in any order."""
+        images = (self.root / "images").resolve()
+        names = [path.relative_to(images).as_posix() for path in self.paths]
+        rows = sorted(zip(self.ids.tolist(), names, self.image_sizes.tolist(), strict=True))
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
 
 def read_dataset(
     name: str,
@@ -61,6 +70,7 @@ def read_dataset(
     split: str = "official",
     val_fraction: float = 0.0,
     download: bool = False,
+    check: bool = False,
 ) -> DataSet:
     """Read and check a data set; ToyBirds is drawn when its folder is missing.
 
@@ -70,6 +80,7 @@ def read_dataset(
         split: "official", or "70/30": train filled up with the first test images in file order.
         val_fraction: share of each class's training images that becomes the split "val": the last ones in file order.
         download: fetch the CUB archive when the folder is missing.
+        check: decode every image.
 
     Raises:
         UserError: on any fault of the files, naming file, line or image.
@@ -81,6 +92,9 @@ def read_dataset(
     elif not root.exists():
         _make_cub(root, download)
     data = _read_tables(name, root)
+    faults = unreadable_images(data) if check else []
+    if faults:
+        raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
     return hold_out(fill_train(data) if split == "70/30" else data, val_fraction)
 
 

@@ -154,18 +154,22 @@ class DinoRandomResizedCrop(v2.Transform):
         self.size = [size, size] if isinstance(size, int) else list(size)
         self.scale, self.ratio = tuple(scale), tuple(ratio)
         self.temperature, self.interpolation = temperature, interpolation
+        self.plain = v2.RandomResizedCrop(self.size, self.scale, self.ratio)
 
-    def forward(self, image: Any, attention_map: np.ndarray | torch.Tensor) -> Any:
+    def forward(self, image: Any, attention_map: np.ndarray | torch.Tensor | None) -> Any:
         """Return the crop of ``image``, resized to ``size``.
 
         Args:
             image: PIL image, or uint8 or float tensor (..., H, W).
-            attention_map: (feat_h, feat_w), the map of this image, stretched over the whole of it.
+            attention_map: (feat_h, feat_w), the map of this image, stretched over the whole of it; None: a plain
+                RandomResizedCrop.
         """
         return self.transform(image, self.make_params([image, attention_map]))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
         """Draw the crop for [image, attention_map]: top, left, height, width (the hook of v2 transforms)."""
+        if flat_inputs[1] is None:
+            return self.plain.make_params(flat_inputs[:1])
         image, attention_map = flat_inputs[0], np.asarray(flat_inputs[1])
         if attention_map.ndim != 2:
             raise ValueError(f"attention_map must be (feat_h, feat_w), got a shape of {attention_map.shape}")

@@ -1,6 +1,7 @@
 """The network whose attention gives the maps: by name, from the hub, a local file, or a checkpoint of train.py."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.models.vision_transformer_hybrid import ConvStem, HybridEmbed
 from torch import nn
 
 from attention import last_attention
-from models import load_backbone, timm_name
+from models import load_backbone, timm_name, weights_address
 from utils import UserError, load_tensors, torch_seed
 
 TOY_WEIGHTS = Path(__file__).parent / "toy_localizer.pt"  # made by make_toy_localizer.py
@@ -90,10 +91,14 @@ def state_hash(model: nn.Module) -> str:
 # --- from the hub, from a plain state dict ------------------------------------------------------------------------
 
 
-def _create(name: str, **options: Any) -> nn.Module:
+def _check_name(name: str) -> None:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         raise UserError(f"dino.model={name}: there is no such model; timm has {', '.join(near) or 'no similar one'}")
+
+
+def _create(name: str, **options: Any) -> nn.Module:
+    _check_name(name)
     try:
         return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
     except TypeError:
@@ -107,22 +112,21 @@ def _input_of(model: nn.Module) -> dict[str, Any]:
 
 def _from_hub(model_type: str) -> nn.Module:
     name = timm_name(model_type)
-    _create(name)  # a wrong name is told apart from a missing network
+    _check_name(name)
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # each of its retries is a warning
     try:
         return _create(name, pretrained=True)
+    except UserError:
+        raise
     except Exception as error:  # the hub's clients raise errors of many unrelated kinds
         raise UserError(
             f"dino.weights=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
-            f"{_weights_url(name)} on a machine with a network and give dino.weights=FILE dino.model={model_type}"
+            f"{weights_address(model_type)} on a machine with a network and give dino.weights=FILE dino.model={model_type}"
         ) from None
-
-
-def _weights_url(name: str) -> str:
-    about = timm.get_pretrained_cfg(name)
-    if about is not None and about.url:
-        return about.url
-    hub_id = getattr(about, "hf_hub_id", None) or f"timm/{name}"
-    return f"https://huggingface.co/{hub_id.removesuffix('/')}/resolve/main/pytorch_model.bin"
+    finally:
+        logger.setLevel(level)
 
 
 def _from_scratch(model_type: str) -> nn.Module:

@@ -126,6 +126,10 @@ class MapCache:
             raise UserError(f"{self.path}: cut short while it was read; make it again: {remake_command(self.path)}")
         return np.frombuffer(content, dtype=np.float16).reshape(feat_h, feat_w)
 
+    def get(self, image_id: int) -> np.ndarray | None:
+        """Return the map of an image, None if the cache has none."""
+        return self[image_id] if image_id in self else None
+
     def _row(self, image_id: int) -> int | None:
         row = int(np.searchsorted(self.ids, image_id))
         return row if row < len(self.ids) and self.ids[row] == image_id else None

@@ -40,11 +40,10 @@ from datasets import (
     build_loader,
     read_dataset,
     source_boxes,
-    unreadable_images,
 )
 from dino_transform import DinoRandomResizedCrop
 from evaluation import loss_and_top1, predict
-from map_cache import MapCache, dataset_fingerprint
+from map_cache import MapCache
 from plots import draw_curves
 from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import build_box_crop, build_train_transform, build_views, normalize
@@ -57,6 +56,7 @@ from utils import (
     load_tensors,
     locked,
     new_folder,
+    pick_device,
     run_script,
     save_json,
     save_log,
@@ -179,38 +179,12 @@ def resume_hint(folder: Path) -> Iterator[None]:
         raise
 
 
-def pick_device(device: str | None) -> torch.device:
-    """Return the device to train on; None: CUDA where there is one.
-
-    Raises:
-        UserError: if it is not to be had.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
-    return chosen
-
-
 # --- data ---------------------------------------------------------------------------------------------------------
 
 
 def load_data(config: dict) -> DataSet:
-    """Read the data set; with ``dataset.check`` decode all its images first."""
-    wanted = config["dataset"]
-    data = read_dataset(
-        wanted["name"],
-        wanted["root"],
-        split=wanted["split"],
-        val_fraction=wanted["val_fraction"],
-        download=wanted["download"],
-    )
-    faults = unreadable_images(data) if wanted["check"] else []
-    if faults:
-        raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
+    """Read the data set; training and test images are needed."""
+    data = read_dataset(**config["dataset"])
     for split in ("train", "test"):
         if not len(data.rows(split)):
             raise UserError(f"{data.root}: no image in the {split} split; see train_test_split.txt and dataset.split")
@@ -298,8 +272,7 @@ def crop_guides(config: dict, data: DataSet, boxes: np.ndarray) -> Mapping[int, 
         return dict(zip(data.ids.tolist(), boxes, strict=True))
     if config["dino_maps"] is None:
         raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
-    names = [str(path.relative_to(data.root.resolve() / "images")) for path in data.paths]
-    return MapCache.open(config["dino_maps"], dataset=dataset_fingerprint(data.ids, names, data.image_sizes))
+    return MapCache.open(config["dino_maps"], dataset=data.fingerprint())
 
 
 def _view_loader(config, data, rows, boxes, views, machine) -> DataLoader:

@@ -228,6 +228,22 @@ def environment() -> dict[str, Any]:
     }
 
 
+def pick_device(device: str | None) -> torch.device:
+    """Return the device to train on; None: CUDA where there is one.
+
+    Raises:
+        UserError: if it is not to be had.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
+    return chosen
+
+
 # --- randomness ---------------------------------------------------------------------------------------------------
 
 

@@ -25,8 +25,7 @@ CROPS_EACH = 3  # crops drawn per method and image
 
 def main(config: dict) -> None:
     """Draw the picture that ``config`` asks for."""
-    wanted = config["dataset"]
-    data = read_dataset(wanted["name"], wanted["root"], split=wanted["split"], download=wanted["download"])
+    data = read_dataset(**config["dataset"])
     boxes, _ = source_boxes(config["source"], data)
     rng = np.random.default_rng(config["seed"])
     rows = np.sort(rng.choice(len(data.ids), min(config["visualize"]["images"], len(data.ids)), replace=False))

@@ -15,7 +15,7 @@ ALLOWED = {
     "crops": set(),
     "utils": set(),
     "boxes": {"crops", "utils"},
-    "toybirds": {"utils"},
+    "toybirds": set(),
     "transforms": {"boxes", "crops"},
     "attention": {"utils"},
     "map_boxes": {"boxes"},

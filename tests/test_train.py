@@ -16,6 +16,7 @@ import models
 import train
 from boxes import save_boxes
 from datasets import read_dataset
+from map_cache import save_map_cache
 from utils import UserError, load_json, load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -391,3 +392,36 @@ def test_config_json_is_the_dict_itself(unbroken):
     assert (
         config.leaves(json.loads((unbroken / "config.json").read_text())).keys() == config.leaves(config.config).keys()
     )
+
+
+# --- density maps -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def corner_maps(birds, tmp_path):
+    """Return a map cache whose maps hold one bright cell in the corner at the top left; images 1 and 2 have none."""
+    data = read_dataset("cub", birds)
+    maps = np.zeros((7, 9))
+    maps[0, 0] = 1.0
+    identity = data.fingerprint()
+    save_map_cache(tmp_path / "maps.json", ((i, maps) for i in data.ids.tolist() if i > 2), {"dataset": identity})
+    return tmp_path / "maps.json"
+
+
+def test_density_crops_follow_the_maps(birds, tmp_path, corner_maps):
+    dino = ["use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}", "num_epochs=1", "crop.scale=0.08,0.2"]
+    pointed = run(birds, tmp_path / "pointed", *dino, "crop.temperature=0.01")
+    flat = run(birds, tmp_path / "flat", *dino, "crop.temperature=1000")
+    assert pointed["maiou"] < flat["maiou"] / 2  # the birds are not in the corner
+    spawned = run(birds, tmp_path / "spawned", *dino, "crop.temperature=0.01", "num_workers=1")
+    assert spawned["maiou"] == pointed["maiou"] and spawned["top1"] == pointed["top1"]
+
+
+def test_maps_of_another_data_set_are_refused(birds, birds_copy, tmp_path, corner_maps):
+    lines = (birds_copy / "images.txt").read_text().splitlines()
+    lines[0], lines[1] = "1" + lines[1][1:], "2" + lines[0][1:]  # two images change places
+    (birds_copy / "images.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="another data set"):
+        run(birds_copy, tmp_path / "run", "use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}")
+    with pytest.raises(UserError, match="needs dino_maps=FILE"):
+        run(birds, tmp_path / "run", "use_box=false", "use_dino_maps=true")

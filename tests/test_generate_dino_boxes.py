@@ -1,0 +1,387 @@
+"""generate_dino_boxes.py: the whole stage on a small set of drawings, unbroken, killed, shared out, and with bad input."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import generate_dino_boxes as stage
+import map_boxes
+import train
+from attention import cls_attention
+from box_report import evaluate_boxes
+from boxes import load_boxes
+from config import ConfigError, load_config
+from datasets import read_dataset, source_boxes
+from localizer import build_localizer, build_toy_vit
+from make_toy_localizer import save_localizer
+from map_cache import MapCache, cache_paths, dataset_fingerprint
+from utils import UserError, load_json
+
+ROOT = Path(__file__).parent.parent
+TINY = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}
+SMALL = ["dataset.name=cub", "num_workers=0", "dino.batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """The weights file of a tiny network that has learnt nothing."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    save_localizer(path, build_toy_vit(**TINY), {"architecture": TINY})
+    return path
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch):
+    """Leave out the contact sheet, which takes longer than all the rest; one test draws it."""
+    monkeypatch.setattr(stage, "draw_contact_sheet", lambda *_: None)
+
+
+def words(birds, tiny, out, *more):
+    return [*SMALL, f"dataset.root={birds}", f"dino.weights={tiny}", f"out={out}", *more]
+
+
+def run(birds, tiny, out, *more):
+    stage.main(load_config(words(birds, tiny, out, *more)))
+    return out
+
+
+def command(birds, tiny, out, *more, **env):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "generate_dino_boxes.py"), *words(birds, tiny, out, *more)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(birds, tiny, tmp_path_factory):
+    """The files of an unbroken run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "draw_contact_sheet", lambda *_: None)
+        return run(birds, tiny, tmp_path_factory.mktemp("unbroken") / "boxes.json")
+
+
+def assert_same_files(a, b):
+    for one, two in zip((a, *cache_paths(a)), (b, *cache_paths(b)), strict=True):
+        assert one.read_bytes().replace(str(a).encode(), b"") == two.read_bytes().replace(str(b).encode(), b""), one
+    assert not b.with_name("boxes.partial").exists()
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def test_the_maps_are_those_of_the_network(birds, tiny, unbroken):
+    data, localizer, cache = read_dataset("cub", birds), build_localizer(None, str(tiny)), MapCache.open(unbroken)
+    assert cache.ids.tolist() == sorted(data.ids.tolist())
+    for row in (0, 17, 50):
+        with PIL.Image.open(data.paths[row]) as image:
+            scale = 32 / min(image.size)
+            width, height = (max(1, round(side * scale / 8)) * 8 for side in image.size)
+            pixels = np.asarray(image.convert("RGB").resize((width, height), PIL.Image.Resampling.BICUBIC))
+        images = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        expected = cls_attention(localizer.model, localizer.normalize(images))[0].mean(0).numpy()
+        found = cache[int(data.ids[row])]
+        assert found.shape == (height // 8, width // 8)
+        assert np.allclose(found, map_boxes.min_max(expected), atol=2e-3)
+
+
+def test_the_boxes_are_those_of_the_maps(birds, unbroken):
+    data, cache, file = read_dataset("cub", birds), MapCache.open(unbroken), load_boxes(unbroken)
+    for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True):
+        expected = map_boxes.component_box(map_boxes.min_max(cache[image_id].astype(float)), tuple(size), **DEFAULT_BOX)
+        assert file.boxes[image_id] == pytest.approx(expected.xywh)
+        assert file.image_sizes[image_id] == tuple(size)
+    assert file.made_by == "generate_dino_boxes.py" and file.settings["dino"]["method"] == "component"
+
+
+DEFAULT_BOX = {key: load_config([])["dino"][key] for key in ("threshold", "upsample", "choose", "size_factor")}
+
+
+def test_the_header_tells_what_the_maps_are(birds, tiny, unbroken):
+    data, header = read_dataset("cub", birds), MapCache.open(unbroken).header
+    names = [path.relative_to(birds.resolve() / "images").as_posix() for path in data.paths]
+    assert header["dataset"] == dataset_fingerprint(data.ids, names, data.image_sizes)
+    assert header["model"] == "toy_localizer" and header["precision"] == "float32" and header["errors"] == {}
+    assert header["weights_sha256"] == build_localizer(None, str(tiny)).weights_sha256
+    assert header["settings"]["image_size"] == 32 and header["settings"]["steps"] == ["heads", "min_max"]
+
+
+def test_the_evaluation(birds, unbroken):
+    data = read_dataset("cub", birds)
+    boxes, missing = source_boxes(str(unbroken), data)
+    expected = evaluate_boxes(boxes, np.ones(len(boxes), bool), data.boxes, data.image_sizes, data.split)
+    content = load_json(unbroken.with_suffix(".eval.json"))
+    assert missing == 0 and {key: content[key] for key in expected} == expected
+    assert content["boxes"]["test"]["n"] == 24 and set(content["boxes"]["train"]["iou_at"]) == {"0.3", "0.5", "0.7"}
+    assert {"data", "model", "maps", "cache", "boxes"} <= set(content["seconds"])
+    assert unbroken.with_name("errors.txt").read_text() == "0 images failed\n"
+
+
+def test_training_takes_the_boxes(birds, unbroken, tmp_path):
+    small = ["num_epochs=1", "image_size=32", "num_workers=0", "dataset.name=cub", f"dataset.root={birds}"]
+    summary = train.train_run(train.load_run_config([*small, f"run_dir={tmp_path / 'run'}", f"source={unbroken}"]))
+    assert summary["epochs"] == 1
+
+
+def test_the_contact_sheet(birds, tiny, unbroken, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    out = Path(shutil.copytree(unbroken.parent, tmp_path / "copy")) / unbroken.name
+    run(birds, tiny, out)
+    with PIL.Image.open(out.with_suffix(".png")) as sheet:
+        assert min(sheet.size) > 300
+
+
+def test_the_default_localizer_beats_the_trivial_boxes(birds, tmp_path):
+    stage.main(load_config([*SMALL, f"dataset.root={birds}", f"out={tmp_path / 'boxes.json'}"]))
+    scores = load_json(tmp_path / "boxes.eval.json")
+    for split in ("train", "test"):
+        best = max(scores[name][split]["mean_iou"] for name in ("whole_image", "center", "median_train"))
+        assert scores["boxes"][split]["mean_iou"] > best + 0.2
+        assert scores["boxes"][split]["coverage"] > 0.75
+
+
+# --- killed, shared out, used again -------------------------------------------------------------------------------
+
+
+def test_workers_change_nothing(birds, tiny, unbroken, tmp_path):
+    done = command(birds, tiny, tmp_path / "boxes.json", "num_workers=2")
+    _, error = done.communicate(timeout=300)
+    assert done.returncode == 0, error
+    assert "images/s" in error
+    for one, two in zip(cache_paths(unbroken), cache_paths(tmp_path / "boxes.json"), strict=True):
+        assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
+    slow = ["dino.batch_size=1", "dino.image_size=160"]  # many batches, so that the kill comes in between
+    out, parts = tmp_path / "killed" / "boxes.json", tmp_path / "killed" / "boxes.partial" / "process_0" / "maps.records"
+    process = command(birds, tiny, out, *slow)
+    while process.poll() is None and not (parts.exists() and parts.stat().st_size > 3000):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists() and parts.exists(), "killed too late to show anything"
+    before = parts.read_bytes()
+    done = stage.finished_batches(stage.prepare(load_config(words(birds, tiny, out, *slow))))
+    assert 1 <= len(done) < 72
+    with pytest.raises(UserError, match=r"begun with dino\.image_size=160, now 32; .* dino\.again=true"):
+        run(birds, tiny, out, "dino.batch_size=1")
+    assert parts.read_bytes() == before
+    mapped = spy_on_batches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "mapped_batches", mapped)
+        run(birds, tiny, out, *slow)
+    assert mapped.numbers == set(range(72)) - done  # nothing done twice, nothing lost
+    whole = run(birds, tiny, tmp_path / "whole" / "boxes.json", *slow)
+    assert_same_files(whole, out)
+
+
+def spy_on_batches():
+    original = stage.mapped_batches
+
+    def spy(run, batches):
+        spy.numbers |= {batch.number for batch in batches}
+        return original(run, batches)
+
+    spy.numbers = set()
+    return spy
+
+
+def test_two_processes_make_the_same_files(birds, tiny, unbroken, tmp_path):
+    out = tmp_path / "boxes.json"
+    shared = [command(birds, tiny, out, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    answers = [process.communicate(timeout=300) for process in shared]
+    assert [process.returncode for process in shared] == [0, 0], answers
+    assert_same_files(unbroken, out)
+    assert answers[1][0] == ""  # one of them speaks
+    data, cache = read_dataset("cub", birds), MapCache.open(out)
+    assert len(cache) == len(data.ids)
+
+
+def test_a_share_is_left_to_the_others(birds, tiny, unbroken, tmp_path, monkeypatch):
+    out = tmp_path / "boxes.json"
+    for rank in (2, 1):
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("RANK", str(rank))
+        run(birds, tiny, out)
+        assert not out.exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")  # resumed by one process: the shares of the two are used
+    monkeypatch.setenv("RANK", "0")
+    mapped = spy_on_batches()
+    monkeypatch.setattr(stage, "mapped_batches", mapped)
+    run(birds, tiny, out)
+    assert mapped.numbers and {number % 3 for number in mapped.numbers} == {0}
+    assert_same_files(unbroken, out)
+
+
+def test_processes_that_do_not_come_are_named(birds, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(stage, "STALLED_SECONDS", 0.1)
+    with pytest.raises(UserError, match="batches of other processes do not come"):
+        run(birds, tiny, tmp_path / "boxes.json")
+
+
+def test_maps_are_used_again_for_other_boxes(birds, tiny, unbroken, tmp_path, monkeypatch, capsys):
+    out = Path(shutil.copytree(unbroken.parent, tmp_path / "copy")) / unbroken.name
+    monkeypatch.setattr(stage, "mapped_batches", None)  # would raise
+    run(birds, tiny, out, "dino.method=published", "dino.threshold=0.5")
+    assert "the maps of 72 of 72 images are there already" in capsys.readouterr().out
+    assert load_boxes(out).boxes != load_boxes(unbroken).boxes
+    assert load_json(out.with_suffix(".eval.json"))["images_mapped"] == 0
+
+
+def test_maps_of_something_else_are_refused(birds_copy, birds, tiny, unbroken, tmp_path):
+    out = Path(shutil.copytree(unbroken.parent, tmp_path / "copy")) / unbroken.name
+    with pytest.raises(UserError, match=r"made with dino\.image_size=32, now 48; .*dino\.again=true"):
+        run(birds, tiny, out, "dino.image_size=48")
+    PIL.Image.new("RGB", (150, 140)).save(read_dataset("cub", birds_copy).paths[0])
+    with pytest.raises(UserError, match="made with dataset="):
+        run(birds_copy, tiny, out)
+    torch.manual_seed(1)
+    save_localizer(tmp_path / "other.pt", build_toy_vit(**TINY), {"architecture": TINY})
+    with pytest.raises(UserError, match="made with weights_sha256="):
+        run(birds, tmp_path / "other.pt", out)
+    cache_paths(out)[1].write_bytes(b"")
+    with pytest.raises(UserError, match=r"make the maps again: python generate_dino_boxes\.py"):
+        run(birds, tiny, out)
+    run(birds, tiny, out, "dino.again=true")
+    assert_same_maps(unbroken, out)
+
+
+def assert_same_maps(a, b):
+    one, two = MapCache.open(a), MapCache.open(b)
+    assert all(np.array_equal(one[i], two[i]) for i in one.ids.tolist())
+
+
+def test_another_scripts_box_file_is_not_overwritten(birds, tiny, unbroken, tmp_path):
+    out = tmp_path / "boxes.json"
+    shutil.copy(unbroken, out)
+    with pytest.raises(UserError, match="was not made by this script"):
+        run(birds, tiny, out)
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
+
+
+def test_images_that_fail_are_listed_and_the_rest_goes_on(birds_copy, tiny, unbroken, tmp_path):
+    data = read_dataset("cub", birds_copy)
+    kept = data.paths[4].read_bytes()
+    data.paths[4].write_bytes(kept[: len(kept) // 2])
+    out = tmp_path / "out" / "boxes.json"
+    done = command(birds_copy, tiny, out)
+    _, error = done.communicate(timeout=300)
+    assert done.returncode == 2 and "1 of 72 images failed and have no box" in error and "Traceback" not in error
+    lines = out.with_name("errors.txt").read_text().splitlines()
+    assert lines[0] == "1 images failed" and lines[1].startswith(f"{data.ids[4]}: ") and "damaged" in lines[1]
+    assert load_boxes(out).boxes[int(data.ids[4])] is None
+    assert sum(box is None for box in load_boxes(out).boxes.values()) == 1
+    assert load_json(out.with_suffix(".eval.json"))["boxes"]["train"]["n_without_box"] == 1
+    assert not MapCache.open(out)[int(data.ids[4])].any() and out.with_suffix(".png").exists()
+    data.paths[4].write_bytes(kept)  # mended: only its batch is done again
+    mapped = spy_on_batches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "mapped_batches", mapped)
+        run(birds_copy, tiny, out)
+    assert len(mapped.numbers) == 1
+    assert_same_maps(unbroken, out)
+    assert out.with_name("errors.txt").read_text() == "0 images failed\n"
+
+
+def test_an_image_smaller_than_a_patch_fails(birds_copy, tiny, tmp_path):
+    data = read_dataset("cub", birds_copy)
+    PIL.Image.new("RGB", (300, 5)).save(data.paths[0])
+    (birds_copy / "bounding_boxes.txt").write_text(
+        (birds_copy / "bounding_boxes.txt").read_text().replace(box_line(birds_copy), "1 0 0 4 4")
+    )
+    with pytest.raises(UserError, match="1 of 72 images failed"):
+        run(birds_copy, tiny, tmp_path / "boxes.json")
+    assert "300 x 5 pixels, smaller than one patch of 8" in (tmp_path / "errors.txt").read_text()
+
+
+def box_line(folder):
+    return (folder / "bounding_boxes.txt").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.25])
+def test_blank_maps_give_the_whole_image_and_are_counted(birds, tiny, tmp_path, monkeypatch, value):
+    original = stage.attend
+
+    def attend(*args):
+        attention = original(*args)
+        attention[0] = value
+        return attention
+
+    monkeypatch.setattr(stage, "attend", attend)
+    out = run(birds, tiny, tmp_path / "boxes.json")
+    missing = [image_id for image_id, box in load_boxes(out).boxes.items() if box is None]
+    scores = load_json(out.with_suffix(".eval.json"))["boxes"]
+    assert len(missing) == sum(scores[split]["n_without_box"] for split in scores) >= 9
+    assert not any(MapCache.open(out)[image_id].any() for image_id in missing)
+    data = read_dataset("cub", birds)
+    boxes, count = source_boxes(str(out), data)
+    assert count == len(missing) and boxes[data.ids == missing[0]][0].tolist()[:2] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["dino.image_size=5"], "set at least 8"),
+        (["dino.heads=7"], "heads=7"),
+        (["dino.heads=best"], "heads='best'"),
+        (["dino.steps=heads,blur"], "steps="),
+        (["dino.steps=min_max"], "steps="),
+        (["dino.model=vit_tiny_patch16_224"], "another architecture"),
+        (["dino.model=dinov2_vitx14"], "there is no such model"),
+        (["dino.weights=none.pt"], "there is no such file"),
+        (["device=cuda:77"], "device=cuda:77"),
+        (["dataset.root=none"], "none"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_leaves_nothing(birds, tiny, tmp_path, more, told):
+    with pytest.raises((UserError, ConfigError), match=told) as error:
+        run(birds, tiny, tmp_path / "out" / "boxes.json", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_two_runs_do_not_work_in_one_place(birds, tiny, tmp_path):
+    prepared = stage.prepare(load_config(words(birds, tiny, tmp_path / "boxes.json")))
+    folder = prepared.work_folder / "process_0"
+    with stage.locked(folder), pytest.raises(UserError, match="another process works there"):
+        stage.make_maps(prepared, prepared.batches)
+
+
+# --- plans --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((500, 375), (518, 686)),  # 518 / 375 * 500 = 690.7 = 49.3 patches
+        ((375, 500), (686, 518)),
+        ((40, 40), (518, 518)),
+        ((10, 4000), (2072, 518)),  # cut at four times the short side
+    ],
+)
+def test_input_shape(size, expected):
+    assert stage.input_shape(size, 518, (14, 14)) == expected
+
+
+def test_batches_hold_every_image_once_and_one_shape_each():
+    sizes = np.random.default_rng(0).integers(30, 90, (200, 2))
+    batches = stage.plan_batches(sizes, 32, (8, 8), 6)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(200))
+    assert all(1 <= len(batch.rows) <= 6 for batch in batches)
+    for batch in batches:
+        shapes = {stage.input_shape(tuple(sizes[row]), 32, (8, 8)) for row in batch.rows}
+        assert shapes == {(batch.height, batch.width)}
+    assert [batch.number for batch in batches] == list(range(len(batches)))
