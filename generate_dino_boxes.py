@@ -40,8 +40,8 @@ from boxes import iou, save_boxes
 from config import load_config, worker_count
 from datasets import DataSet, build_loader, read_dataset, read_image
 from localizer import Localizer, build_localizer
-from map_cache import MapCache, RecordFile, cache_paths, dataset_fingerprint, read_records, save_map_cache
-from utils import UserError, load_json, locked, run_script, save_json, save_text, user_errors
+from map_cache import MapCache, RecordFile, cache_paths, read_records, save_map_cache
+from utils import UserError, load_json, locked, pick_device, run_script, save_json, save_text, user_errors
 
 LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
 SHEET_COLUMNS = 5  # images a row of the contact sheet
@@ -109,7 +109,7 @@ def prepare(config: dict) -> Stage:
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     device = choose_device(config["device"])
-    data = load_data(config)
+    data = read_dataset(**config["dataset"] | {"check": False})  # an image that cannot be read is this stage's to list
     read = time.perf_counter()
     localizer = build_localizer(wanted["model"], wanted["weights"])
     localizer.model.to(device)
@@ -130,7 +130,9 @@ def prepare(config: dict) -> Stage:
     )
     claim_out(stage)
     if rank == 0:
-        print(f"{len(data.ids)} images of {data.root}; maps by {localizer.name} ({localizer.weights}) at {side} px, {device}")
+        print(
+            f"{len(data.ids)} images of {data.root}; maps by {localizer.name} ({localizer.weights}) at {side} px, {device}"
+        )
     return stage
 
 
@@ -140,26 +142,9 @@ def process_numbers() -> tuple[int, int]:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device; None or "cuda": this process's own GPU where there is one.
-
-    Raises:
-        UserError: if it is not to be had.
-    """
-    if device is None and not torch.cuda.is_available():
-        return torch.device("cpu")
-    try:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device in (None, "cuda") else device
-        chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
-    return chosen
-
-
-def load_data(config: dict) -> DataSet:
-    """Read the data set, in the split that the evaluation tells apart."""
-    wanted = config["dataset"]
-    return read_dataset(wanted["name"], wanted["root"], split=wanted["split"], download=wanted["download"])
+    """Return the device; None or "cuda": this process's own GPU where there is one."""
+    own_gpu = device in (None, "cuda") and torch.cuda.is_available()
+    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
 
 
 def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
@@ -178,14 +163,13 @@ def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
 def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, device: torch.device) -> dict[str, Any]:
     """Return everything that the maps depend on: maps of another identity are other maps."""
     wanted = config["dino"]
-    names = [path.relative_to((data.root / "images").resolve()).as_posix() for path in data.paths]
     return {
-        "dataset": dataset_fingerprint(data.ids, names, data.image_sizes),
+        "dataset": data.fingerprint(),
         "model": localizer.name,
         "weights_sha256": localizer.weights_sha256,
         "precision": config["amp"] if device.type == "cuda" and config["amp"] != "none" else "float32",
         "settings": {"image_size": side}
-        | {key: wanted[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size", "temperature")},
+        | {key: wanted[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size")},
     }
 
 
@@ -319,7 +303,7 @@ def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[st
     """
     paths = [[stage.data.paths[row] for row in batch.rows] for batch in batches]
     images = MapImages(batches, paths, stage.localizer.patch, stage.config["dino"]["autocontrast"])
-    workers = worker_count(stage.config["num_workers"])
+    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
     loader = build_loader(images, num_workers=workers, pin_memory=stage.device.type == "cuda", batch_size=None)
     total = sum(len(batch.rows) for batch in batches)
     with tqdm(total=total, desc="maps", unit=" images", disable=stage.rank > 0, mininterval=1.0) as bar:
@@ -338,7 +322,9 @@ def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[st
 class MapImages(Dataset):
     """Whole batches of decoded and resized images."""
 
-    def __init__(self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool) -> None:
+    def __init__(
+        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
+    ) -> None:
         """Keep the image paths of each batch."""
         self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
 
@@ -362,7 +348,9 @@ class MapImages(Dataset):
         """Return one image as the network's input, (H, W, 3) uint8."""
         image = read_image(path)
         if image.height < self.patch[0] or image.width < self.patch[1]:
-            raise UserError(f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}")
+            raise UserError(
+                f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
+            )
         image = image.resize((batch.width, batch.height), PIL.Image.Resampling.BICUBIC)
         return np.asarray(PIL.ImageOps.autocontrast(image) if self.autocontrast else image)
 
@@ -398,7 +386,6 @@ def clean(attention: np.ndarray, wanted: dict) -> np.ndarray:
         heads=int(heads) if heads.isdecimal() else heads,
         steps=wanted["steps"],
         filter_size=wanted["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
-        temperature=wanted["temperature"],
     )
 
 

@@ -102,7 +102,9 @@ def _create(name: str, **options: Any) -> nn.Module:
     try:
         return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
     except TypeError:
-        raise UserError(f"dino.model={name}: is no Vision Transformer of any input size; give one, such as DINOv2") from None
+        raise UserError(
+            f"dino.model={name}: is no Vision Transformer of any input size; give one, such as DINOv2"
+        ) from None
 
 
 def _input_of(model: nn.Module) -> dict[str, Any]:
@@ -154,7 +156,9 @@ def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) 
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: its config names no model.type and image_size; train it again") from None
     if model_type is not None and timm_name(model_type) != trained:
-        raise UserError(f"{path}: of {trained}, but dino.model={model_type}; leave dino.model=None or give another file")
+        raise UserError(
+            f"{path}: of {trained}, but dino.model={model_type}; leave dino.model=None or give another file"
+        )
     if not timm.is_model(trained):
         raise UserError(f"{path}: of {trained}, which has no attention; a Vision Transformer is needed")
     model = _create(trained, img_size=image_size)

@@ -26,7 +26,7 @@ from config import load_config
 from localizer import IMAGENET, build_toy_vit
 from utils import environment, run_script, save_tensors, seed_everything
 
-ARCHITECTURE = {"image_size": 112, "stride": 8, "width": 96, "depth": 2, "heads": 3}
+ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
 NUM_IMAGES = 4000
 STREAM = 20_011  # first number of the drawings' seeds; the data set's start with its own small seed
 EPOCHS, BATCH_SIZE, LR, WARMUP = 6, 16, 3e-3, 0.1

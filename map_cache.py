@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,12 +30,6 @@ def cache_paths(path: Path | str) -> tuple[Path, Path]:
     path = Path(path)
     stem = path.name.removesuffix(".maps.json") if path.name.endswith(".maps.json") else path.stem
     return path.with_name(f"{stem}.maps.json"), path.with_name(f"{stem}.maps.bin")
-
-
-def dataset_fingerprint(ids: Sequence[int], names: Sequence[str], image_sizes: np.ndarray) -> str:
-    """Return a hash of which images a data set holds: ids, file names, sizes (N, 2), in any order."""
-    rows = zip(map(int, ids), names, np.asarray(image_sizes).tolist(), strict=True)
-    return hashlib.sha256(json.dumps(sorted(rows)).encode()).hexdigest()
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -79,13 +73,18 @@ class MapCache:
 
     @classmethod
     def open(
-        cls, path: Path | str, *, dataset: str | None = None, model: str | None = None, weights_sha256: str | None = None
+        cls,
+        path: Path | str,
+        *,
+        dataset: str | None = None,
+        model: str | None = None,
+        weights_sha256: str | None = None,
     ) -> "MapCache":
         """Check the cache's index and data and return a reader.
 
         Args:
             path: the index, or the box JSON beside it.
-            dataset: what `dataset_fingerprint` says of the images at hand; None: any.
+            dataset: fingerprint of the data set at hand (`DataSet.fingerprint`); None: any.
             model: name of the model that must have made the maps; None: any.
             weights_sha256: hash of its weights; None: any.
 

@@ -42,7 +42,6 @@ TABLES = {
             "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
             "reference, true boxes, thr 1": {"crop.mode": "reference"},
             "exact, true boxes, thr 1": {"crop.mode": "exact"},
-            "exact, true boxes, thr .6": {"crop.mode": "exact", "THR": 0.6},
             "exact, centred boxes, thr 1": {"crop.mode": "exact", "source": "center"},
         },
         controls=("RandomResizedCrop, scale .08", "RandomResizedCrop, scale .35"),

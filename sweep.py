@@ -62,15 +62,15 @@ def _check_same(folder: Path, point: dict, overrides: dict[str, Any]) -> None:
     """Refuse a folder that was made with other settings than this point has."""
     saved = load_json(folder / "config.json")
     derived = {"THR"} if "maiou" in overrides else set()
-    for key in sorted(point.keys() - FREE_KEYS - derived):
-        if not _agrees(point[key], saved.get(key)):
-            raise UserError(f"{folder}: holds a run with {key}={saved.get(key)}; give another run_dir")
+    for key in sorted((point.keys() & saved.keys()) - FREE_KEYS - derived):  # newer keys had no say then
+        if not _agrees(point[key], saved[key]):
+            raise UserError(f"{folder}: holds a run with {key}={saved[key]}; give another run_dir")
 
 
 def _agrees(wanted: Any, saved: Any) -> bool:
     """Tell whether a saved value is the wanted one; None was resolved to something when the run began."""
     if isinstance(wanted, dict) and isinstance(saved, dict):
-        return all(_agrees(value, saved.get(key)) for key, value in wanted.items())
+        return all(_agrees(wanted[key], saved[key]) for key in wanted.keys() & saved.keys())
     return wanted is None or wanted == saved
 
 

@@ -87,7 +87,19 @@ def load_run_config(arguments: list[str]) -> dict | None:
     config = load_config(arguments)
     if config is None or config["sweeprun"] or not config["resume"]:
         return config
-    return resumed_config(arguments, Path(config["run_dir"]))
+    return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(config["dataset"]["name"])))
+
+
+def unfinished_run(stem: str) -> Path:
+    """Return the newest run under runs/ that has begun and not ended.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    begun = [path for path in Path("runs").glob(f"{stem}_*/config.json") if not (path.parent / "summary.json").exists()]
+    if not begun:
+        raise ConfigError(f"resume=true: no unfinished run in runs/{stem}_*; name the run with run_dir=FOLDER")
+    return max(begun, key=lambda path: path.stat().st_mtime).parent
 
 
 def resumed_config(arguments: list[str], folder: Path) -> dict:
@@ -97,7 +109,7 @@ def resumed_config(arguments: list[str], folder: Path) -> dict:
     saved = load_json(folder / "config.json")
     if not isinstance(saved, dict) or leaves(saved).keys() != leaves(load_config([])).keys():
         raise ConfigError(f"{folder / 'config.json'}: of another version of config.py; start a new run")
-    config = load_config(arguments, base=saved)
+    config = load_config(arguments, base=saved) | {"run_dir": str(folder)}
     before, now = leaves(saved), leaves(config)
     for key in sorted(before.keys() - RESUME_MAY_CHANGE):
         if before[key] != now[key]:
@@ -225,7 +237,10 @@ def build_loaders(
     config: dict, data: DataSet, boxes: np.ndarray, device: torch.device
 ) -> tuple[DataLoader, DataLoader, DataLoader]:
     """Build the loaders of training, validation (first view only) and test (all views)."""
-    machine = {"num_workers": worker_count(config["num_workers"]), "pin_memory": device.type == "cuda"}
+    machine = {
+        "num_workers": worker_count(config["num_workers"], config["A_machine"]),
+        "pin_memory": device.type == "cuda",
+    }
     transform = build_train_transform(
         build_crop(config),
         flip=config["flip"],

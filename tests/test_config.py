@@ -60,7 +60,6 @@ def test_values_have_the_type_of_the_default():
         ("maiou=.3", "between 0.5"),
         ("use_dino_maps=true", "use_box=false"),
         ("opt.target_lr=1", "above opt.lr"),
-        ("resume=true", "run_dir"),
         ("sweep.resume=true", "sweep.id"),
         ("eval.views=", "at least one view"),
         ("num_epochs=none", "a whole number"),
@@ -83,6 +82,15 @@ def test_gamma_leads_from_lr_to_target_lr():
     falls = 200 // opt["step_size"]
     assert opt["lr"] * step_gamma(opt, 200) ** falls == pytest.approx(opt["target_lr"])
     assert step_gamma(opt | {"gamma": 0.3}, 200) == 0.3
+
+
+def test_workers_come_from_the_key_the_machines_name_or_its_cores(monkeypatch):
+    monkeypatch.setitem(config.MACHINE_WORKERS, "bird", 3)
+    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: set(range(32)))
+    assert config.worker_count(5, "bird") == 5 and config.worker_count(0, "bird") == 0
+    assert config.worker_count(None, "bird") == 3 and config.worker_count(None, "other") == 8
+    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: {0, 1})
+    assert config.worker_count(None, "other") == 1
 
 
 def test_help_prints_the_dict_with_its_comments(capsys):

@@ -23,7 +23,7 @@ from config import ConfigError, load_config
 from datasets import read_dataset, source_boxes
 from localizer import build_localizer, build_toy_vit
 from make_toy_localizer import save_localizer
-from map_cache import MapCache, cache_paths, dataset_fingerprint
+from map_cache import MapCache, cache_paths
 from utils import UserError, load_json
 
 ROOT = Path(__file__).parent.parent
@@ -108,8 +108,7 @@ DEFAULT_BOX = {key: load_config([])["dino"][key] for key in ("threshold", "upsam
 
 def test_the_header_tells_what_the_maps_are(birds, tiny, unbroken):
     data, header = read_dataset("cub", birds), MapCache.open(unbroken).header
-    names = [path.relative_to(birds.resolve() / "images").as_posix() for path in data.paths]
-    assert header["dataset"] == dataset_fingerprint(data.ids, names, data.image_sizes)
+    assert header["dataset"] == data.fingerprint()
     assert header["model"] == "toy_localizer" and header["precision"] == "float32" and header["errors"] == {}
     assert header["weights_sha256"] == build_localizer(None, str(tiny)).weights_sha256
     assert header["settings"]["image_size"] == 32 and header["settings"]["steps"] == ["heads", "min_max"]
@@ -163,7 +162,10 @@ def test_workers_change_nothing(birds, tiny, unbroken, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
     slow = ["dino.batch_size=1", "dino.image_size=160"]  # many batches, so that the kill comes in between
-    out, parts = tmp_path / "killed" / "boxes.json", tmp_path / "killed" / "boxes.partial" / "process_0" / "maps.records"
+    out, parts = (
+        tmp_path / "killed" / "boxes.json",
+        tmp_path / "killed" / "boxes.partial" / "process_0" / "maps.records",
+    )
     process = command(birds, tiny, out, *slow)
     while process.poll() is None and not (parts.exists() and parts.stat().st_size > 3000):
         time.sleep(0.002)
@@ -317,7 +319,7 @@ def test_blank_maps_give_the_whole_image_and_are_counted(birds, tiny, tmp_path, 
     original = stage.attend
 
     def attend(*args):
-        attention = original(*args)
+        attention = original(*args).clone()
         attention[0] = value
         return attention
 
@@ -344,7 +346,7 @@ def test_blank_maps_give_the_whole_image_and_are_counted(birds, tiny, tmp_path, 
         (["dino.model=dinov2_vitx14"], "there is no such model"),
         (["dino.weights=none.pt"], "there is no such file"),
         (["device=cuda:77"], "device=cuda:77"),
-        (["dataset.root=none"], "none"),
+        (["dataset.root=nowhere"], "nowhere: there is no such folder"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_leaves_nothing(birds, tiny, tmp_path, more, told):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import map_cache
-from map_cache import MapCache, RecordFile, cache_paths, dataset_fingerprint, read_records, save_map_cache
+from map_cache import MapCache, RecordFile, cache_paths, read_records, save_map_cache
 from utils import UserError, load_json, save_json
 
 HEADER = {"dataset": "d" * 64, "model": "vit", "weights_sha256": "w" * 64, "settings": {"image_size": 80}, "errors": {}}
@@ -166,14 +166,6 @@ def test_a_broken_off_writer_leaves_the_old_cache(cache_path):
         save_map_cache(cache_path, breaking(), HEADER)
     assert len(MapCache.open(cache_path)) == 5
     assert len(list(cache_path.parent.iterdir())) == 2
-
-
-def test_fingerprint_depends_on_images_not_on_their_order():
-    sizes = np.array([[30, 40], [50, 60]])
-    one = dataset_fingerprint([1, 2], ["a.jpg", "b.jpg"], sizes)
-    assert one == dataset_fingerprint([2, 1], ["b.jpg", "a.jpg"], sizes[::-1])
-    for other in (([1, 3], ["a.jpg", "b.jpg"], sizes), ([1, 2], ["a.jpg", "c.jpg"], sizes), ([1, 2], ["a.jpg", "b.jpg"], sizes + 1)):  # fmt: skip
-        assert dataset_fingerprint(*other) != one
 
 
 # --- records ------------------------------------------------------------------------------------------------------

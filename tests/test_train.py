@@ -145,13 +145,20 @@ def test_an_interrupted_run_says_how_to_go_on(birds, tmp_path):
     assert f"python train.py resume=true run_dir={folder}" in error and "Traceback" not in error
 
 
-def test_a_run_goes_on_from_its_own_config(birds, unbroken, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_its_own_config(unbroken, tmp_path, monkeypatch):
     folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
     monkeypatch.setitem(config.config, "num_epochs", 99)  # config.py was edited meanwhile
     resumed = train.load_run_config(["resume=true", f"run_dir={folder}"])
     assert resumed["num_epochs"] == 4 and resumed["model"]["ema_step"] == 3
     with pytest.raises(config.ConfigError, match=r"THR=0\.5: the run in .* has 1\.0"):
         train.load_run_config(["resume=true", f"run_dir={folder}", "THR=0.5"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(config.ConfigError, match="no unfinished run"):
+        train.load_run_config([*SMALL, *FULL, "resume=true"])
+    begun = Path(shutil.copytree(unbroken, tmp_path / "runs" / "cub_3"))
+    (begun / "summary.json").unlink()
+    found = train.load_run_config([*SMALL, *FULL, "resume=true", f"dataset.root={resumed['dataset']['root']}"])
+    assert found["run_dir"] == "runs/cub_3"  # the same command with one word more
     with pytest.raises(config.ConfigError, match="no run to go on with"):
         train.load_run_config(["resume=true", f"run_dir={tmp_path / 'none'}"])
 
@@ -412,7 +419,7 @@ def test_density_crops_follow_the_maps(birds, tmp_path, corner_maps):
     dino = ["use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}", "num_epochs=1", "crop.scale=0.08,0.2"]
     pointed = run(birds, tmp_path / "pointed", *dino, "crop.temperature=0.01")
     flat = run(birds, tmp_path / "flat", *dino, "crop.temperature=1000")
-    assert pointed["maiou"] < flat["maiou"] / 2  # the birds are not in the corner
+    assert pointed["maiou"] < 0.8 * flat["maiou"]  # the birds are not in the corner
     spawned = run(birds, tmp_path / "spawned", *dino, "crop.temperature=0.01", "num_workers=1")
     assert spawned["maiou"] == pointed["maiou"] and spawned["top1"] == pointed["top1"]
 
