@@ -130,9 +130,8 @@ def prepare(config: dict) -> Stage:
     )
     claim_out(stage)
     if rank == 0:
-        print(
-            f"{len(data.ids)} images of {data.root}; maps by {localizer.name} ({localizer.weights}) at {side} px, {device}"
-        )
+        network = f"{localizer.name} ({localizer.weights})"
+        print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
     return stage
 
 

@@ -125,7 +125,8 @@ def _from_hub(model_type: str) -> nn.Module:
     except Exception as error:  # the hub's clients raise errors of many unrelated kinds
         raise UserError(
             f"dino.weights=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
-            f"{weights_address(model_type)} on a machine with a network and give dino.weights=FILE dino.model={model_type}"
+            f"{weights_address(model_type)} on a machine with a network and give dino.weights=FILE "
+            f"dino.model={model_type}"
         ) from None
     finally:
         logger.setLevel(level)

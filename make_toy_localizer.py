@@ -118,7 +118,7 @@ def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, ep
 
 
 def _attention_with_gradient(model: nn.Module):
-    """Return a function from images to the mean CLS row over the heads, (B, cells); `cls_attention` keeps no gradient."""
+    """Return a function from images to the mean CLS row over the heads, (B, cells), with gradient."""
     last = len(model.blocks) - 1
     model.blocks[last].attn.fused_attn = False  # fused attention makes no matrix
     name = f"blocks.{last}.attn.attn_drop"

@@ -1,4 +1,4 @@
-"""generate_dino_boxes.py: the whole stage on a small set of drawings, unbroken, killed, shared out, and with bad input."""
+"""generate_dino_boxes.py: the whole stage on a few drawings, unbroken, killed, shared out, and with bad input."""
 
 import os
 import shutil

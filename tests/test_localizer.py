@@ -61,7 +61,7 @@ def test_a_checkpoint_of_training_gives_its_ema_and_its_size(tmp_path):
     assert same_weights(found.model, ema.state_dict()) and found.image_size == 32
     assert found.mean == localizer.IMAGENET[0]  # train.py's, whatever timm says of the model
     assert found.weights_sha256 == build_localizer(VIT, str(tmp_path / "best.pt")).weights_sha256
-    with pytest.raises(UserError, match="dino.model=vit_small_patch16_224"):
+    with pytest.raises(UserError, match=r"dino\.model=vit_small_patch16_224"):
         build_localizer("vit_small_patch16_224", str(tmp_path / "best.pt"))
 
 

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +82,7 @@ def test_reading_keeps_nothing_in_memory(tmp_path):
 
 
 def resident_bytes():
-    pages = int(open("/proc/self/statm").read().split()[1])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
