@@ -162,7 +162,7 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
     train_loader, val_loader, test_loader = build_loaders(config, data, boxes, device)
-    run = build_run(folder, config, device, steps_per_epoch=len(train_loader))
+    run = build_run(folder, config, device)
     print(describe(config, run, data, device))
     save_json(folder / "config.json", config)
     if config["resume"]:
@@ -318,7 +318,7 @@ def test_views(config: dict) -> dict:
 # --- model, optimizer, schedule -----------------------------------------------------------------------------------
 
 
-def build_run(folder: Path, config: dict, device: torch.device, steps_per_epoch: int) -> Run:
+def build_run(folder: Path, config: dict, device: torch.device) -> Run:
     """Build model, EMA, optimizer, schedule and scaler."""
     wanted = config["model"]
     model = models.build_model(

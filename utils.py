@@ -216,12 +216,19 @@ def save_log(path: Path | str, records: list[dict]) -> None:
     save_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
+def cpu_name() -> str:
+    """Return the CPU's name where the system gives one."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
 def environment() -> dict[str, Any]:
     """Return what a result was made with: host, processor, versions."""
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "host": platform.node(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{cpu_name()}, {os.cpu_count()} cores",
         "gpu": cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -10,6 +10,7 @@ and ``cls_attention``, which also ends the pass at the last block. Rounds altern
 slows down slows all of them; given are medians of the per-round ratios and their quartiles. The default takes a
 minute on one CPU core.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from attention import cls_attention, cls_attention_and_logits
+from utils import cpu_name
 
 SETTINGS = {
     "model": "vit_small_patch14_dinov2",  # a timm name
@@ -120,13 +122,6 @@ def describe_machine(settings: dict) -> str:
     hardware = torch.cuda.get_device_name() if device.startswith("cuda") else cpu_name()
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
     return f"{hardware}, {settings['threads']} thread(s); {versions}\n{json.dumps(settings)}\n"
-
-
-def cpu_name() -> str:
-    """Return the CPU's name where the system gives one."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def print_table(times: dict[str, list[float]], peaks: dict[str, int]) -> None:

@@ -177,9 +177,7 @@ def vary_maps(stacked: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return torch.cat([cells**exponents, inside], dim=1)
 
 
-def cut_windows(
-    stacked: torch.Tensor, windows: np.ndarray, image_sizes: np.ndarray, flip: np.ndarray
-) -> torch.Tensor:
+def cut_windows(stacked: torch.Tensor, windows: np.ndarray, image_sizes: np.ndarray, flip: np.ndarray) -> torch.Tensor:
     """Return (N, 2, WINDOW, WINDOW): the windows (N, 3) of the stacked maps, mirrored where ``flip`` (N,) says so."""
     across = _cell_positions(windows[:, 0], windows[:, 2], flip) / image_sizes[:, :1] * 2 - 1
     along = _cell_positions(windows[:, 1], windows[:, 2], np.zeros_like(flip)) / image_sizes[:, 1:] * 2 - 1
@@ -194,9 +192,7 @@ def _cell_positions(centres: np.ndarray, sides: np.ndarray, flip: np.ndarray) ->
     return centres[:, None] + sides[:, None] * steps * np.where(flip, -1, 1)[:, None]
 
 
-def inside_box(
-    windows: np.ndarray, boxes_xywh: np.ndarray, flip: np.ndarray
-) -> tuple[torch.Tensor, torch.Tensor]:
+def inside_box(windows: np.ndarray, boxes_xywh: np.ndarray, flip: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Return which columns and which rows of each window lie in its box, two (N, WINDOW) of 0 and 1."""
     marks = []
     for axis, mirrored in ((0, flip), (1, np.zeros_like(flip))):

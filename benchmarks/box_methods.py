@@ -29,6 +29,7 @@ from box_head import fit_box_head, head_box
 from boxes import center_boxes, coverage, iou, whole_image_boxes
 from datasets import DataSet, read_dataset
 from map_boxes import component_box, min_max, published_box
+from utils import cpu_name
 
 SETTINGS = {
     "saliency": "",  # .npz with ids and maps
@@ -57,7 +58,7 @@ def main(settings: dict) -> None:
     torch.set_num_threads(1)
     data = read_dataset("cub", settings["root"])
     maps = load_maps(settings["saliency"], data.ids)
-    print(f"{platform.processor() or platform.machine()}, 1 thread; Python {platform.python_version()}, ", end="")
+    print(f"{cpu_name()}, 1 thread; Python {platform.python_version()}, ", end="")
     print(f"numpy {np.__version__}, scipy {scipy.__version__}, torch {torch.__version__}\n{json.dumps(settings)}\n")
     print(f"{len(data.rows('train'))} training images choose, {len(data.rows('test'))} test images are shown\n")
     print("| method | parameters, chosen on train | mean IoU | coverage | IoU >= .3 | >= .5 | >= .7 | ms/image |")

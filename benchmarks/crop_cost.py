@@ -1,0 +1,90 @@
+"""Print what localized and density-map crops cost: loading and an epoch, as ratios to RandomResizedCrop's.
+
+Uses the maps that generate_dino_boxes.py wrote. One process, one thread, no workers; all kinds of crop alternately in
+one run; median and quartiles over rounds of the ratio within a round. Takes the config's words, ToyBirds by default.
+
+    python generate_dino_boxes.py
+    python benchmarks/crop_cost.py dino_maps=runs/dino_boxes_toybirds/boxes.json
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from config import load_config
+from utils import environment
+
+ROUNDS = 9
+KINDS = {
+    "RandomResizedCrop": {"use_box": False},
+    "exact, thr 1": {"use_box": True},
+    "reference, thr 1": {"use_box": True, "crop": {"mode": "reference"}},
+    "density map": {"use_box": False, "use_dino_maps": True},
+}
+
+
+def main(words: list[str]) -> None:
+    """Measure and print the table."""
+    torch.set_num_threads(1)
+    runs = {kind: prepare(load_config([*words, "num_workers=0"]), changes) for kind, changes in KINDS.items()}
+    times = {kind: {"loading": [], "epoch": []} for kind in KINDS}
+    for number in range(ROUNDS + 1):
+        for kind, (run, config, loader) in runs.items():
+            loader.batch_sampler.epoch = number
+            loading = timed(lambda loader=loader: [None for _ in loader])
+            epoch = timed(lambda run=run, config=config, loader=loader: one_epoch(run, config, loader))
+            if number:  # the first round warms up
+                times[kind]["loading"].append(loading)
+                times[kind]["epoch"].append(epoch)
+    print(table(times, len(next(iter(runs.values()))[2].dataset)))
+    about = environment()
+    print(f"\n{about['processor']}, one thread; torch {about['torch']}; {ROUNDS} alternated rounds, median (quartiles)")
+
+
+def prepare(config: dict, changes: dict) -> tuple:
+    """Build the training of one kind of crop; return its run, config and loader."""
+    crop = config["crop"] | changes.get("crop", {})
+    config = config | changes | {"crop": crop}
+    data = train.load_data(config)
+    boxes, _ = train.crop_boxes(config, data)
+    train.resolve(config, Path("runs/crop_cost"), data, boxes)
+    loader, _, _ = train.build_loaders(config, data, boxes, torch.device("cpu"))
+    return train.build_run(Path("runs/crop_cost"), config, torch.device("cpu")), config, loader
+
+
+def one_epoch(run: train.Run, config: dict, loader: torch.utils.data.DataLoader) -> None:
+    """Train one epoch."""
+    train.train_one_epoch(run, config, loader, torch.device("cpu"))
+
+
+def timed(work) -> float:
+    """Return the seconds that ``work()`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def table(times: dict, images: int) -> str:
+    """Return the Markdown table."""
+    base = times["RandomResizedCrop"]
+    lines = ["| crop | loading | epoch | loading, images/s |", "|---|---|---|---|"]
+    for kind, measured in times.items():
+        cells = [ratio(measured[what], base[what]) for what in ("loading", "epoch")]
+        lines.append(f"| {kind} | {' | '.join(cells)} | {images / np.median(measured['loading']):.0f} |")
+    return "\n".join(lines)
+
+
+def ratio(some: list[float], base: list[float]) -> str:
+    """Return the median and quartiles of the ratio within a round."""
+    low, middle, high = np.quantile(np.array(some) / np.array(base), (0.25, 0.5, 0.75))
+    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
