@@ -4,6 +4,7 @@ Fused attention keeps no matrix that could be read, and switching it off costs O
 row is wanted, so a pre-hook on the last block's attention recomputes just that: the query of the CLS token against
 the keys of all tokens, O(N). The pass ends there, as nothing behind it is needed.
 """
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -175,9 +176,7 @@ def _query_and_key_bias(attn: nn.Module) -> tuple[torch.Tensor | None, torch.Ten
     return getattr(attn, "q_bias", None), None
 
 
-def _cls_row(
-    attn: nn.Module, query: torch.Tensor, keys: torch.Tensor, rope: torch.Tensor | None
-) -> torch.Tensor:
+def _cls_row(attn: nn.Module, query: torch.Tensor, keys: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:
     """Return the softmaxed CLS row, (B, heads, N) float32; shapes as in `_cls_query_and_keys`."""
     if rope is not None:  # prefix tokens, hence the CLS query, are not rotated
         prefix, patches = keys.tensor_split([attn.num_prefix_tokens], dim=2)
@@ -191,7 +190,7 @@ def _cls_row(
 
 def _patch_cells(model: nn.Module, tokens: torch.Tensor, feat_h: int, feat_w: int) -> torch.Tensor:
     """Drop the prefix tokens of (B, heads, N, D) and lay the others out as (B, heads, feat_h, feat_w, D)."""
-    patches = tokens[:, :, model.num_prefix_tokens:]
+    patches = tokens[:, :, model.num_prefix_tokens :]
     if patches.shape[2] != feat_h * feat_w:  # patch dropout of a model in training mode
         raise ValueError(f"{patches.shape[2]} patch tokens for a grid of {feat_h} x {feat_w}: call model.eval() first")
     return patches.unflatten(2, (feat_h, feat_w))

@@ -63,8 +63,8 @@ config = {
     "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
     "dino": {
         "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
-        "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a checkpoint
-        # of train.py (its EMA); None: hub, or toy_localizer.pt without a model
+        "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a
+        # checkpoint of train.py (its EMA); None: hub, or toy_localizer.pt without a model
         "image_size": None,  # short side of the input in pixels, rounded to whole patches; None: that of its training
         "autocontrast": False,  # stretch each image's contrast first
         "batch_size": 32,  # images of one shape

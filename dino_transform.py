@@ -3,6 +3,7 @@
 An attention map (attention.py) is cleaned (map_boxes.py), made once and read from a cache; here it becomes a density
 and a crop. Nothing in this module's transform needs a model or a GPU, so it works in any loader worker.
 """
+
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -169,9 +169,7 @@ def otsu_threshold(values: np.ndarray, num_bins: int = 256) -> float:
 # --- boxes --------------------------------------------------------------------------------------------------------
 
 
-def published_box(
-    attention_map: np.ndarray, image_size: tuple[int, int], *, threshold: float | str = 0.5
-) -> MapBox:
+def published_box(attention_map: np.ndarray, image_size: tuple[int, int], *, threshold: float | str = 0.5) -> MapBox:
     """Return the published box: centred on the mean True cell, its sides the counts of rows and columns with one.
 
     Args:
@@ -242,9 +240,7 @@ def whole_image(image_size: tuple[int, int]) -> MapBox:
     return MapBox(0.0, 0.0, float(image_size[0]), float(image_size[1]), found=False)
 
 
-def _scaled_box(
-    near: np.ndarray, far: np.ndarray, map_shape: tuple[int, int], image_size: tuple[int, int]
-) -> MapBox:
+def _scaled_box(near: np.ndarray, far: np.ndarray, map_shape: tuple[int, int], image_size: tuple[int, int]) -> MapBox:
     """Scale corners (x, y) in cells of a (height, width) map to pixels of the image, and clip them to it."""
     size = np.asarray(image_size, dtype=np.float64)
     scale = size / map_shape[::-1]

@@ -1,4 +1,5 @@
 """attention.py against timm's own AttentionExtract with fused attention off, one model of each family."""
+
 import copy
 
 import pytest
@@ -51,7 +52,7 @@ def reference_attention(model, images, feat_h=3, feat_w=5):
     last = f"blocks.{len(model.blocks) - 1}.attn.attn_drop"
     with torch.no_grad():
         matrix = AttentionExtract(model, names=[last], method="hook")(images)[last]  # (B, heads, N, N)
-    return matrix[:, :, 0, model.num_prefix_tokens:].unflatten(-1, (feat_h, feat_w))
+    return matrix[:, :, 0, model.num_prefix_tokens :].unflatten(-1, (feat_h, feat_w))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

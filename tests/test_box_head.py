@@ -1,4 +1,5 @@
 """The learned head: windows cut where they should be, and boxes that a threshold cannot give are learned."""
+
 import numpy as np
 import pytest
 import torch

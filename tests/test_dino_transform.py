@@ -1,4 +1,5 @@
 """Density-map crops: the law of their centres and shapes, and that they lie inside the image."""
+
 import numpy as np
 import PIL.Image
 import pytest

@@ -1,4 +1,5 @@
 """map_boxes.py against SciPy's convolution, direct loops and boxes that can be counted by hand."""
+
 import numpy as np
 import pytest
 from scipy.signal import convolve2d
