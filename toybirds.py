@@ -467,7 +467,10 @@ def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int, progress: boo
     """Draw all images and write them and CUB's five lists into ``folder``."""
     for class_id, class_name in enumerate(CLASS_NAMES, start=1):
         (folder / "images" / f"{class_id:03d}.{class_name}").mkdir(parents=True)
-    boxes = [_write_image(folder, row, seed) for row in tqdm(rows, desc="drawing ToyBirds", disable=not progress)]
+    boxes = [
+        _write_image(folder, row, seed)
+        for row in tqdm(rows, desc="drawing ToyBirds", disable=None if progress else True)
+    ]
     lists = {
         "images.txt": [f"{row.image_id} {row.name}" for row in rows],
         "image_class_labels.txt": [f"{row.image_id} {row.class_id}" for row in rows],

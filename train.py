@@ -425,7 +425,8 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
     sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
-    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False)
+    # disable=None: no bar where nobody watches, such as in a log file
+    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=None)
     for images, labels, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) float64
         labels = labels.to(device, non_blocking=True)
         with autocast:
@@ -434,7 +435,7 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
         update(run, loss, config["model"]["ema_step"])
         sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
         seen, kept = seen + len(labels), kept + float(coverages.sum())
-        if run.step % 20 == 0:  # reading the sums waits for the device
+        if run.step % 20 == 0 and not bar.disable:  # reading the sums waits for the device
             rate = seen / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"loss {sums[0] / seen:.3f}, top-1 {sums[1] / seen:.1%}, {rate:.0f} images/s")
     return {"train_loss": float(sums[0]) / seen, "train_top1": float(sums[1]) / seen, "maiou": kept / seen}

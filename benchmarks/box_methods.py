@@ -26,7 +26,6 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from box_head import fit_box_head, head_box
-
 from boxes import center_boxes, coverage, iou, whole_image_boxes
 from datasets import DataSet, read_dataset
 from map_boxes import component_box, min_max, published_box
