@@ -102,7 +102,13 @@ utils.run_script(main, lambda words: {config})
 
 def run(body, config="{}"):
     code = SCRIPT.format(root=str(ROOT), body=body, config=config)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let background jobs ignore it
+    )
 
 
 @pytest.mark.parametrize(
