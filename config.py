@@ -13,7 +13,7 @@ config = {
     "run_dir": None,  # folder of the run; None: a new one under runs/
     "resume": False,  # go on with the run in run_dir (None: the last one that did not end), from its last.pt
     "save": True,  # write last.pt and best.pt (without them a run cannot be resumed)
-    "log_interval": 1,  # validate and log every so many epochs, and after the last one
+    "log_interval": 5,  # validate and log every so many epochs, and after the last one
     "wandb": False,  # log to Weights & Biases too (WANDB_MODE=offline needs no network)
     "A_machine": None,  # the host's name, recorded, and looked up in MACHINE_WORKERS; None: asked of the system
     # --- sweep over the crop's threshold: a wandb sweep, or with wandb=false the same grid here, run after run

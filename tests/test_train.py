@@ -20,7 +20,15 @@ from map_cache import save_map_cache
 from utils import UserError, load_json, load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["num_epochs=4", "image_size=32", "batch_size=8", "num_workers=0", "dataset.name=cub", "opt.warmup_epochs=1"]
+SMALL = [
+    "num_epochs=4",
+    "log_interval=1",
+    "image_size=32",
+    "batch_size=8",
+    "num_workers=0",
+    "dataset.name=cub",
+    "opt.warmup_epochs=1",
+]
 
 
 def words(birds, run_dir, *more):
