@@ -3,7 +3,7 @@
 Reads a data set and, where ``source`` names one, a box JSON. Writes a run folder: config.json, log.jsonl, last.pt,
 best.pt, predictions.json, summary.json, curves.png.
 
-    python train.py                                            # ToyBirds, two cores, about 2 minutes
+    python train.py                                            # ToyBirds, two cores, about 1 minute
     python train.py run_dir=runs/toybirds_0 resume=true        # go on with a run that was interrupted
     python train.py preset=cub_first_training dataset.root=CUB_200_2011
     python train.py sweeprun=true run_dir=runs/sweep           # the grid sweep.values, run after run
