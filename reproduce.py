@@ -3,8 +3,8 @@
 Writes ``run_dir`` (default runs/TABLE): one run folder per training, table.md, table.json. Trainings that are done are
 not repeated; the same command started twice shares the work (one per core: num_workers=0 num_threads=1).
 
-    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 50 trainings, about 80 minutes on one core
-    python reproduce.py reproduce.table=toybirds_boxes num_workers=0    # 20 trainings, about 15
+    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 50 trainings, about 50 minutes on two cores
+    python reproduce.py reproduce.table=toybirds_boxes num_workers=0    # 20 trainings, about 12
 """
 
 from dataclasses import dataclass, field
