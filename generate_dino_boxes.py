@@ -17,35 +17,30 @@ The same command goes on where a killed run stopped, a batch at a time. Maps tha
 when only the way from map to box changes (dino.method and what follows it).
 """
 
-import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import map_boxes
-from attention import cls_attention, last_attention, nearest_patch_size
+from attention import last_attention
+from attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
 from box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
 from boxes import iou, save_boxes
 from config import load_config, worker_count
-from datasets import DataSet, build_loader, read_dataset, read_image
+from datasets import DataSet, read_dataset, read_image
 from localizer import Localizer, build_localizer
-from map_cache import MapCache, RecordFile, cache_paths, read_records, save_map_cache
-from utils import UserError, load_json, locked, pick_device, run_script, save_json, save_text, user_errors
+from map_cache import MapCache, cache_paths, save_map_cache
+from shared_work import SharedWork, choose_device, process_numbers
+from utils import UserError, run_script, save_text, user_errors
 
-LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
 SHEET_COLUMNS = 5  # images a row of the contact sheet
-STALLED_SECONDS = 1800  # without a finished batch of any process, the others are taken for dead
 
 
 def main(config: dict) -> None:
@@ -53,8 +48,7 @@ def main(config: dict) -> None:
     with user_errors(ValueError):
         stage = prepare(config)
     make_maps(stage, missing_batches(stage))
-    if stage.rank == 0:
-        wait_for_others(stage)
+    if stage.work.rank == 0:
         cache = gather_maps(stage)
         boxes = find_boxes(stage, cache)
         report(stage, cache, boxes)
@@ -62,15 +56,6 @@ def main(config: dict) -> None:
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Images of one shape that go through the network together; the unit of resuming and of sharding."""
-
-    number: int
-    rows: list[int]  # of the data set
-    height: int  # of the network's input, pixels
-    width: int
 
 
 @dataclass
@@ -82,17 +67,10 @@ class Stage:
     data: DataSet
     localizer: Localizer
     device: torch.device
-    identity: dict[str, Any]  # all that the maps depend on
-    batches: list[Batch]
-    rank: int
-    world_size: int
+    work: SharedWork  # finished batches, until all are there
+    batches: list[Batch]  # the units of resuming and of sharding
     seconds: dict[str, float] = field(default_factory=dict)
     images_mapped: int = 0  # in this run, by this process
-
-    @property
-    def work_folder(self) -> Path:
-        """Finished batches lie here until all are there."""
-        return self.out.with_name(f"{self.out.stem}.partial")
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -105,7 +83,7 @@ class Stage:
 def prepare(config: dict) -> Stage:
     """Read the data set, build the network, plan the batches, and check that ``out`` is free or ours."""
     start = time.perf_counter()
-    wanted, rank, world_size = config["dino"], *process_numbers()
+    wanted = config["dino"]
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     device = choose_device(config["device"])
@@ -122,28 +100,21 @@ def prepare(config: dict) -> Stage:
         data=data,
         localizer=localizer,
         device=device,
-        identity=map_identity(config, data, localizer, side, device),
+        work=SharedWork(
+            out.with_name(f"{out.stem}.partial"),
+            map_identity(config, data, localizer, side, device),
+            "dino",
+            f"python generate_dino_boxes.py out={out} dino.again=true",
+            *process_numbers(),
+        ),
         batches=plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"]),
-        rank=rank,
-        world_size=world_size,
         seconds={"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)},
     )
     claim_out(stage)
-    if rank == 0:
+    if stage.work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
     return stage
-
-
-def process_numbers() -> tuple[int, int]:
-    """Return (rank, world size), as torchrun sets them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def choose_device(device: str | None) -> torch.device:
-    """Return the device; None or "cuda": this process's own GPU where there is one."""
-    own_gpu = device in (None, "cuda") and torch.cuda.is_available()
-    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
 
 
 def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
@@ -172,33 +143,6 @@ def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, d
     }
 
 
-def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], batch_size: int) -> list[Batch]:
-    """Group images by the shape of their input and cut the groups into batches; depends on the data set alone."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, size in enumerate(image_sizes.tolist()):
-        groups.setdefault(input_shape(size, side, patch), []).append(row)
-    cut = [
-        (shape, rows[start : start + batch_size])
-        for shape, rows in sorted(groups.items())
-        for start in range(0, len(rows), batch_size)
-    ]
-    return [Batch(number, rows, *shape) for number, (shape, rows) in enumerate(cut)]
-
-
-def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) of the network's input: short side near ``side``, whole patches, aspect kept.
-
-    Args:
-        image_size: (width, height) of the image in pixels.
-        side: of the input's short side, pixels.
-        patch: (height, width) in pixels.
-    """
-    width, height = image_size
-    scale = side / min(width, height)
-    sides = (min(length * scale, LONGEST * side) for length in (height, width))
-    return tuple(nearest_patch_size(length, one) for length, one in zip(sides, patch, strict=True))
-
-
 # --- what lies at `out` already -----------------------------------------------------------------------------------
 
 
@@ -208,49 +152,22 @@ def claim_out(stage: Stage) -> None:
     Raises:
         UserError: if it is of other settings, another model or data set, or of another script.
     """
+    index, data_path = cache_paths(stage.out)
     if stage.config["dino"]["again"]:
-        remove_earlier(stage)
-    index, _ = cache_paths(stage.out)
+        stage.work.refuse_again()
+        for path in (index, data_path, stage.out):
+            path.unlink(missing_ok=True)
+        stage.work.remove()
     if index.exists():
-        header = MapCache.open(stage.out).header
-        check_identity(stage, header, f"{index}: made")
+        stage.work.check_identity(MapCache.open(stage.out).header, f"{index}: made")
     elif stage.out.exists():
         raise UserError(f"{stage.out}: was not made by this script (it has no maps beside it); give another out=FILE")
-    settings = stage.work_folder / "identity.json"
-    if settings.exists():
-        check_identity(stage, load_json(settings), f"{stage.work_folder}: begun")
-
-
-def remove_earlier(stage: Stage) -> None:
-    """Remove finished and unfinished work at ``out``."""
-    if stage.world_size > 1:
-        raise UserError(f"dino.again=true is for one process: remove {stage.work_folder} and {stage.out} by hand")
-    for path in (*cache_paths(stage.out), stage.out):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(stage.work_folder, ignore_errors=True)
-
-
-def check_identity(stage: Stage, found: Any, what: str) -> None:
-    """Raise UserError if ``found`` is not this run's identity."""
-    found = found if isinstance(found, dict) else {}
-    for key, value in _flat(stage.identity).items():
-        before = _flat(found).get(key)
-        if before != value:
-            raise UserError(
-                f"{what} with {key}={str(before)[:40]}, now {str(value)[:40]}; give another out=FILE, or start anew: "
-                f"python generate_dino_boxes.py out={stage.out} dino.again=true"
-            )
-
-
-def _flat(identity: dict[str, Any]) -> dict[str, Any]:
-    settings = identity.get("settings")
-    own = {f"dino.{key}": value for key, value in settings.items()} if isinstance(settings, dict) else {}
-    return {key: value for key, value in identity.items() if key != "settings"} | own
+    stage.work.check()
 
 
 def finished_batches(stage: Stage) -> set[int]:
     """Return the batches that need not be done: those in a finished cache without a failed image, and in parts."""
-    done = {record.header["batch"] for record in all_records(stage)}
+    done = {record.header["batch"] for record in stage.work.records()}
     index, _ = cache_paths(stage.out)
     if index.exists():
         failed = set(MapCache.open(stage.out).header["errors"])
@@ -261,16 +178,10 @@ def finished_batches(stage: Stage) -> set[int]:
 def missing_batches(stage: Stage) -> list[Batch]:
     """Return the batches that are still to be done, by whichever process; say how much was found."""
     done = finished_batches(stage)
-    if stage.rank == 0 and done:
+    if stage.work.rank == 0 and done:
         count = sum(len(batch.rows) for batch in stage.batches if batch.number in done)
         print(f"the maps of {count} of {len(stage.data.ids)} images are there already")
     return [batch for batch in stage.batches if batch.number not in done]
-
-
-def all_records(stage: Stage) -> Iterator[Any]:
-    """Yield the finished records of all processes, those of earlier runs too."""
-    for path in sorted(stage.work_folder.glob("process_*/maps.records")):
-        yield from read_records(path)
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
@@ -278,150 +189,51 @@ def all_records(stage: Stage) -> Iterator[Any]:
 
 def make_maps(stage: Stage, todo: list[Batch]) -> None:
     """Make this process's share of the missing maps and append each finished batch to its record file."""
-    mine = [batch for batch in todo if batch.number % stage.world_size == stage.rank]
-    if not mine:
-        return
-    folder = stage.work_folder / f"process_{stage.rank}"
-    with locked(folder) as free, stage.timed("maps"):
-        if not free:
-            raise UserError(f"{folder}: another process works there; wait for it, or give another out=FILE")
-        if not (stage.work_folder / "identity.json").exists():
-            save_json(stage.work_folder / "identity.json", stage.identity)
-        records = RecordFile(folder / "maps.records")
-        try:
+    mine = [batch for batch in todo if stage.work.is_mine(batch.number)]
+    if mine:
+        with stage.timed("maps"), stage.work.writing() as records:
             for header, maps in mapped_batches(stage, mine):
                 records.append(header, maps.tobytes())
-        finally:
-            records.close()
 
 
 def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yield (record header, cleaned maps (B, feat_h, feat_w) float16) of each batch.
-
-    The maps of a batch are cleaned while the GPU works on the next one.
-    """
-    paths = [[stage.data.paths[row] for row in batch.rows] for batch in batches]
-    images = MapImages(batches, paths, stage.localizer.patch, stage.config["dino"]["autocontrast"])
-    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
-    loader = build_loader(images, num_workers=workers, pin_memory=stage.device.type == "cuda", batch_size=None)
-    total = sum(len(batch.rows) for batch in batches)
-    with tqdm(total=total, desc="maps", unit=" images", disable=stage.rank > 0, mininterval=1.0) as bar:
-        pending = None
-        for number, (pixels, errors) in enumerate(loader):
-            attention = attend(stage, pixels)
-            if pending is not None:
-                yield finished(stage, *pending)
-                bar.update(len(pending[0].rows))
-            pending = batches[number], attention, errors
-        yield finished(stage, *pending)
-        bar.update(len(pending[0].rows))
-    stage.images_mapped = total
-
-
-class MapImages(Dataset):
-    """Whole batches of decoded and resized images."""
-
-    def __init__(
-        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
-    ) -> None:
-        """Keep the image paths of each batch."""
-        self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, list[str | None]]:
-        """Return images (B, H, W, 3) uint8 of the batch, zeros where one failed, and what failed (None: nothing)."""
-        batch = self.batches[number]
-        pixels = np.zeros((len(batch.rows), batch.height, batch.width, 3), dtype=np.uint8)
-        errors = []
-        for place, path in zip(pixels, self.paths[number], strict=True):
-            try:
-                place[:] = self.read(path, batch)
-                errors.append(None)
-            except Exception as error:  # whatever one image does, the others go on; decoders raise many kinds
-                errors.append(" ".join(str(error).split())[:300] or type(error).__name__)
-        return torch.from_numpy(pixels), errors
-
-    def read(self, path: Path, batch: Batch) -> np.ndarray:
-        """Return one image as the network's input, (H, W, 3) uint8."""
-        image = read_image(path)
-        if image.height < self.patch[0] or image.width < self.patch[1]:
-            raise UserError(
-                f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
-            )
-        image = image.resize((batch.width, batch.height), PIL.Image.Resampling.BICUBIC)
-        return np.asarray(PIL.ImageOps.autocontrast(image) if self.autocontrast else image)
-
-
-def attend(stage: Stage, pixels: torch.Tensor) -> torch.Tensor:
-    """Return the CLS attention (B, heads, feat_h, feat_w) of (B, H, W, 3) uint8 images; on CUDA it is only begun."""
-    images = pixels.to(stage.device, non_blocking=True).permute(0, 3, 1, 2)
-    precision = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stage.identity["precision"])
-    cast = torch.autocast("cuda", dtype=precision) if precision else nullcontext()
-    with torch.inference_mode(), cast:
-        return cls_attention(stage.localizer.model, stage.localizer.normalize(images))
-
-
-def finished(
-    stage: Stage, batch: Batch, attention: torch.Tensor, errors: list[str | None]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the record header and the cleaned maps (B, feat_h, feat_w) float16 of a batch; blank maps are zeros."""
-    ids = stage.data.ids[batch.rows].tolist()
-    failed = {str(i): error for i, error in zip(ids, errors, strict=True) if error is not None}
-    cleaned = [clean(heads, stage.config["dino"]) for heads in attention.cpu().numpy()]
-    maps = np.stack(cleaned).astype(np.float16)
-    blank = [str(i) in failed or map_boxes.is_blank(one) for i, one in zip(ids, maps, strict=True)]
-    maps[blank] = 0
-    header = {"batch": batch.number, "ids": ids, "feat": list(maps.shape[1:]), "errors": failed}
-    return header, maps
-
-
-def clean(attention: np.ndarray, wanted: dict) -> np.ndarray:
-    """Return the cleaned map (feat_h, feat_w) of one image's attention (heads, feat_h, feat_w)."""
-    heads = wanted["heads"]
-    return map_boxes.clean_map(
-        attention,
-        heads=int(heads) if heads.isdecimal() else heads,
-        steps=wanted["steps"],
-        filter_size=wanted["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
+    """Yield (record header, cleaned maps (B, feat_h, feat_w) float16) of each batch; blank maps are zeros."""
+    total, wanted = sum(len(batch.rows) for batch in batches), stage.config["dino"]
+    attended = attend_batches(
+        stage.localizer,
+        batches,
+        stage.data.paths,
+        stage.device,
+        autocontrast=wanted["autocontrast"],
+        precision=stage.work.identity["precision"],
+        num_workers=worker_count(stage.config["num_workers"], stage.config["A_machine"]),
     )
-
-
-def wait_for_others(stage: Stage) -> None:
-    """Wait until the batches of all processes are there.
-
-    Raises:
-        UserError: if none has come for a long time.
-    """
-    index, _ = cache_paths(stage.out)
-    if stage.world_size == 1 or (index.exists() and not stage.work_folder.exists()):
-        return
-    missing, since = None, time.monotonic()
-    while found := {batch.number for batch in stage.batches} - finished_batches(stage):
-        if found != missing:
-            missing, since = found, time.monotonic()
-        if time.monotonic() - since > STALLED_SECONDS:
-            raise UserError(f"{len(found)} batches of other processes do not come; start the same command again")
-        time.sleep(1.0)
+    with tqdm(total=total, desc="maps", unit=" images", disable=stage.work.rank > 0, mininterval=1.0) as bar:
+        for one in attended:
+            ids, maps = stage.data.ids[one.batch.rows].tolist(), clean_batch(one, wanted)
+            failed = {str(i): error for i, error in zip(ids, one.errors, strict=True) if error is not None}
+            yield {"batch": one.batch.number, "ids": ids, "feat": list(maps.shape[1:]), "errors": failed}, maps
+            bar.update(len(ids))
+    stage.images_mapped = total
 
 
 def gather_maps(stage: Stage) -> MapCache:
     """Put all maps into the cache, in the order of the data set; the parts go once it is written."""
     index, _ = cache_paths(stage.out)
-    if stage.work_folder.exists():
+    if stage.work.folder.exists() or not index.exists():
+        stage.work.wait_for_others(lambda: {batch.number for batch in stage.batches} - finished_batches(stage))
         with stage.timed("cache"):
             errors, maps = {}, {}
             if index.exists():
                 maps = dict(_cached_maps(MapCache.open(stage.out)))
-            for record in all_records(stage):
+            for record in stage.work.records():
                 batch = np.frombuffer(record.payload, np.float16).reshape(-1, *record.header["feat"])
                 maps |= dict(zip(record.header["ids"], batch, strict=True))
                 errors |= record.header["errors"]
             ordered = ((image_id, maps[image_id]) for image_id in stage.data.ids.tolist())
-            save_map_cache(index, ordered, stage.identity | {"errors": errors} | cache_about(stage))
-        shutil.rmtree(stage.work_folder)
-    return MapCache.open(stage.out, dataset=stage.identity["dataset"])
+            save_map_cache(index, ordered, stage.work.identity | {"errors": errors} | cache_about(stage))
+        stage.work.remove()
+    return MapCache.open(stage.out, dataset=stage.work.identity["dataset"])
 
 
 def _cached_maps(cache: MapCache) -> Iterator[tuple[int, np.ndarray]]:
@@ -455,7 +267,7 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)},
             dict(zip(ids, data.image_sizes.tolist(), strict=True)),
             made_by=Path(__file__).name,
-            settings=stage.config | {"maps": stage.identity},
+            settings=stage.config | {"maps": stage.work.identity},
         )
     return boxes
 

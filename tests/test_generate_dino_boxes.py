@@ -13,8 +13,10 @@ import PIL.Image
 import pytest
 import torch
 
+import attention_maps
 import generate_dino_boxes as stage
 import map_boxes
+import shared_work
 import train
 from attention import cls_attention
 from box_report import evaluate_boxes
@@ -164,7 +166,7 @@ def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
     slow = ["dino.batch_size=1", "dino.image_size=160"]  # many batches, so that the kill comes in between
     out, parts = (
         tmp_path / "killed" / "boxes.json",
-        tmp_path / "killed" / "boxes.partial" / "process_0" / "maps.records",
+        tmp_path / "killed" / "boxes.partial" / "process_0" / "units.records",
     )
     process = command(birds, tiny, out, *slow)
     while process.poll() is None and not (parts.exists() and parts.stat().st_size > 3000):
@@ -228,7 +230,7 @@ def test_a_share_is_left_to_the_others(birds, tiny, unbroken, tmp_path, monkeypa
 def test_processes_that_do_not_come_are_named(birds, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setattr(stage, "STALLED_SECONDS", 0.1)
+    monkeypatch.setattr(shared_work, "STALLED_SECONDS", 0.1)
     with pytest.raises(UserError, match="batches of other processes do not come"):
         run(birds, tiny, tmp_path / "boxes.json")
 
@@ -316,14 +318,13 @@ def box_line(folder):
 
 @pytest.mark.parametrize("value", [np.nan, 0.25])
 def test_blank_maps_give_the_whole_image_and_are_counted(birds, tiny, tmp_path, monkeypatch, value):
-    original = stage.attend
+    def attend(*args, **options):
+        for one in attention_maps.attend_batches(*args, **options):
+            attention = one.attention.clone()
+            attention[0] = value
+            yield one._replace(attention=attention)
 
-    def attend(*args):
-        attention = original(*args).clone()
-        attention[0] = value
-        return attention
-
-    monkeypatch.setattr(stage, "attend", attend)
+    monkeypatch.setattr(stage, "attend_batches", attend)
     out = run(birds, tiny, tmp_path / "boxes.json")
     missing = [image_id for image_id, box in load_boxes(out).boxes.items() if box is None]
     scores = load_json(out.with_suffix(".eval.json"))["boxes"]
@@ -357,33 +358,5 @@ def test_what_the_user_can_mend_is_one_line_and_leaves_nothing(birds, tiny, tmp_
 
 def test_two_runs_do_not_work_in_one_place(birds, tiny, tmp_path):
     prepared = stage.prepare(load_config(words(birds, tiny, tmp_path / "boxes.json")))
-    folder = prepared.work_folder / "process_0"
-    with stage.locked(folder), pytest.raises(UserError, match="another process works there"):
+    with prepared.work.writing(), pytest.raises(UserError, match="another process works there"):
         stage.make_maps(prepared, prepared.batches)
-
-
-# --- plans --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("size", "expected"),
-    [
-        ((500, 375), (518, 686)),  # 518 / 375 * 500 = 690.7 = 49.3 patches
-        ((375, 500), (686, 518)),
-        ((40, 40), (518, 518)),
-        ((10, 4000), (2072, 518)),  # cut at four times the short side
-    ],
-)
-def test_input_shape(size, expected):
-    assert stage.input_shape(size, 518, (14, 14)) == expected
-
-
-def test_batches_hold_every_image_once_and_one_shape_each():
-    sizes = np.random.default_rng(0).integers(30, 90, (200, 2))
-    batches = stage.plan_batches(sizes, 32, (8, 8), 6)
-    assert sorted(row for batch in batches for row in batch.rows) == list(range(200))
-    assert all(1 <= len(batch.rows) <= 6 for batch in batches)
-    for batch in batches:
-        shapes = {stage.input_shape(tuple(sizes[row]), 32, (8, 8)) for row in batch.rows}
-        assert shapes == {(batch.height, batch.width)}
-    assert [batch.number for batch in batches] == list(range(len(batches)))

@@ -1,18 +1,16 @@
 """map_cache.py: what is written is read back, in other processes too, and damage is one line."""
 
-import json
 import multiprocessing
 import os
 import pickle
 import resource
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import map_cache
-from map_cache import MapCache, RecordFile, cache_paths, read_records, save_map_cache
+from map_cache import MapCache, cache_paths, save_map_cache
 from utils import UserError, load_json, save_json
 
 HEADER = {"dataset": "d" * 64, "model": "vit", "weights_sha256": "w" * 64, "settings": {"image_size": 80}, "errors": {}}
@@ -167,83 +165,6 @@ def test_a_broken_off_writer_leaves_the_old_cache(cache_path):
         save_map_cache(cache_path, breaking(), HEADER)
     assert len(MapCache.open(cache_path)) == 5
     assert len(list(cache_path.parent.iterdir())) == 2
-
-
-# --- records ------------------------------------------------------------------------------------------------------
-
-
-def write_records(path, count=3):
-    records = RecordFile(path)
-    for number in range(count):
-        records.append({"batch": number, "feat": [2, 3]}, bytes([number]) * (10 + number))
-    records.close()
-
-
-def numbers(path):
-    return [record.header["batch"] for record in read_records(path)]
-
-
-def test_records_survive_every_cut(tmp_path):
-    path = tmp_path / "maps.records"
-    write_records(path)
-    whole = path.read_bytes()
-    ends = [len(whole)]
-    for cut in range(len(whole) - 1, -1, -1):
-        path.write_bytes(whole[:cut])
-        found = numbers(path)
-        assert found == list(range(len(found)))
-        if len(found) < len(numbers_before := list(range(4 - len(ends)))):
-            ends.append(cut)
-            assert len(found) == len(numbers_before) - 1
-    assert len(ends) == 4  # each record was lost at one cut
-
-
-def test_writing_goes_on_after_the_last_whole_record(tmp_path):
-    path = tmp_path / "maps.records"
-    write_records(path)
-    path.write_bytes(path.read_bytes()[:-4])
-    records = RecordFile(path)
-    records.append({"batch": 7}, b"x")
-    records.close()
-    assert numbers(path) == [0, 1, 7]
-
-
-@pytest.mark.parametrize("place", [0, 20, -3])
-def test_a_changed_byte_ends_the_records(tmp_path, place):
-    path = tmp_path / "maps.records"
-    write_records(path, 1)
-    content = bytearray(path.read_bytes())
-    content[place] ^= 1
-    path.write_bytes(content)
-    assert numbers(path) == []
-
-
-def test_a_record_that_declares_too_much_is_not_read(tmp_path):
-    path = tmp_path / "maps.records"
-    path.write_bytes(json.dumps({"header": {}, "bytes": 10**15, "crc": 0}).encode() + b"\nabc")
-    assert numbers(path) == []
-
-
-def full_disk(path, queue):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))  # bytes: the next write fails as on a full disk
-    try:
-        write_records(path, 50)
-    except UserError as error:
-        queue.put(str(error))
-
-
-def test_a_full_disk_keeps_the_finished_records(tmp_path):
-    path = tmp_path / "maps.records"
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    worker = context.Process(target=full_disk, args=(path, queue))
-    worker.start()
-    assert "make room" in queue.get(timeout=30)
-    worker.join()
-    assert len(numbers(path)) >= 2
-    write_records(path, 1)
-    assert numbers(path)[-1] == 0
 
 
 def test_remake_command_names_the_box_file():
