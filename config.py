@@ -79,6 +79,11 @@ config = {
         "size_factor": 1.0,  # component: both sides of the box are multiplied by it
         "again": False,  # remove what lies at `out`, finished or not, and start anew
     },
+    # --- self-distillation: a ViT in training makes the maps of its own crops, as the section dino says
+    "self_distillation": {
+        "every": 0,  # epochs between two refreshes of the maps by the EMA (needs use_dino_maps=true); 0: off
+        "start": 5,  # epochs of plain crops before the first maps
+    },
     # --- augmentation
     "augment": False,  # colour-only augmentation, one drawn per image
     "augment_p": 1.0,  # its strength, 0 to 1: colour jitter of (.5 p, .5 p, .5 p, .1 p)
@@ -237,6 +242,8 @@ RANGES = {
     "dino.upsample": (1, 64),
     "dino.size_factor": (0.01, 100.0),
     "crop.temperature": (1e-4, 1e6),
+    "self_distillation.every": (0, math.inf),
+    "self_distillation.start": (0, math.inf),
     "augment_p": (0.0, 1.0),
     "flip": (0.0, 1.0),
     "eval.size": (1, 4096),
@@ -426,6 +433,8 @@ def _check_together(c: dict) -> None:
             raise ConfigError(f"{key}={pair}: must be two numbers, the lower one first")
     if c["use_box"] and c["use_dino_maps"]:
         raise ConfigError("use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false")
+    if c["self_distillation"]["every"] and not (c["use_dino_maps"] and c["dino_maps"] is None):
+        raise ConfigError("self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none")
     if c["opt"]["lr"] <= 0 or c["opt"]["target_lr"] <= 0:
         raise ConfigError("opt.lr and opt.target_lr must be above 0")
     if c["opt"]["target_lr"] > c["opt"]["lr"]:

@@ -55,7 +55,7 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
         if model_type is None:
             raise UserError(f"dino.weights={weights}: name the network too, such as dino.model=dinov2_vits14")
         name, model = timm_name(model_type), _from_hub(model_type) if weights == "hub" else _from_scratch(model_type)
-        return _finish(model, name, weights, **_input_of(model))
+        return as_localizer(model, name, weights, **_input_of(model))
     content = load_tensors(weights)
     about = content.get("config") if isinstance(content, dict) else None
     if isinstance(about, dict):
@@ -67,14 +67,25 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
         raise UserError(f"{weights}: does not say which network it is of; add dino.model=NAME, such as dinov2_vits14")
     model = _create(timm_name(model_type))
     _load(model, weights, "dino.model")
-    return _finish(model, timm_name(model_type), weights, **_input_of(model))
+    return as_localizer(model, timm_name(model_type), weights, **_input_of(model))
 
 
-def _finish(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:
+def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:
+    """Return a ViT as a localizer: in eval mode, with the hash of its weights.
+
+    Args:
+        model: a timm Vision Transformer with CLS attention.
+        name: of the architecture.
+        weights: where they came from, for people.
+        **input_of: image_size and, if not ImageNet's, mean and std.
+
+    Raises:
+        UserError: if its attention cannot be read.
+    """
     try:
         last_attention(model)
     except ValueError as error:
-        raise UserError(f"dino.model: {name} gives no maps: {error}") from None
+        raise UserError(f"{name} gives no maps: {error}") from None
     patch = tuple(model.patch_embed.feat_ratio(as_scalar=False))
     return Localizer(model.eval(), name, weights, state_hash(model), patch=patch, **input_of)
 
@@ -164,7 +175,7 @@ def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) 
         raise UserError(f"{path}: of {trained}, which has no attention; a Vision Transformer is needed")
     model = _create(trained, img_size=image_size)
     _load(model, path, "its own model.type")
-    return _finish(model, trained, path, image_size=image_size)
+    return as_localizer(model, trained, path, image_size=image_size)
 
 
 def build_toy_vit(*, image_size: int, stride: int, width: int, depth: int, heads: int) -> nn.Module:
@@ -198,4 +209,4 @@ def _from_toy(path: str, content: dict[str, Any], about: dict[str, Any]) -> Loca
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:80]
         raise UserError(f"{path}: not a file of make_toy_localizer.py ({reason}); run it again") from None
-    return _finish(model, "toy_localizer", path, image_size=image_size)
+    return as_localizer(model, "toy_localizer", path, image_size=image_size)

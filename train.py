@@ -29,6 +29,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import models
+from attention import last_attention
 from boxes import maiou_to_thr
 from config import ConfigError, leaves, load_config, step_gamma, worker_count
 from crops import ratio_gives_way
@@ -43,8 +44,10 @@ from datasets import (
 )
 from dino_transform import DinoRandomResizedCrop
 from evaluation import loss_and_top1, predict
-from map_cache import MapCache
+from localizer import as_localizer
+from map_cache import MapCache, cache_paths
 from plots import draw_curves
+from self_distillation import maps_path, refresh_epoch, refresh_maps
 from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import build_box_crop, build_train_transform, build_views, normalize
 from utils import (
@@ -161,7 +164,8 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     data = load_data(config)
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
-    train_loader, val_loader, test_loader = build_loaders(config, data, boxes, device)
+    train_loader = build_train_loader(config, data, crop_guides(config, data, boxes), device)
+    val_loader, test_loader = build_view_loaders(config, data, device)
     run = build_run(folder, config, device)
     print(describe(config, run, data, device))
     save_json(folder / "config.json", config)
@@ -171,6 +175,7 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     if own_wandb:
         wandb_run = start_wandb(config, folder)
     for _ in range(run.epoch, config["num_epochs"]):
+        train_loader = with_own_maps(train_loader, run, config, data, device)
         train_and_log_epoch(run, config, train_loader, val_loader, device, wandb_run)
     summary = finish(run, config, data, test_loader, device, notes)
     if wandb_run is not None:
@@ -233,14 +238,10 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
         )
 
 
-def build_loaders(
-    config: dict, data: DataSet, boxes: np.ndarray, device: torch.device
-) -> tuple[DataLoader, DataLoader, DataLoader]:
-    """Build the loaders of training, validation (first view only) and test (all views)."""
-    machine = {
-        "num_workers": worker_count(config["num_workers"], config["A_machine"]),
-        "pin_memory": device.type == "cuda",
-    }
+def build_train_loader(
+    config: dict, data: DataSet, guides: Mapping[int, np.ndarray], device: torch.device
+) -> DataLoader:
+    """Build the loader of training crops; ``guides``: image id -> its box or attention map."""
     transform = build_train_transform(
         build_crop(config),
         flip=config["flip"],
@@ -248,16 +249,26 @@ def build_loaders(
         augment_p=config["augment_p"],
         use_augment_mix=config["use_augment_mix"],
     )
-    train = TrainImages(data, data.rows("train"), crop_guides(config, data, boxes), transform, config["seed"])
-    batches = EpochBatches(len(train), config["batch_size"], config["seed"])
-    views = test_views(config)
-    view_boxes = source_boxes(config["eval_box"] or "image", data)[0]
+    images = TrainImages(data, data.rows("train"), guides, transform, config["seed"])
+    batches = EpochBatches(len(images), config["batch_size"], config["seed"])
+    return build_loader(images, batch_sampler=batches, **loading(config, device))
+
+
+def build_view_loaders(config: dict, data: DataSet, device: torch.device) -> tuple[DataLoader, DataLoader]:
+    """Build the loaders of validation (first view only) and test (all views)."""
+    views, boxes = test_views(config), source_boxes(config["eval_box"] or "image", data)[0]
     first = dict(list(views.items())[:1])
+    machine = loading(config, device)
     return (
-        build_loader(train, batch_sampler=batches, **machine),
-        _view_loader(config, data, validation_rows(data), view_boxes, first, machine),
-        _view_loader(config, data, data.rows("test"), view_boxes, views, machine),
+        _view_loader(config, data, validation_rows(data), boxes, first, machine),
+        _view_loader(config, data, data.rows("test"), boxes, views, machine),
     )
+
+
+def loading(config: dict, device: torch.device) -> dict[str, Any]:
+    """Return what every loader is told of the machine."""
+    workers = worker_count(config["num_workers"], config["A_machine"])
+    return {"num_workers": workers, "pin_memory": device.type == "cuda"}
 
 
 def build_crop(config: dict) -> v2.Transform:
@@ -285,9 +296,42 @@ def crop_guides(config: dict, data: DataSet, boxes: np.ndarray) -> Mapping[int, 
     """Return what the crop of each image goes by, by image id: its attention map, or its box."""
     if not config["use_dino_maps"]:
         return dict(zip(data.ids.tolist(), boxes, strict=True))
+    if config["self_distillation"]["every"]:
+        return {}  # plain crops until the run has made maps of its own
     if config["dino_maps"] is None:
         raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
     return MapCache.open(config["dino_maps"], dataset=data.fingerprint())
+
+
+def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, device: torch.device) -> DataLoader:
+    """Return the training loader of the next epoch: with self-distillation a new one where the maps are others."""
+    epoch = refresh_epoch(run.epoch, **config["self_distillation"])
+    if epoch is None:
+        return loader
+    path = maps_path(run.folder, epoch)
+    if getattr(loader.dataset.guides, "path", None) == cache_paths(path)[1]:
+        return loader
+    maps = own_maps(path, run, config, data, device) if epoch == run.epoch else MapCache.open(path)
+    return build_train_loader(config, data, maps, device)
+
+
+def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> MapCache:
+    """Make the maps of the training images that the EMA classifies rightly."""
+    ema = run.ema.module
+    localizer = as_localizer(ema, config["model"]["type"], "EMA of this run", image_size=config["image_size"])
+    on_cuda = device.type == "cuda" and config["amp"] != "none"
+    maps = refresh_maps(
+        path,
+        localizer,
+        data,
+        data.rows("train"),
+        device,
+        config["dino"],
+        precision=config["amp"] if on_cuda else "float32",
+        num_workers=0 if len(data.rows("train")) < WORTH_A_WORKER else loading(config, device)["num_workers"],
+    )
+    print(f"own maps: the EMA classifies {len(maps)} of {len(data.rows('train'))} training images rightly", flush=True)
+    return maps
 
 
 def _view_loader(config, data, rows, boxes, views, machine) -> DataLoader:
@@ -332,6 +376,9 @@ def build_run(folder: Path, config: dict, device: torch.device) -> Run:
         models.check_patches(f"eval.views={name}: size", view.size, models.patch_of(model))
     if wanted["resumed_model"]:
         models.load_trained(model, wanted["resumed_model"], ema=wanted["resumed_ema"])
+    if config["self_distillation"]["every"]:
+        with user_errors(ValueError, f"self_distillation.every: model.type={wanted['type']} gives no maps: "):
+            last_attention(model)
     models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
     model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     optimizer = build_optimizer(models.parameter_groups(model, config["opt"]["weight_decay"]), config["opt"])
@@ -371,7 +418,8 @@ def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str
     splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
     crop = f"crops held to {config['source']}, {config['crop']['mode']}, THR={config['THR']:.3g}"
     if config["use_dino_maps"]:
-        crop = f"crops centred by the maps of {config['dino_maps']}, temperature {config['crop']['temperature']:g}"
+        maps = config["dino_maps"] or f"its own EMA, made every {config['self_distillation']['every']} epochs"
+        crop = f"crops centred by the maps of {maps}, temperature {config['crop']['temperature']:g}"
     elif not config["use_box"] or config["THR"] < 0:
         crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"

@@ -54,7 +54,8 @@ def prepare(config: dict, changes: dict) -> tuple:
     data = train.load_data(config)
     boxes, _ = train.crop_boxes(config, data)
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
-    loader, _, _ = train.build_loaders(config, data, boxes, torch.device("cpu"))
+    device = torch.device("cpu")
+    loader = train.build_train_loader(config, data, train.crop_guides(config, data, boxes), device)
     return train.build_run(Path("runs/crop_cost"), config, torch.device("cpu")), config, loader
 
 

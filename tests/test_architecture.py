@@ -26,6 +26,7 @@ ALLOWED = {
     "box_report": {"boxes", "utils"},
     "localizer": {"attention", "models", "utils"},
     "dino_transform": {"attention", "boxes", "crops", "map_boxes", "utils"},
+    "self_distillation": {"attention_maps", "datasets", "localizer", "map_cache"},
     "datasets": {"boxes", "toybirds", "utils"},
     "models": {"utils"},
     "evaluation": {"boxes", "transforms", "utils"},
