@@ -1,13 +1,13 @@
 """Where crops are drawn: the two formulas of LocalizedRandomResizedCrop, in NumPy, for many boxes at once.
 
-``transforms.py`` applies these crops to images, ``boxes.py`` measures how much of the object they keep. Both modes
-take four uniform numbers per crop (exact mode may need a few more for the position), so one image or a million go
-through the same lines.
+``transforms.py`` applies these crops to images, ``boxes.py`` measures how much of the object they keep. One image or a
+million go through the same lines, so the crops of an epoch are drawn at once.
 """
 
 import numpy as np
 
 MODES = ("exact", "reference")
+SHAPE_TRIES = 10  # of RandomResizedCrop, as torchvision: then the largest centred crop with a ratio in range is taken
 RATIO_CELLS = 32  # cells of the inverse CDF over log-ratio: each is 1.8% of the ratio wide for (3/4, 4/3)
 
 
@@ -40,10 +40,12 @@ def sample_crops(
     """
     boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio)
     rng = rng if rng is not None else np.random.default_rng()
-    if thr >= 0 and mode == "reference":
+    if thr < 0:
+        return _plain_crops(sizes, scale, ratio, rng)
+    if mode == "reference":
         edges = _reference_edges(boxes, sizes, thr, scale, ratio, rng)
         return _to_crops(np.rint(edges), sizes)
-    edges = _exact_edges(boxes, sizes, max(thr, 0.0), scale, ratio, rng)
+    edges = _exact_edges(boxes, sizes, thr, scale, ratio, rng)
     # outward, so that what the real-valued crop keeps of the box the whole-pixel crop keeps too
     outward = np.concatenate([np.floor(edges[:, :2]), np.ceil(edges[:, 2:])], axis=1)
     return _to_crops(outward, sizes)
@@ -100,6 +102,53 @@ def _to_crops(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     far = np.clip(edges[:, 2:], near + 1, sizes)
     side = far - near
     return np.stack([near[:, 1], near[:, 0], side[:, 1], side[:, 0]], axis=1).astype(np.int64)
+
+
+# --- RandomResizedCrop --------------------------------------------------------------------------------------------
+
+
+def random_shapes(
+    image_sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the shapes of torchvision's RandomResizedCrop, by its law.
+
+    Args:
+        image_sizes: (N, 2) width height in pixels.
+        scale, ratio, rng: see ``sample_crops``.
+
+    Returns:
+        (N, 2) int64 width height in pixels, each side between 1 and the image's; and (N,) bool, whether any of the
+        tries fitted into the image (if not, the crop lies in the middle).
+    """
+    sizes = np.asarray(image_sizes, dtype=np.float64)
+    tries = (len(sizes), SHAPE_TRIES)
+    areas = rng.uniform(*scale, tries) * sizes.prod(1)[:, None]
+    ratios = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), tries))
+    shapes = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1)))
+    fits = ((shapes > 0) & (shapes <= sizes[:, None])).all(axis=-1)  # (N, tries)
+    first = shapes[np.arange(len(sizes)), fits.argmax(axis=1)]
+    found = fits.any(axis=1)
+    return np.where(found[:, None], first, _largest_shapes(sizes, ratio)).astype(np.int64), found
+
+
+def _largest_shapes(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """Return the largest (width, height), (N, 2), inside the images whose ratio is in range."""
+    width, height = sizes.T
+    widest, tallest = np.rint(height * ratio[1]), np.rint(width / ratio[0])
+    return np.maximum(np.stack([np.minimum(width, widest), np.minimum(height, tallest)], axis=1), 1)
+
+
+def plain_corners(shapes: np.ndarray, found: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Return where RandomResizedCrop lays crops of `random_shapes`: (N, 2) int64 left top; ``uniform`` is (N, 2)."""
+    room = np.asarray(image_sizes, dtype=np.int64) - shapes
+    anywhere = np.minimum((uniform * (room + 1)).astype(np.int64), room)
+    return np.where(found[:, None], anywhere, room // 2)
+
+
+def _plain_crops(sizes, scale, ratio, rng) -> np.ndarray:
+    shapes, found = random_shapes(sizes, scale, ratio, rng)
+    left, top = plain_corners(shapes, found, sizes, rng.random(shapes.shape)).T
+    return np.stack([top, left, shapes[:, 1], shapes[:, 0]], axis=1)
 
 
 # --- the published crop -------------------------------------------------------------------------------------------

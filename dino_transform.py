@@ -4,8 +4,7 @@ An attention map (attention.py) is cleaned (map_boxes.py), made once and read fr
 and a crop. Nothing in this module's transform needs a model or a GPU, so it works in any loader worker.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,18 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from attention import cls_attention, cls_attention_and_logits
+from crops import plain_corners, random_shapes
 from map_boxes import is_blank, softmax_density
 
 __all__ = [
     "DinoRandomResizedCrop",
+    "MapCrops",
     "cls_attention",
     "cls_attention_and_logits",
-    "draw_crop_shapes",
-    "draw_density_points",
+    "density_point",
     "map_to_density",
     "sample_density_crops",
 ]
-
-SHAPE_TRIES = 10  # as torchvision's RandomResizedCrop: then the centre crop of the nearest ratio is taken
 
 
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
@@ -64,66 +62,99 @@ def sample_density_crops(
         (num_crops, 4) int64, top left height width in pixels, inside the image.
     """
     rng = rng if rng is not None else np.random.default_rng()
-    shapes = draw_crop_shapes(image_size, num_crops, scale, ratio, rng)  # (n, 2) width, height
-    centres = draw_density_points(density, image_size, num_crops, rng)
-    corners = np.rint(centres - shapes / 2).astype(np.int64)
-    left, top = np.clip(corners, 0, np.asarray(image_size) - shapes).T
-    return np.stack([top, left, shapes[:, 1], shapes[:, 0]], axis=1)
+    shapes, _ = random_shapes(np.tile(image_size, (num_crops, 1)), scale, ratio, rng)
+    cumulative, uniform = np.cumsum(density, dtype=np.float64), rng.random((num_crops, 3)).tolist()
+    crops = [
+        _crop_around(density_point(cumulative, density.shape, image_size, drawn), shape, image_size)
+        for shape, drawn in zip(shapes.tolist(), uniform, strict=True)
+    ]
+    return np.array(crops, dtype=np.int64).reshape(-1, 4)
 
 
-def draw_density_points(
-    density: np.ndarray, image_size: tuple[int, int], num_points: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Draw points of an image: a cell by its density, then a uniform point inside that cell.
+def density_point(
+    cumulative: np.ndarray, feat: tuple[int, int], image_size: tuple[int, int], uniform: Sequence[float]
+) -> tuple[float, float]:
+    """Return a point of an image, x y in pixels: a cell by its density, then a uniform point inside that cell.
 
     Args:
-        density: (feat_h, feat_w), non-negative, sums to 1; row-major, stretched over the whole image.
+        cumulative: (feat_h * feat_w,) float64, running sum over the cells, row-major; need not end at 1.
+        feat: (feat_h, feat_w), stretched over the whole image.
         image_size: (width, height) in pixels.
-        num_points: how many points to draw.
-        rng: source of randomness.
-
-    Returns:
-        (num_points, 2) float, x y in pixels.
+        uniform: three numbers in [0, 1): which cell, where in it along x, along y.
     """
-    feat_h, feat_w = density.shape
-    cumulative = np.cumsum(density, dtype=np.float64)  # float16 would lose the small cells
-    drawn = rng.random(num_points) * cumulative[-1]
-    cells = np.minimum(np.searchsorted(cumulative, drawn, side="right"), density.size - 1)
-    rows, columns = np.divmod(cells, feat_w)
-    cell_xy = np.stack([columns, rows], axis=1) + rng.random((num_points, 2))
-    return cell_xy * (np.asarray(image_size) / (feat_w, feat_h))
+    cell = int(cumulative.searchsorted(uniform[0] * cumulative[-1], side="right"))
+    row, column = divmod(min(cell, len(cumulative) - 1), feat[1])
+    return (column + uniform[1]) * image_size[0] / feat[1], (row + uniform[2]) * image_size[1] / feat[0]
 
 
-def draw_crop_shapes(
-    image_size: tuple[int, int],
-    num_crops: int,
-    scale: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> np.ndarray:
-    """Draw (width, height) by the law of torchvision's RandomResizedCrop, all crops at once.
-
-    Returns:
-        (num_crops, 2) int64, width height in pixels; each side between 1 and the image's.
-    """
-    width, height = image_size
-    tries = (num_crops, SHAPE_TRIES)
-    areas = rng.uniform(*scale, tries) * width * height
-    ratios = np.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1]), tries))
-    shapes = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1))).astype(np.int64)
-    fits = ((shapes > 0) & (shapes <= (width, height))).all(axis=-1)  # (n, tries)
-    first = shapes[np.arange(num_crops), fits.argmax(axis=1)]
-    return np.where(fits.any(axis=1)[:, None], first, _fallback_shape(image_size, ratio))
+def _crop_around(
+    centre: tuple[float, float], shape: tuple[int, int], image_size: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """Return (top, left, height, width) of a crop of (width, height) around a centre, moved inside the image."""
+    left, top = (
+        min(max(round(middle - side / 2), 0), whole - side)
+        for middle, side, whole in zip(centre, shape, image_size, strict=True)
+    )
+    return top, left, shape[1], shape[0]
 
 
-def _fallback_shape(image_size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int]:
-    """Return the largest (width, height) inside the image whose ratio is in range, as torchvision does."""
-    width, height = image_size
-    if width / height < ratio[0]:
-        return width, max(1, min(height, round(width / ratio[0])))
-    if width / height > ratio[1]:
-        return max(1, min(width, round(height * ratio[1]))), height
-    return width, height
+def _cumulative_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the running sum, (feat_h * feat_w,) float64, of what `map_to_density` is proportional to."""
+    cells = attention_map.ravel().astype(np.float32)
+    weights = np.exp((cells - cells.max()) * np.float32(1 / temperature))
+    cumulative = np.cumsum(weights, dtype=np.float64)
+    return cumulative if np.isfinite(cumulative[-1]) else np.arange(1.0, len(cells) + 1)  # NaN: uniform
+
+
+class MapCrops:
+    """The density-map crops of a data set, drawn for an epoch at once; a plain crop where an image has no map."""
+
+    def __init__(
+        self,
+        maps: Mapping[int, np.ndarray],
+        ids: np.ndarray,
+        image_sizes: np.ndarray,
+        *,
+        temperature: float,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> None:
+        """Keep what crops are drawn from.
+
+        Args:
+            maps: image id -> attention map (feat_h, feat_w); read when the image's crop is asked for.
+            ids: (N,) image ids.
+            image_sizes: (N, 2) width height in pixels.
+            temperature, scale, ratio: see `DinoRandomResizedCrop`.
+        """
+        self.maps, self.ids, self.image_sizes = maps, ids, image_sizes
+        self.temperature, self.scale, self.ratio = temperature, scale, ratio
+
+    def draw(self, rng: np.random.Generator) -> "DrawnMapCrops":
+        """Draw the crops of an epoch: (top, left, height, width) by row."""
+        shapes, found = random_shapes(self.image_sizes, self.scale, self.ratio, rng)
+        uniform = rng.random((len(shapes), 3))
+        plain = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])
+        return DrawnMapCrops(self, shapes.tolist(), uniform.tolist(), plain.tolist())
+
+
+class DrawnMapCrops:
+    """An epoch's crops: shapes and random numbers are drawn, a map is read when its crop is looked up."""
+
+    def __init__(self, of: MapCrops, shapes: list, uniform: list, plain: list) -> None:
+        """Keep, by row: (width, height), three uniform numbers, (left, top) for images without a map."""
+        self.of, self.shapes, self.uniform, self.plain = of, shapes, uniform, plain
+
+    def __getitem__(self, row: int) -> tuple[int, int, int, int]:
+        """Return the crop of one image: top, left, height, width in pixels."""
+        attention_map, (width, height) = self.of.maps.get(int(self.of.ids[row])), self.shapes[row]
+        if attention_map is None:
+            left, top = self.plain[row]
+            return top, left, height, width
+        image_size = self.of.image_sizes[row].tolist()
+        cumulative = _cumulative_density(attention_map, self.of.temperature)
+        centre = density_point(cumulative, attention_map.shape, image_size, self.uniform[row])
+        return _crop_around(centre, (width, height), image_size)
 
 
 class DinoRandomResizedCrop(v2.Transform):

@@ -25,7 +25,6 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 import models
@@ -42,14 +41,14 @@ from datasets import (
     read_dataset,
     source_boxes,
 )
-from dino_transform import DinoRandomResizedCrop
+from dino_transform import MapCrops
 from evaluation import loss_and_top1, predict
 from localizer import as_localizer
 from map_cache import MapCache, cache_paths
 from plots import draw_curves
 from self_distillation import maps_path, refresh_epoch, refresh_maps
 from sweep import FolderInUseError, run_sweep, start_wandb
-from transforms import build_box_crop, build_train_transform, build_views, normalize
+from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize
 from utils import (
     Terminated,
     UserError,
@@ -164,7 +163,7 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     data = load_data(config)
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
-    train_loader = build_train_loader(config, data, crop_guides(config, data, boxes), device)
+    train_loader = build_train_loader(config, data, build_crops(config, data, boxes), device)
     val_loader, test_loader = build_view_loaders(config, data, device)
     run = build_run(folder, config, device)
     print(describe(config, run, data, device))
@@ -238,20 +237,18 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
         )
 
 
-def build_train_loader(
-    config: dict, data: DataSet, guides: Mapping[int, np.ndarray], device: torch.device
-) -> DataLoader:
-    """Build the loader of training crops; ``guides``: image id -> its box or attention map."""
+def build_train_loader(config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device) -> DataLoader:
+    """Build the loader of training crops."""
     transform = build_train_transform(
-        build_crop(config),
-        flip=config["flip"],
+        config["image_size"],
+        config["crop"]["interpolation"],
         augment=config["augment"],
         augment_p=config["augment_p"],
         use_augment_mix=config["use_augment_mix"],
     )
-    images = TrainImages(data, data.rows("train"), guides, transform, config["seed"])
+    images = TrainImages(data, data.rows("train"), crops, transform, flip=config["flip"], seed=config["seed"])
     batches = EpochBatches(len(images), config["batch_size"], config["seed"])
-    return build_loader(images, batch_sampler=batches, **loading(config, device))
+    return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
 
 
 def build_view_loaders(config: dict, data: DataSet, device: torch.device) -> tuple[DataLoader, DataLoader]:
@@ -271,33 +268,32 @@ def loading(config: dict, device: torch.device) -> dict[str, Any]:
     return {"num_workers": workers, "pin_memory": device.type == "cuda"}
 
 
-def build_crop(config: dict) -> v2.Transform:
-    """Build the training crop: held to boxes, centred by attention maps, or plain."""
-    crop = config["crop"]
+def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | MapCrops:
+    """Build what draws the training crops: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
-        return DinoRandomResizedCrop(
-            config["image_size"],
-            scale=tuple(crop["scale"]),
-            ratio=tuple(crop["ratio"]),
-            temperature=crop["temperature"],
-            interpolation=v2.InterpolationMode(crop["interpolation"]),
-        )
-    return build_box_crop(
-        config["image_size"],
+        return map_crops(config, data, open_maps(config, data))
+    crop, rows = config["crop"], data.rows("train")
+    return BoxCrops(
+        boxes[rows],
+        data.image_sizes[rows],
         thr=config["THR"] if config["use_box"] else -1.0,
         mode=crop["mode"],
         scale=crop["scale"],
         ratio=crop["ratio"],
-        interpolation=crop["interpolation"],
     )
 
 
-def crop_guides(config: dict, data: DataSet, boxes: np.ndarray) -> Mapping[int, np.ndarray]:
-    """Return what the crop of each image goes by, by image id: its attention map, or its box."""
-    if not config["use_dino_maps"]:
-        return dict(zip(data.ids.tolist(), boxes, strict=True))
+def map_crops(config: dict, data: DataSet, maps: Mapping[int, np.ndarray]) -> MapCrops:
+    """Build the density-map crops of the training images; ``maps``: image id -> attention map."""
+    crop, rows = config["crop"], data.rows("train")
+    how = {"temperature": crop["temperature"], "scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
+    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], **how)
+
+
+def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
+    """Return the maps that the crops start with; with self-distillation the run has none yet."""
     if config["self_distillation"]["every"]:
-        return {}  # plain crops until the run has made maps of its own
+        return {}
     if config["dino_maps"] is None:
         raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
     return MapCache.open(config["dino_maps"], dataset=data.fingerprint())
@@ -309,10 +305,10 @@ def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, dev
     if epoch is None:
         return loader
     path = maps_path(run.folder, epoch)
-    if getattr(loader.dataset.guides, "path", None) == cache_paths(path)[1]:
+    if getattr(loader.dataset.crops.maps, "path", None) == cache_paths(path)[1]:
         return loader
     maps = own_maps(path, run, config, data, device) if epoch == run.epoch else MapCache.open(path)
-    return build_train_loader(config, data, maps, device)
+    return build_train_loader(config, data, map_crops(config, data, maps), device)
 
 
 def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> MapCache:
@@ -444,7 +440,7 @@ def train_and_log_epoch(
     wandb_run: Any,
 ) -> None:
     """Train one epoch; every ``log_interval`` epochs validate, log and draw; save."""
-    train_loader.batch_sampler.epoch = run.epoch
+    train_loader.sampler.epoch = run.epoch
     lr, start = run.scheduler.get_last_lr()[0], time.perf_counter()
     record = {"epoch": run.epoch + 1, **train_one_epoch(run, config, train_loader, device), "lr": lr}
     record["seconds"] = time.perf_counter() - start
@@ -475,10 +471,10 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
     # disable=None: no bar where nobody watches, such as in a log file
     bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=None)
-    for images, labels, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) float64
-        labels = labels.to(device, non_blocking=True)
+    for images, labels, flips, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) bool, (B,) float64
+        images, labels, flips = (part.to(device, non_blocking=True) for part in (images, labels, flips))
         with autocast:
-            logits = run.model(normalize(images.to(device, non_blocking=True)))
+            logits = run.model(normalize(flip_images(images, flips)))
             loss = criterion(logits, labels)
         update(run, loss, config["model"]["ema_step"])
         sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])

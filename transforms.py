@@ -1,7 +1,7 @@
 """What happens to one image: the localized crop, colour-only augmentation, training transform and test views."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 from boxes import expand_boxes
 from crops import MODES, sample_crops
+from utils import torch_seed
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VIEWS = ("full", "center", "whole", "box")
@@ -128,55 +129,66 @@ def build_colour_augmentation(augment_p: float) -> v2.Transform:
     )
 
 
+class BoxCrops:
+    """Crops that are held to the boxes of a data set, drawn for an epoch at once."""
+
+    def __init__(
+        self,
+        boxes_xywh: np.ndarray,
+        image_sizes: np.ndarray,
+        *,
+        thr: float,
+        mode: str = "exact",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> None:
+        """Keep the boxes (N, 4) and sizes (N, 2) of the images; the other arguments are ``crops.sample_crops``'s."""
+        self.boxes, self.image_sizes = boxes_xywh, image_sizes
+        self.how = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw a crop for each image: (N, 4) int64 top left height width in pixels."""
+        return sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how)
+
+
 class TrainTransform:
-    """Crop, flip and recolour one training image; tells which crop it drew.
+    """Cut a drawn crop out of a training image, resize and recolour it.
 
     Args:
-        crop: a v2 transform whose parameters are top, left, height, width, drawn from the image and its guide: a box
-            or an attention map.
-        flip: probability of a horizontal flip.
+        size: side of the result in pixels.
+        interpolation: of the resizing, antialiased: bilinear | bicubic.
         colour: colour augmentation applied after the crop, None for none.
     """
 
-    def __init__(self, crop: v2.Transform, flip: float = 0.5, colour: v2.Transform | None = None) -> None:
-        self.crop = crop
-        self.after = v2.Compose([v2.RandomHorizontalFlip(flip), *([colour] if colour else []), v2.PILToTensor()])
+    def __init__(self, size: int, interpolation: str = "bilinear", colour: v2.Transform | None = None) -> None:
+        self.size, self.interpolation, self.colour = [size, size], v2.InterpolationMode(interpolation), colour
 
-    def __call__(
-        self, image: PIL.Image.Image, guide: np.ndarray | None
-    ) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-        """Return the image, (3, size, size) uint8, and the crop's (top, left, height, width) in its pixels.
+    def __call__(self, image: PIL.Image.Image, crop: Sequence[int], seed: Callable[[], int]) -> torch.Tensor:
+        """Return the crop as (3, size, size) uint8.
 
         Args:
             image: the whole image.
-            guide: what the crop goes by: the image's box (4,) x y width height, or its attention map (feat_h, feat_w),
-                None where it has no map.
+            crop: top, left, height, width in its pixels.
+            seed: gives the seed of the colours, asked for only where there are any to draw.
         """
-        is_box = guide is not None and np.ndim(guide) == 1
-        params = self.crop.make_params([image, as_bounding_boxes(guide, image.size[::-1]) if is_box else guide])
-        crop = tuple(params[key] for key in ("top", "left", "height", "width"))
-        return self.after(self.crop.transform(image, params)), crop
-
-
-def build_box_crop(
-    image_size: int, *, thr: float, mode: str, scale: Sequence[float], ratio: Sequence[float], interpolation: str
-) -> v2.Transform:
-    """Build the crop that is held to a box; torchvision's own RandomResizedCrop where ``thr`` is negative.
-
-    Arguments are the config's keys of these names.
-    """
-    how = {"scale": tuple(scale), "ratio": tuple(ratio), "interpolation": v2.InterpolationMode(interpolation)}
-    if thr < 0:
-        return v2.RandomResizedCrop(image_size, antialias=True, **how)
-    return LocalizedRandomResizedCrop(image_size, thr, mode, **how)
+        image = F.resized_crop(image, *crop, self.size, self.interpolation, antialias=True)
+        if self.colour is not None:
+            with torch_seed(seed()):
+                image = self.colour(image)
+        return F.pil_to_tensor(image)
 
 
 def build_train_transform(
-    crop: v2.Transform, *, flip: float, augment: bool, augment_p: float, use_augment_mix: bool
+    image_size: int, interpolation: str, *, augment: bool, augment_p: float, use_augment_mix: bool
 ) -> TrainTransform:
-    """Build the training transform around a crop; arguments are the config's keys of these names."""
+    """Build the training transform; arguments are the config's keys of these names."""
     colour = build_colour_augmentation(augment_p) if augment else None
-    return TrainTransform(crop, flip, v2.AugMix() if use_augment_mix else colour)
+    return TrainTransform(image_size, interpolation, v2.AugMix() if use_augment_mix else colour)
+
+
+def flip_images(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    """Return a batch (B, 3, H, W) with the images flipped left to right where ``flips`` (B,) bool says so."""
+    return torch.where(flips[:, None, None, None], images.flip(3), images)
 
 
 # --- test views ---------------------------------------------------------------------------------------------------

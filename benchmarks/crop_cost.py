@@ -36,7 +36,7 @@ def main(words: list[str]) -> None:
     times = {kind: {"loading": [], "epoch": []} for kind in KINDS}
     for number in range(ROUNDS + 1):
         for kind, (run, config, loader) in runs.items():
-            loader.batch_sampler.epoch = number
+            loader.sampler.epoch = number
             loading = timed(lambda loader=loader: [None for _ in loader])
             epoch = timed(lambda run=run, config=config, loader=loader: one_epoch(run, config, loader))
             if number:  # the first round warms up
@@ -55,7 +55,7 @@ def prepare(config: dict, changes: dict) -> tuple:
     boxes, _ = train.crop_boxes(config, data)
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
     device = torch.device("cpu")
-    loader = train.build_train_loader(config, data, train.crop_guides(config, data, boxes), device)
+    loader = train.build_train_loader(config, data, train.build_crops(config, data, boxes), device)
     return train.build_run(Path("runs/crop_cost"), config, torch.device("cpu")), config, loader
 
 

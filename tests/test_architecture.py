@@ -16,7 +16,7 @@ ALLOWED = {
     "utils": set(),
     "boxes": {"crops", "utils"},
     "toybirds": set(),
-    "transforms": {"boxes", "crops"},
+    "transforms": {"boxes", "crops", "utils"},
     "attention": {"utils"},
     "map_boxes": {"boxes"},
     "map_cache": {"utils"},

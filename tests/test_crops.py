@@ -5,7 +5,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from boxes import coverage, crops_to_xywh, maiou_curve
-from crops import ratio_gives_way, sample_crops
+from crops import random_shapes, ratio_gives_way, sample_crops
 
 THRESHOLDS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 # maIoU of the published crop on all of CUB, computed before this code was written (published curve: within .003)
@@ -158,3 +158,27 @@ def test_bad_arguments(change, told):
     arguments = {"boxes_xywh": [[0, 0, 20, 20]], "image_sizes": [[100, 50]], "thr": 0.5} | change
     with pytest.raises(ValueError, match=told):
         sample_crops(**arguments)
+
+
+# --- RandomResizedCrop --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(200, 150), (90, 400)])
+def test_plain_crops_follow_torchvision(size):
+    count, scale, ratio = 4_000, (0.08, 1.0), (3 / 4, 4 / 3)
+    boxes, sizes = np.zeros((count, 4)), np.tile(size, (count, 1))
+    crops = sample_crops(boxes, sizes, -1.0, rng=np.random.default_rng(5))
+    torch.manual_seed(0)
+    image = torch.zeros(1, *size[::-1], dtype=torch.uint8)
+    theirs = np.array([RandomResizedCrop.get_params(image, scale, ratio) for _ in range(count)])
+    for column in range(4):
+        assert stats.ks_2samp(crops[:, column], theirs[:, column]).pvalue > 0.01
+    assert stats.ks_2samp(crops[:, 1] / crops[:, 3], theirs[:, 1] / theirs[:, 3]).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("size", "shape"), [((500, 30), (40, 30)), ((30, 500), (30, 40)), ((30, 35), (30, 35))])
+def test_the_shape_where_no_try_fits_is_torchvisions(size, shape):
+    shapes, found = random_shapes(np.tile(size, (3, 1)), (5.0, 6.0), (3 / 4, 4 / 3), np.random.default_rng(6))
+    image = torch.zeros(1, *size[::-1])
+    assert RandomResizedCrop.get_params(image, (5.0, 6.0), (3 / 4, 4 / 3))[:1:-1] == shape
+    assert (shapes == shape).all() and not found.any()

@@ -16,7 +16,7 @@ import torch
 import datasets
 from boxes import save_boxes
 from datasets import EpochBatches, TrainImages, ViewImages, build_loader, read_dataset, read_image, source_boxes
-from transforms import build_box_crop, build_train_transform, build_views
+from transforms import BoxCrops, build_train_transform, build_views
 from utils import UserError
 
 
@@ -205,27 +205,28 @@ def test_sources(birds, tmp_path):
 
 
 def train_images(data, seed=0):
-    crop = build_box_crop(24, thr=0.8, mode="exact", scale=(0.08, 1), ratio=(0.75, 4 / 3), interpolation="bilinear")
-    transform = build_train_transform(crop, flip=0.5, augment=True, augment_p=1.0, use_augment_mix=False)
-    guides = dict(zip(data.ids.tolist(), data.boxes, strict=True))
-    return TrainImages(data, data.rows("train"), guides, transform, seed)
+    rows = data.rows("train")
+    transform = build_train_transform(24, "bilinear", augment=True, augment_p=1.0, use_augment_mix=False)
+    return TrainImages(
+        data, rows, BoxCrops(data.boxes[rows], data.image_sizes[rows], thr=0.8), transform, flip=0.5, seed=seed
+    )
 
 
 def one_epoch(images, epoch, num_workers, batch_size=7):
     batches = EpochBatches(len(images), batch_size, images.seed)
     batches.epoch = epoch
-    loader = build_loader(images, num_workers=num_workers, pin_memory=False, batch_sampler=batches)
+    loader = build_loader(images, num_workers=num_workers, pin_memory=False, batch_size=None, sampler=batches)
     return [torch.cat(column) for column in zip(*loader, strict=True)]
 
 
-def test_what_is_drawn_depends_on_seed_epoch_and_id_alone(birds):
+def test_what_is_drawn_depends_on_seed_and_epoch_alone(birds):
     images = train_images(read(birds))
     torch.manual_seed(0)
     here = one_epoch(images, 3, num_workers=0)
     torch.manual_seed(99)
     spawned = one_epoch(images, 3, num_workers=2)
     assert all(torch.equal(a, b) for a, b in zip(here, spawned, strict=True))
-    assert here[0].dtype == torch.uint8 and here[2].min() >= 0.8  # every crop keeps its share of the true box
+    assert here[0].dtype == torch.uint8 and here[3].min() >= 0.8  # every crop keeps its share of the true box
     assert torch.equal(one_epoch(images, 3, 0, batch_size=5)[0], here[0])
     assert not torch.equal(one_epoch(images, 4, 0)[0], here[0])
     assert not torch.equal(one_epoch(train_images(read(birds), seed=1), 3, 0)[0], here[0])
@@ -235,14 +236,14 @@ def test_loading_leaves_torchs_generator_as_it_was(birds):
     images = train_images(read(birds))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    images[0, 0]
+    images[0, [0, 3]]
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_every_image_once_an_epoch_and_no_batch_of_one():
     for size in (1, 7, 15, 16, 17):
         batches = EpochBatches(size, 4, 0)
-        drawn = [[row for _, row in batch] for batch in batches]
+        drawn = [rows for _, rows in batches]
         assert sorted(itertools.chain(*drawn)) == list(range(size)) and len(drawn) == len(batches)
         assert size == 1 or min(map(len, drawn)) > 1
 

@@ -10,8 +10,8 @@ from torchvision.transforms import v2
 import dino_transform
 from dino_transform import (
     DinoRandomResizedCrop,
-    draw_crop_shapes,
-    draw_density_points,
+    MapCrops,
+    density_point,
     map_to_density,
     sample_density_crops,
 )
@@ -30,9 +30,14 @@ def test_attention_is_importable_from_here():
     assert dino_transform.cls_attention.__module__ == "attention"
 
 
+def draw_points(density, num_points, rng):
+    cumulative = np.cumsum(density)
+    return np.array([density_point(cumulative, FEAT, IMAGE_SIZE, u) for u in rng.random((num_points, 3))])
+
+
 def test_centres_follow_the_density():
     density, num_points = random_density(), 40_000
-    points = draw_density_points(density, IMAGE_SIZE, num_points, np.random.default_rng(1))
+    points = draw_points(density, num_points, np.random.default_rng(1))
     columns, rows = (points / IMAGE_SIZE * FEAT[::-1]).astype(int).T
     counts = np.zeros(FEAT)
     np.add.at(counts, (rows, columns), 1)
@@ -46,7 +51,7 @@ def test_centres_follow_the_density():
 def test_centres_are_uniform_inside_a_cell():
     density = np.zeros(FEAT)
     density[3, 7] = 1
-    points = draw_density_points(density, IMAGE_SIZE, 5_000, np.random.default_rng(2))
+    points = draw_points(density, 5_000, np.random.default_rng(2))
     inside = points / IMAGE_SIZE * FEAT[::-1] - (7, 3)
     for axis in (0, 1):
         assert stats.kstest(inside[:, axis], "uniform").pvalue > 0.01
@@ -69,20 +74,23 @@ def test_crops_lie_inside_the_image(image_size):
     assert (left + width <= image_size[0]).all() and (top + height <= image_size[1]).all()
 
 
-def test_shapes_follow_torchvision():
-    scale, ratio, count = (0.08, 1.0), (3 / 4, 4 / 3), 4_000
-    shapes = draw_crop_shapes((200, 150), count, scale, ratio, np.random.default_rng(5))
-    torch.manual_seed(0)
-    image = torch.zeros(1, 150, 200, dtype=torch.uint8)
-    theirs = [v2.RandomResizedCrop(8, scale, ratio).make_params([image]) for _ in range(count)]
-    assert stats.ks_2samp(shapes[:, 0], [params["width"] for params in theirs]).pvalue > 0.01
-    assert stats.ks_2samp(shapes[:, 1], [params["height"] for params in theirs]).pvalue > 0.01
-
-
-@pytest.mark.parametrize(("image_size", "shape"), [((500, 30), (40, 30)), ((30, 500), (30, 40)), ((30, 35), (30, 35))])
-def test_shape_where_no_try_fits(image_size, shape):
-    shapes = draw_crop_shapes(image_size, 3, (5.0, 6.0), (3 / 4, 4 / 3), np.random.default_rng(6))
-    assert (shapes == shape).all()
+def test_an_epochs_crops_follow_the_maps_and_are_plain_without_one():
+    maps = {1: random_density().astype(np.float16), 3: np.full(FEAT, np.nan, np.float16)}
+    ids, sizes = np.array([1, 2, 3] * 4_000), np.tile((530, 370), (12_000, 1))
+    crops = MapCrops(maps, ids, sizes, temperature=0.02, scale=(0.01, 0.01)).draw(np.random.default_rng(11))
+    drawn = np.array([crops[row] for row in range(len(ids))])
+    top, left, height, width = drawn.T
+    columns, rows = ((left + width / 2) / 530 * FEAT[1]).astype(int), ((top + height / 2) / 370 * FEAT[0]).astype(int)
+    counts = np.zeros((3, *FEAT))
+    np.add.at(counts, (ids - 1, rows, columns), 1)
+    density = map_to_density(maps[1], 0.02)
+    inner = np.zeros(FEAT, bool)
+    inner[1:-1, 1:-1] = True  # at the border crops were moved in
+    for expected, found in ((density, counts[0]), (np.full(FEAT, 1 / 45), counts[2])):
+        share = expected[inner] / expected[inner].sum()
+        assert stats.chisquare(found[inner], share * found[inner].sum()).pvalue > 0.01
+    plain = drawn[ids == 2]  # uniform over all positions
+    assert stats.kstest((plain[:, 1] + 0.5) / (530 - plain[:, 3] + 1), "uniform").pvalue > 0.01
 
 
 def test_temperature():

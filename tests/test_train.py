@@ -424,7 +424,7 @@ def corner_maps(birds, tmp_path):
 
 
 def test_density_crops_follow_the_maps(birds, tmp_path, corner_maps):
-    dino = ["use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}", "num_epochs=1", "crop.scale=0.08,0.2"]
+    dino = ["use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}", "num_epochs=8", "crop.scale=0.08,0.2"]
     pointed = run(birds, tmp_path / "pointed", *dino, "crop.temperature=0.01")
     flat = run(birds, tmp_path / "flat", *dino, "crop.temperature=1000")
     assert pointed["maiou"] < 0.8 * flat["maiou"]  # the birds are not in the corner

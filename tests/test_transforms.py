@@ -7,18 +7,19 @@ from torchvision.transforms import v2
 
 from boxes import coverage, crops_to_xywh
 from transforms import (
+    BoxCrops,
     LocalizedRandomResizedCrop,
-    build_box_crop,
     build_train_transform,
     build_views,
+    flip_images,
     normalize,
     square_crop,
 )
 
 WIDTH, HEIGHT = 53, 37
 BOX = (20.0, 10.0, 15.5, 12.25)  # xywh
-CROP = {"thr": 0.8, "mode": "exact", "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": "bilinear"}
-COLOUR = {"flip": 0.5, "augment": True, "augment_p": 1.0, "use_augment_mix": False}
+CROP = (5, 7, 20, 31)  # top left height width
+COLOUR = {"augment": True, "augment_p": 1.0, "use_augment_mix": False}
 
 
 def picture(width=WIDTH, height=HEIGHT, seed=0) -> PIL.Image.Image:
@@ -95,39 +96,42 @@ def test_it_stands_in_a_compose_and_needs_exactly_one_box():
         LocalizedRandomResizedCrop(16, 0.5, mode="best")
 
 
-def test_the_training_transform_tells_the_crop_that_it_made():
-    transform = build_train_transform(
-        build_box_crop(24, **CROP), flip=0.0, augment=False, augment_p=1.0, use_augment_mix=False
-    )
-    torch.manual_seed(3)
-    image, (top, left, height, width) = transform(picture(), np.array(BOX))
-    expected = v2.functional.resized_crop(picture(), top, left, height, width, [24, 24], antialias=True)
+def test_the_training_transform_is_torchvisions_resized_crop():
+    transform = build_train_transform(24, "bicubic", augment=False, augment_p=1.0, use_augment_mix=False)
+    bicubic = v2.InterpolationMode.BICUBIC
+    expected = v2.functional.resized_crop(picture(), *CROP, [24, 24], interpolation=bicubic, antialias=True)
+    image = transform(picture(), CROP, seed=None)  # nothing is drawn: no seed is asked for
     assert image.dtype == torch.uint8 and torch.equal(image, v2.functional.pil_to_tensor(expected))
-    assert coverage(np.array([left, top, width, height]), np.array(BOX)) >= 0.8
 
 
-def test_without_a_box_the_crop_is_torchvisions_own():
-    assert type(build_box_crop(24, **CROP | {"thr": -1.0})) is v2.RandomResizedCrop
+def test_the_crops_of_an_epoch_are_those_of_one_image_after_the_other():
+    boxes, sizes = np.tile(BOX, (300, 1)), np.tile((WIDTH, HEIGHT), (300, 1))
+    crops = BoxCrops(boxes, sizes, thr=0.8).draw(np.random.default_rng(0))
+    assert (coverage(crops_to_xywh(crops), boxes) >= 0.8).all() and len({tuple(crop) for crop in crops}) > 200
+
+
+def test_flips_are_torchvisions():
+    images, flips = torch.randint(0, 256, (5, 3, 4, 6), dtype=torch.uint8), torch.tensor([1, 0, 0, 1, 0]) > 0
+    for image, flipped, flip in zip(images, flip_images(images, flips), flips, strict=True):
+        assert torch.equal(flipped, v2.functional.horizontal_flip(image) if flip else image)
 
 
 @pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}, {"augment_p": 0.0}])
-def test_augmentation_is_drawn_anew_and_repeats_with_the_seed(change):
-    transform = build_train_transform(build_box_crop(24, **CROP), **COLOUR | change)
-    seen = []
-    for seed in (0, 0, 1, 2, 3):
-        torch.manual_seed(seed)
-        seen.append(transform(picture(), np.array(BOX))[0])
-        assert seen[-1].shape == (3, 24, 24) and seen[-1].dtype == torch.uint8
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
+    transform = build_train_transform(24, "bilinear", **COLOUR | change)
+    before = torch.get_rng_state()
+    seen = [transform(picture(), CROP, lambda seed=seed: seed) for seed in (0, 0, 1, 2, 3)]
+    assert all(image.shape == (3, 24, 24) and image.dtype == torch.uint8 for image in seen)
+    assert torch.equal(seen[0], seen[1]) and not all(torch.equal(seen[1], image) for image in seen[2:])
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_colour_augmentation_changes_colours_and_moves_nothing():
     flat = PIL.Image.new("RGB", (WIDTH, HEIGHT), (200, 90, 40))
-    transform = build_train_transform(build_box_crop(24, **CROP), **COLOUR)
+    transform = build_train_transform(24, "bilinear", **COLOUR)
     colours = set()
     for seed in range(40):
-        torch.manual_seed(seed)
-        image, _ = transform(flat, np.array(BOX))
+        image = transform(flat, CROP, lambda seed=seed: seed)
         assert (image == image[:, :1, :1]).all()  # a flat image stays flat
         colours.add(tuple(image[:, 0, 0].tolist()))
     assert len(colours) > 8 and (200, 90, 40) in colours
