@@ -148,7 +148,7 @@ class BoxFile:
     """What a box file holds."""
 
     boxes: dict[int, tuple[float, float, float, float] | None]  # image id -> xywh; None: no box was found
-    image_sizes: dict[int, tuple[int, int]]  # image id -> width height
+    image_sizes: dict[int, tuple[int, int] | None]  # image id -> width height; None: it could not be read
     made_by: str  # the script
     settings: dict[str, Any]  # its resolved settings
     scores: dict[int, float | None] = field(default_factory=dict)
@@ -157,7 +157,7 @@ class BoxFile:
 def save_boxes(
     path: Path | str,
     boxes: dict[int, Sequence[float] | None],
-    image_sizes: dict[int, Sequence[int]],
+    image_sizes: dict[int, Sequence[int] | None],
     *,
     made_by: str,
     settings: dict[str, Any],
@@ -168,7 +168,7 @@ def save_boxes(
     Args:
         path: the JSON to write.
         boxes: image id -> x y width height in pixels; None where no box was found.
-        image_sizes: image id -> width height, for the same ids.
+        image_sizes: image id -> width height, for the same ids; None, with no box, where the image cannot be read.
         made_by: the script that made the boxes.
         settings: its resolved settings.
         scores: image id -> the method's own belief in the box, any scale.
@@ -183,7 +183,7 @@ def save_boxes(
         "unit": "pixels of the original image as stored",
         "made_by": made_by,
         "settings": settings,
-        "image_sizes": {str(i): [int(n) for n in size] for i, size in image_sizes.items()},
+        "image_sizes": {str(i): size and [int(n) for n in size] for i, size in image_sizes.items()},
         "boxes": {str(i): None if box is None else [float(n) for n in box] for i, box in boxes.items()},
     }
     if scores is not None:
@@ -206,7 +206,7 @@ def load_boxes(path: Path | str) -> BoxFile:
         raise UserError(f"{path}: not a box file of version {FILE_VERSION}: {fault}; make it again with its script")
     return BoxFile(
         boxes={int(i): None if box is None else tuple(map(float, box)) for i, box in content["boxes"].items()},
-        image_sizes={int(i): tuple(size) for i, size in content["image_sizes"].items()},
+        image_sizes={int(i): size and tuple(size) for i, size in content["image_sizes"].items()},
         made_by=content["made_by"],
         settings=content["settings"],
         scores={int(i): score for i, score in content.get("scores", {}).items()},
@@ -231,6 +231,8 @@ def _entry_fault(image_id: str, content: dict) -> str | None:
     size, box = content["image_sizes"][image_id], content["boxes"][image_id]
     if not (image_id.isascii() and image_id.isdigit()):
         return f"image id {image_id!r} is not a number"
+    if size is None and box is None:
+        return None
     if not _are_numbers(size, 2) or not all(isinstance(n, int) and n >= 1 for n in size):
         return f"image {image_id}: size {size!r} is not [width, height]"
     if box is None:
@@ -279,7 +281,7 @@ def boxes_for_images(path: Path | str, ids: Sequence[int], image_sizes: np.ndarr
     for row, (image_id, size) in enumerate(zip(map(int, ids), image_sizes, strict=True)):
         if image_id not in file.boxes:
             raise UserError(f"{path}: made for another data set, it has no entry for image {image_id}; make it again")
-        if file.image_sizes[image_id] != tuple(size):
+        if file.image_sizes[image_id] not in (None, tuple(size)):
             raise UserError(
                 f"{path}: made for another data set: image {image_id} is {tuple(map(int, size))} here and "
                 f"{file.image_sizes[image_id]} there; make it again"

@@ -15,7 +15,7 @@ import urllib.error
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ class DataSet:
     split: np.ndarray  # (N,) "train" | "val" | "test"
     image_sizes: np.ndarray  # (N, 2) int64, width height as stored
     clipped: int = 0  # boxes that reached past their image
+    unreadable: dict[int, str] = field(default_factory=dict)  # image id -> why; these images have no row
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of one split."""
@@ -72,6 +73,7 @@ def read_dataset(
     val_fraction: float = 0.0,
     download: bool = False,
     check: bool = False,
+    keep_going: bool = False,
 ) -> DataSet:
     """Read and check a data set; ToyBirds is drawn when its folder is missing.
 
@@ -82,6 +84,7 @@ def read_dataset(
         val_fraction: share of each class's training images that becomes the split "val": the last ones in file order.
         download: fetch the CUB archive when the folder is missing.
         check: decode every image.
+        keep_going: leave out images that are no images, into ``unreadable``, instead of raising.
 
     Raises:
         UserError: on any fault of the files, naming file, line or image.
@@ -92,7 +95,7 @@ def read_dataset(
             toybirds.write_toybirds(root)
     elif not root.exists():
         _make_cub(root, download)
-    data = _read_tables(name, root)
+    data = _read_tables(name, root, keep_going)
     faults = unreadable_images(data) if check else []
     if faults:
         raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
@@ -111,26 +114,31 @@ def _make_cub(root: Path, download: bool) -> None:
 # --- the text files -----------------------------------------------------------------------------------------------
 
 
-def _read_tables(name: str, root: Path) -> DataSet:
+def _read_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     images = dict(_read_rows(root / "images.txt", _text))
     classes = dict(_read_rows(root / "classes.txt", _text))
     class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
     raw_boxes = _read_for(root / "bounding_boxes.txt", images, _box)
     is_train = _read_for(root / "train_test_split.txt", images, _flag)
-    paths = [_image_path(root, image_id, relative) for image_id, relative in images.items()]
-    sizes = _read_sizes(paths)
-    boxes = _clip_checked(root / "bounding_boxes.txt", list(images), raw_boxes, sizes)
+    paths = {image_id: _image_path(root, image_id, relative) for image_id, relative in images.items()}
+    sizes, unreadable = _read_sizes(paths, keep_going)
+    paths, class_of, raw_boxes, is_train = (
+        {image_id: rows[image_id] for image_id in sizes} for rows in (paths, class_of, raw_boxes, is_train)
+    )
+    sizes = np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2)
+    boxes = _clip_checked(root / "bounding_boxes.txt", list(paths), raw_boxes, sizes)
     return DataSet(
         name=name,
         root=root,
-        ids=np.array(list(images)),
-        paths=paths,
+        ids=np.array(list(paths), dtype=np.int64),
+        paths=list(paths.values()),
         labels=_labels(root, classes, class_of),
         class_names=list(classes.values()),
         boxes=boxes,
         split=np.where(list(is_train.values()), "train", "test").astype("<U5"),
         image_sizes=sizes,
         clipped=int((np.abs(boxes - _as_array(raw_boxes)) > 1e-6).any(1).sum()),
+        unreadable=unreadable,
     )
 
 
@@ -222,9 +230,21 @@ def _image_path(root: Path, image_id: int, relative: str) -> Path:
     return path
 
 
-def _read_sizes(paths: list[Path]) -> np.ndarray:
+def _read_sizes(paths: dict[int, Path], keep_going: bool) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
+    """Return (width, height) by image id, and with ``keep_going`` what is wrong with the images that have none."""
+
+    def size_or_fault(path: Path) -> tuple[int, int] | str:
+        try:
+            return _image_size(path)
+        except UserError as error:
+            if not keep_going:
+                raise
+            return str(error)
+
     with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
-        return np.array(list(pool.map(_image_size, paths)), dtype=np.int64).reshape(-1, 2)
+        found = dict(zip(paths, pool.map(size_or_fault, paths.values()), strict=True))
+    faults = {image_id: fault for image_id, fault in found.items() if isinstance(fault, str)}
+    return {image_id: size for image_id, size in found.items() if image_id not in faults}, faults
 
 
 def _clip_checked(path: Path, ids: list[int], raw_boxes: dict[int, tuple], sizes: np.ndarray) -> np.ndarray:

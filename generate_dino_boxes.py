@@ -87,7 +87,7 @@ def prepare(config: dict) -> Stage:
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     device = choose_device(config["device"])
-    data = read_dataset(**config["dataset"] | {"check": False})  # an image that cannot be read is this stage's to list
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     read = time.perf_counter()
     localizer = build_localizer(wanted["model"], wanted["weights"])
     localizer.model.to(device)
@@ -262,10 +262,11 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True)
         ]
         ids = data.ids.tolist()
+        unreadable = dict.fromkeys(data.unreadable)
         save_boxes(
             stage.out,
-            {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)},
-            dict(zip(ids, data.image_sizes.tolist(), strict=True)),
+            {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)} | unreadable,
+            dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
             made_by=Path(__file__).name,
             settings=stage.config | {"maps": stage.work.identity},
         )
@@ -294,11 +295,16 @@ def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None
         draw_contact_sheet(contact_panels(stage, cache, xywh), stage.out.with_suffix(".png"))
     speed = stage.images_mapped / stage.seconds["maps"] if stage.images_mapped else None
     save_report(stage.out, scores, stage.seconds, images_mapped=stage.images_mapped, maps_per_second=speed)
-    errors = cache.header["errors"]
+    errors = all_errors(stage, cache)
     lines = [f"{len(errors)} images failed", *(f"{image_id}: {error}" for image_id, error in errors.items())]
     save_text(stage.out.with_name("errors.txt"), "\n".join(lines) + "\n")
     print(report_table(scores))
     print(f"{stage.out}: {int(found.sum())} boxes, no box for {int((~found).sum())} images; seconds: {stage.seconds}")
+
+
+def all_errors(stage: Stage, cache: MapCache) -> dict[str, str]:
+    """Return what is wrong with images, by id: those that were no images at all, and those that failed later."""
+    return {str(image_id): fault for image_id, fault in stage.data.unreadable.items()} | cache.header["errors"]
 
 
 def contact_panels(stage: Stage, cache: MapCache, xywh: np.ndarray) -> dict[str, list[Panel]]:
@@ -319,10 +325,10 @@ def contact_panels(stage: Stage, cache: MapCache, xywh: np.ndarray) -> dict[str,
 
 def refuse_to_hide_errors(stage: Stage, cache: MapCache) -> None:
     """End with status 2 if images failed, after everything else was written."""
-    errors = cache.header["errors"]
+    errors = all_errors(stage, cache)
     if errors:
         raise UserError(
-            f"{len(errors)} of {len(stage.data.ids)} images failed and have no box, see "
+            f"{len(errors)} of {len(stage.data.ids) + len(stage.data.unreadable)} images failed and have no box, see "
             f"{stage.out.with_name('errors.txt')}; the rest is done: mend them and run the same command again"
         )
 

@@ -360,3 +360,21 @@ def test_two_runs_do_not_work_in_one_place(birds, tiny, tmp_path):
     prepared = stage.prepare(load_config(words(birds, tiny, tmp_path / "boxes.json")))
     with prepared.work.writing(), pytest.raises(UserError, match="another process works there"):
         stage.make_maps(prepared, prepared.batches)
+
+
+def test_a_file_that_is_no_image_is_listed_and_the_rest_goes_on(birds_copy, tiny, tmp_path):
+    """Its size is unknown too, so that it has no row in the evaluation; training takes the whole image once mended."""
+    data = read_dataset("cub", birds_copy)
+    kept, broken = data.paths[4].read_bytes(), int(data.ids[4])
+    data.paths[4].write_bytes(b"no image at all")
+    out = tmp_path / "out" / "boxes.json"
+    with pytest.raises(UserError, match="1 of 72 images failed and have no box"):
+        run(birds_copy, tiny, out)
+    assert f"{broken}: {data.paths[4]}: not an image" in out.with_name("errors.txt").read_text()
+    file = load_boxes(out)
+    assert file.boxes[broken] is None and file.image_sizes[broken] is None and len(file.boxes) == 72
+    data.paths[4].write_bytes(kept)
+    boxes, missing = source_boxes(str(out), data)
+    assert missing == 1 and boxes[4].tolist() == [0, 0, *data.image_sizes[4].tolist()]
+    with pytest.raises(UserError, match=r"made with dataset=.*dino\.again=true"):
+        run(birds_copy, tiny, out)
