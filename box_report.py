@@ -1,6 +1,7 @@
 """How good boxes are: mean IoU, coverage and shares, always beside boxes that need no method, and a contact sheet."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from boxes import CENTER_SHARE, center_boxes, coverage, iou, whole_image_boxes
-from utils import environment, save_json, save_text, whole_file
+from datasets import DataSet, read_image
+from utils import UserError, environment, save_json, save_text, whole_file
 
+SHEET_COLUMNS = 5  # images a row of the contact sheet
 IOU_LEVELS = (0.3, 0.5, 0.7)
 METHOD_NAMES = {
     "boxes": "these boxes",
@@ -118,6 +121,54 @@ def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, floa
     save_text(out.with_suffix(".eval.md"), report_table(scores) + "\n")
 
 
+def report_boxes(
+    out: Path,
+    data: DataSet,
+    boxes_xywh: np.ndarray,
+    found: np.ndarray,
+    *,
+    seconds: dict[str, float],
+    errors: Mapping[int, str],
+    maps: Mapping[int, np.ndarray] | None = None,
+    **about: Any,
+) -> None:
+    """Print and save what is to be known of the boxes of a data set: evaluation, contact sheet, errors.txt.
+
+    Args:
+        out: the box JSON, beside which all lies.
+        data: the data set.
+        boxes_xywh: (N, 4), the whole image where no box was found.
+        found: (N,) bool.
+        seconds: time per stage.
+        errors: image id -> why the image failed; such images have no box.
+        maps: image id -> attention map, drawn over the images of the contact sheet.
+        **about: what else the evaluation file keeps.
+    """
+    scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
+    start = time.perf_counter()
+    draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
+    seconds = seconds | {"contact_sheet": round(time.perf_counter() - start, 3)}
+    save_report(out, scores, seconds, **about)
+    save_errors(out.with_name("errors.txt"), errors)
+    print(report_table(scores))
+    print(f"{out}: {int(found.sum())} boxes, no box for {int((~found).sum())} images; seconds: {seconds}")
+
+
+def save_errors(path: Path, errors: Mapping[int, str]) -> None:
+    """Write errors.txt: how many images failed, then a line for each."""
+    lines = [f"{len(errors)} images failed", *(f"{image_id}: {error}" for image_id, error in errors.items())]
+    save_text(path, "\n".join(lines) + "\n")
+
+
+def refuse_to_hide(errors: Mapping[int, str], path: Path) -> None:
+    """Raise UserError if images failed: after everything else was written the script ends with status 2."""
+    if errors:
+        raise UserError(
+            f"{len(errors)} images failed and have no box, see {path}; the rest is done: mend them and run the same "
+            "command again"
+        )
+
+
 # --- contact sheet ------------------------------------------------------------------------------------------------
 
 
@@ -125,10 +176,28 @@ class Panel(NamedTuple):
     """One picture of the contact sheet."""
 
     image: PIL.Image.Image
-    attention_map: np.ndarray  # (feat_h, feat_w), stretched over the image
+    attention_map: np.ndarray | None  # (feat_h, feat_w), stretched over the image
     box_xywh: Sequence[float]
     true_xywh: Sequence[float]
     title: str
+
+
+def contact_panels(
+    data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
+) -> dict[str, list[Panel]]:
+    """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
+    rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
+    rows = np.array([row for row in rows if int(data.ids[row]) not in failed], dtype=np.int64)
+    ious = iou(boxes_xywh[rows], data.boxes[rows])
+
+    def panel(place: int) -> Panel:
+        row, image_id = rows[place], int(data.ids[rows[place]])
+        attention_map = None if maps is None else maps.get(image_id)
+        title = f"image {image_id}, IoU {ious[place]:.2f}"
+        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)
+
+    chosen = best_median_worst(ious, SHEET_COLUMNS)
+    return {name: [panel(place) for place in places] for name, places in chosen.items()}
 
 
 def best_median_worst(ious: np.ndarray, each: int) -> dict[str, list[int]]:
@@ -156,8 +225,9 @@ def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
 def _draw_panel(axes: Axes, panel: Panel, title: str) -> None:
     width, height = panel.image.size
     axes.imshow(panel.image, extent=(0, width, height, 0))
-    overlay = np.nan_to_num(np.asarray(panel.attention_map, dtype=np.float64))
-    axes.imshow(overlay, cmap="inferno", alpha=0.45, extent=(0, width, height, 0), interpolation="bilinear")
+    if panel.attention_map is not None:
+        overlay = np.nan_to_num(np.asarray(panel.attention_map, dtype=np.float64))
+        axes.imshow(overlay, cmap="inferno", alpha=0.45, extent=(0, width, height, 0), interpolation="bilinear")
     for (x, y, box_width, box_height), style in (
         (panel.true_xywh, {"edgecolor": "white", "linestyle": "--"}),
         (panel.box_xywh, {"edgecolor": "orange"}),

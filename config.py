@@ -79,6 +79,46 @@ config = {
         "size_factor": 1.0,  # component: both sides of the box are multiplied by it
         "again": False,  # remove what lies at `out`, finished or not, and start anew
     },
+    # --- candidate masks of generate_mask.py
+    "mask": {
+        "engine": "segments",  # segments (classical, no checkpoint) | sam | official (SAM by Meta's own loop)
+        "prompt": "automatic",  # automatic (a grid of points) | dino (one mask an image, where dino_maps point; sam)
+        "folder": None,  # masks_{i} to write or to go on with; None: the next free one in the data set's folder
+        "store": "bool",  # bool (a byte per pixel) | packed (a bit per pixel) | none (masks_info.json alone)
+        "image_batch": 4,  # images that go through the network together
+    },
+    "sam": {
+        "model": "vit_h",  # vit_b | vit_l | vit_h
+        "checkpoint": None,  # the file of Meta's weights; random: to test a pipeline
+        "compile_encoder": False,  # torch.compile for the image encoder
+        # of the automatic generator, under the official names
+        "points_per_side": 32,
+        "points_per_batch": 64,
+        "pred_iou_thresh": 0.88,
+        "stability_score_thresh": 0.95,
+        "stability_score_offset": 1.0,
+        "box_nms_thresh": 0.7,
+        "crop_n_layers": 0,
+        "crop_nms_thresh": 0.7,
+        "crop_overlap_ratio": 0.3413333333333333,  # 512 / 1500
+        "crop_n_points_downscale_factor": 1,
+        "min_mask_region_area": 0,  # pixels
+        # of prompts from maps
+        "prompt_box": True,  # ask with the box that the section dino finds in the map
+        "prompt_points": 3,  # and with so many strongest cells in it
+        "prompt_background": 3,  # and so many weakest cells outside it
+    },
+    # --- choice among candidate masks of generate_bbox.py
+    "masks": None,  # the folder masks_{i} that generate_mask.py wrote
+    "bbox": {
+        "classifier": None,  # a checkpoint of train.py (its EMA): best.pt of a run
+        "score": "logit",  # logit (of the image's own class) | ncm (cosine to the class's mean training feature) |
+        # label_free (largest softmax of any class; the other two know the label of test images, as published)
+        "padding": 0.1,  # added on each side of a candidate's box before it is cut out, share of the box's side
+        "image_size": None,  # side of the cut-outs in pixels; None: that of the classifier's training
+        "batch_size": 64,  # cut-outs that are classified together
+        "again": False,  # remove what lies at `out`, finished or not, and start anew
+    },
     # --- self-distillation: a ViT in training makes the maps of its own crops, as the section dino says
     "self_distillation": {
         "every": 0,  # epochs between two refreshes of the maps by the EMA (needs use_dino_maps=true); 0: off
@@ -173,6 +213,18 @@ presets = {
         "num_epochs": 90,  # not published: choose by the validation curve
     },
     "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
+    "cub_sam_masks_0": {  # generate_mask.py on CUB, as published
+        **_CUB,
+        "mask.engine": "sam",
+        "sam.points_per_side": 10,
+        "sam.stability_score_thresh": 0.5,
+    },
+    "cub_sam_masks_1": {  # the coarser grid for images without a good mask
+        **_CUB,
+        "mask.engine": "sam",
+        "sam.points_per_side": 3,
+        "sam.stability_score_thresh": 0.3,
+    },
     "cub_second_training": {
         **_CUB,
         "model.resumed_model": "runs/cub_first_training/best.pt",
@@ -194,6 +246,11 @@ OPTIONAL = {
     "sweep.id": str,
     "dataset.root": str,
     "dino_maps": str,
+    "mask.folder": str,
+    "masks": str,
+    "bbox.classifier": str,
+    "bbox.image_size": int,
+    "sam.checkpoint": str,
     "maiou": float,
     "out": str,
     "dino.model": str,
@@ -217,6 +274,11 @@ CHOICES = {
     "dataset.split": ("official", "70/30"),
     "crop.mode": ("exact", "reference"),
     "crop.interpolation": ("bilinear", "bicubic"),
+    "bbox.score": ("logit", "ncm", "label_free"),
+    "mask.engine": ("segments", "sam", "official"),
+    "mask.prompt": ("automatic", "dino"),
+    "mask.store": ("bool", "packed", "none"),
+    "sam.model": ("vit_b", "vit_l", "vit_h"),
     "dino.method": ("component", "published"),
     "dino.choose": ("heaviest", "strongest"),
     "opt.type": ("sgd", "adam", "adamw"),
@@ -242,6 +304,23 @@ RANGES = {
     "dino.upsample": (1, 64),
     "dino.size_factor": (0.01, 100.0),
     "crop.temperature": (1e-4, 1e6),
+    "mask.image_batch": (1, math.inf),
+    "bbox.padding": (0.0, 10.0),
+    "bbox.image_size": (1, 4096),
+    "bbox.batch_size": (1, math.inf),
+    "sam.points_per_side": (1, 1024),
+    "sam.points_per_batch": (1, math.inf),
+    "sam.pred_iou_thresh": (-math.inf, math.inf),
+    "sam.stability_score_thresh": (0.0, 1.0),
+    "sam.stability_score_offset": (0.0, 1e3),
+    "sam.box_nms_thresh": (0.0, 1.0),
+    "sam.crop_n_layers": (0, 8),
+    "sam.crop_nms_thresh": (0.0, 1.0),
+    "sam.crop_overlap_ratio": (0.0, 1.0),
+    "sam.crop_n_points_downscale_factor": (1, 64),
+    "sam.min_mask_region_area": (0, math.inf),
+    "sam.prompt_points": (0, 1000),
+    "sam.prompt_background": (0, 1000),
     "self_distillation.every": (0, math.inf),
     "self_distillation.start": (0, math.inf),
     "augment_p": (0.0, 1.0),
@@ -433,6 +512,8 @@ def _check_together(c: dict) -> None:
             raise ConfigError(f"{key}={pair}: must be two numbers, the lower one first")
     if c["use_box"] and c["use_dino_maps"]:
         raise ConfigError("use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false")
+    if c["mask"]["prompt"] == "dino" and (c["mask"]["engine"] != "sam" or c["dino_maps"] is None):
+        raise ConfigError("mask.prompt=dino needs mask.engine=sam and dino_maps=FILE of generate_dino_boxes.py")
     if c["self_distillation"]["every"] and not (c["use_dino_maps"] and c["dino_maps"] is None):
         raise ConfigError("self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none")
     if c["opt"]["lr"] <= 0 or c["opt"]["target_lr"] <= 0:

@@ -31,16 +31,14 @@ from tqdm import tqdm
 import map_boxes
 from attention import last_attention
 from attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
-from box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
-from boxes import iou, save_boxes
+from box_report import refuse_to_hide, report_boxes
+from boxes import save_boxes
 from config import load_config, worker_count
-from datasets import DataSet, read_dataset, read_image
+from datasets import DataSet, read_dataset
 from localizer import Localizer, build_localizer
 from map_cache import MapCache, cache_paths, save_map_cache
 from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, run_script, save_text, user_errors
-
-SHEET_COLUMNS = 5  # images a row of the contact sheet
+from utils import UserError, run_script, user_errors
 
 
 def main(config: dict) -> None:
@@ -52,7 +50,6 @@ def main(config: dict) -> None:
         cache = gather_maps(stage)
         boxes = find_boxes(stage, cache)
         report(stage, cache, boxes)
-        refuse_to_hide_errors(stage, cache)
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -287,50 +284,20 @@ def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], wanted: d
 
 
 def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None:
-    """Print and save the evaluation, the contact sheet and errors.txt."""
-    data = stage.data
-    xywh, found = np.array([box.xywh for box in boxes]), np.array([box.found for box in boxes])
-    scores = evaluate_boxes(xywh, found, data.boxes, data.image_sizes, data.split)
-    with stage.timed("contact_sheet"):
-        draw_contact_sheet(contact_panels(stage, cache, xywh), stage.out.with_suffix(".png"))
-    speed = stage.images_mapped / stage.seconds["maps"] if stage.images_mapped else None
-    save_report(stage.out, scores, stage.seconds, images_mapped=stage.images_mapped, maps_per_second=speed)
-    errors = all_errors(stage, cache)
-    lines = [f"{len(errors)} images failed", *(f"{image_id}: {error}" for image_id, error in errors.items())]
-    save_text(stage.out.with_name("errors.txt"), "\n".join(lines) + "\n")
-    print(report_table(scores))
-    print(f"{stage.out}: {int(found.sum())} boxes, no box for {int((~found).sum())} images; seconds: {stage.seconds}")
-
-
-def all_errors(stage: Stage, cache: MapCache) -> dict[str, str]:
-    """Return what is wrong with images, by id: those that were no images at all, and those that failed later."""
-    return {str(image_id): fault for image_id, fault in stage.data.unreadable.items()} | cache.header["errors"]
-
-
-def contact_panels(stage: Stage, cache: MapCache, xywh: np.ndarray) -> dict[str, list[Panel]]:
-    """Return the panels of the contact sheet, of test images where there are any."""
-    data, failed = stage.data, set(map(int, cache.header["errors"]))
-    rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
-    rows = np.array([row for row in rows if int(data.ids[row]) not in failed], dtype=np.int64)
-    ious = iou(xywh[rows], data.boxes[rows])
-
-    def panel(place: int) -> Panel:
-        row = rows[place]
-        title = f"image {data.ids[row]}, IoU {ious[place]:.2f}"
-        return Panel(read_image(data.paths[row]), cache[int(data.ids[row])], xywh[row], data.boxes[row], title)
-
-    chosen = best_median_worst(ious, SHEET_COLUMNS)
-    return {name: [panel(place) for place in places] for name, places in chosen.items()}
-
-
-def refuse_to_hide_errors(stage: Stage, cache: MapCache) -> None:
-    """End with status 2 if images failed, after everything else was written."""
-    errors = all_errors(stage, cache)
-    if errors:
-        raise UserError(
-            f"{len(errors)} of {len(stage.data.ids) + len(stage.data.unreadable)} images failed and have no box, see "
-            f"{stage.out.with_name('errors.txt')}; the rest is done: mend them and run the same command again"
-        )
+    """Print and save the evaluation, the contact sheet and errors.txt; errors end the script with status 2."""
+    errors = stage.data.unreadable | {int(image_id): error for image_id, error in cache.header["errors"].items()}
+    report_boxes(
+        stage.out,
+        stage.data,
+        np.array([box.xywh for box in boxes]),
+        np.array([box.found for box in boxes]),
+        seconds=stage.seconds,
+        errors=errors,
+        maps=cache,
+        images_mapped=stage.images_mapped,
+        maps_per_second=stage.images_mapped / stage.seconds["maps"] if stage.images_mapped else None,
+    )
+    refuse_to_hide(errors, stage.out.with_name("errors.txt"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from scipy import ndimage
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
 from segment_anything.utils.amg import (
-    batched_mask_to_box,
     build_all_layer_point_grids,
     generate_crop_boxes,
     is_box_near_crop_edge,
@@ -115,7 +114,9 @@ class MaskGenerator:
         if (points_per_side is None) == (point_grids is None):
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if point_grids is not None and len(point_grids) <= crop_n_layers:
-            raise ValueError(f"{len(point_grids)} point_grids given: crop_n_layers={crop_n_layers} needs one more than it")
+            raise ValueError(
+                f"{len(point_grids)} point_grids given: crop_n_layers={crop_n_layers} needs one more than it"
+            )
         if output_mode != "binary_mask":
             raise ValueError(f"output_mode={output_mode!r}: only 'binary_mask' is known here")
         if precision not in PRECISIONS:
@@ -135,7 +136,7 @@ class MaskGenerator:
         self.image_batch, self.chunk_megabytes, self.resize_threads = image_batch, chunk_megabytes, resize_threads
         self.compile_encoder, self.precision = compile_encoder, precision
         self._encode = torch.compile(encode, dynamic=False) if compile_encoder else encode
-        self._resize = ResizeLongestSide(sam.image_encoder.img_size).apply_image
+        self._transform = ResizeLongestSide(sam.image_encoder.img_size)
 
     def generate(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
         """Return the official records of each image, in the official order.
@@ -152,6 +153,7 @@ class MaskGenerator:
         """
         return [found.records() for found in self.generate_tensors(images)]
 
+    @torch.no_grad()
     def generate_tensors(self, images: Sequence[np.ndarray], *, masks: bool = True) -> list[ImageMasks]:
         """Return the masks of each image as one tensor; with ``masks`` off, only what is known about them."""
         _check_images(images)
@@ -162,7 +164,7 @@ class MaskGenerator:
     def embed(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """Return the image embeddings (B, C, grid, grid) of ``images``, (H, W, 3) uint8 of any sizes."""
         with ThreadPoolExecutor(self.resize_threads) as pool:
-            resized = list(pool.map(self._resize, images))
+            resized = list(pool.map(self._transform.apply_image, images))
         pixels = [torch.from_numpy(image).to(self.sam.device).permute(2, 0, 1) for image in resized]
         inputs = torch.stack([self.sam.preprocess(image) for image in pixels])
         if self.compile_encoder:  # one shape, compiled once
@@ -182,8 +184,8 @@ class MaskGenerator:
             crops = [images[index][y0:y1, x0:x1] for index, (x0, y0, x1, y1) in batch]
             candidates = self._candidates(crops, self.point_grids[layer])
             for (index, box), own in zip(batch, candidates, strict=True):
-                found[index].append(self._filter_crop(own, box, images[index].shape[:2]))
-        return [self._merge(own, image.shape[:2], masks) for own, image in zip(found, images, strict=True)]
+                found[index].append(self._place_crop(own, box, images[index].shape[:2]))
+        return [self._merge_crops(own, image.shape[:2], masks) for own, image in zip(found, images, strict=True)]
 
     def _crop_batches(self, images: Sequence[np.ndarray]) -> Iterator[tuple[list[tuple[int, list[int]]], int]]:
         """Yield up to ``image_batch`` crops of one layer as (index of the image, xyxy box), and the layer."""
@@ -198,43 +200,40 @@ class MaskGenerator:
 
     # --- from points to candidates --------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _candidates(self, crops: list[np.ndarray], grid: np.ndarray) -> list["_Candidates"]:
-        """Return, for each crop, the masks that are good and stable enough, in the order of the points.
+        """Return, for each crop, the masks that pass both scores, in the order of the points.
 
         Args:
             crops: B arrays (H, W, 3) uint8.
             grid: (P, 2), x and y of the points as fractions of the crop's sides.
         """
-        frames = [_Frame.build(crop.shape[:2], self.sam) for crop in crops]
         embeddings = self.embed(crops)
-        points = [grid * np.array(frame.size[::-1]) for frame in frames]  # (P, 2) in pixels of the crop
+        frames = [_Frame.build(crop.shape[:2], self.sam) for crop in crops]
         found = [[] for _ in crops]
         step = max(1, self.points_per_batch // len(crops))
         for start in range(0, len(grid), step):
-            chunk = [own[start : start + step] for own in points]
-            tokens, keys, iou = self._decode(embeddings, frames, chunk)
+            points = [grid[start : start + step] * np.array(frame.size[::-1]) for frame in frames]  # pixels
+            tokens, keys, iou = self._decode(embeddings, frames, points)
             for row, frame in enumerate(frames):
-                found[row].append(self._select(tokens[row], keys[row], iou[row], frame, chunk[row]))
+                found[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row]))
         return [_Candidates.concatenate(own) for own in found]
 
     def _decode(
         self, embeddings: torch.Tensor, frames: list["_Frame"], points: list[np.ndarray]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run the prompt encoder and the transformer for the same number P of points in each of B crops.
+        """Run prompt encoder and transformer for P points in each of B crops; K = 3 masks belong to a point.
 
         Returns:
-            mask tokens (B, P, K, C), image tokens (B, P, N, C), predicted IoU (B, P, K) float32; K = 3 masks a point.
+            mask tokens (B, P, K, C), image tokens (B, P, N, C), predicted IoU (B, P, K) float32.
         """
         encoder, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
-        scaled = np.concatenate([frame.to_input(own) for frame, own in zip(frames, points, strict=True)])
-        coords = torch.from_numpy(scaled).to(self.sam.device)[:, None]  # (B * P, 1, 2)
+        scaled = [self._transform.apply_coords(own, frame.size) for frame, own in zip(frames, points, strict=True)]
+        coords = torch.from_numpy(np.concatenate(scaled)).to(self.sam.device)[:, None]  # (B * P, 1, 2) float64
         labels = torch.ones(coords.shape[:2], dtype=torch.int, device=coords.device)
         with self._autocast():
             sparse, dense = encoder(points=(coords, labels), boxes=None, masks=None)
-            image = _image_tokens(embeddings + dense[:1])
-            prompts = sparse.unflatten(0, (len(frames), -1))
-            tokens, keys = decode_prompts(decoder, image, _image_tokens(encoder.get_dense_pe()), prompts)
+            image, position = _image_tokens(embeddings + dense[:1]), _image_tokens(encoder.get_dense_pe())
+            tokens, keys = decode_prompts(decoder, image, position, sparse.unflatten(0, (len(frames), -1)))
             iou = decoder.iou_prediction_head(tokens[:, :, 0])
         return tokens[:, :, 1:], keys, iou[..., 1:].float()
 
@@ -242,30 +241,424 @@ class MaskGenerator:
         self, tokens: torch.Tensor, keys: torch.Tensor, iou: torch.Tensor, frame: "_Frame", points: np.ndarray
     ) -> "_Candidates":
         """Return one crop's masks that pass both scores; shapes as `_decode`'s without B, points (P, 2)."""
-        keep = iou > self.pred_iou_thresh if self.pred_iou_thresh > 0 else torch.ones_like(iou, dtype=torch.bool)
-        passing = keep.any(dim=1)
+        good = (iou > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)  # (P, K)
+        promising = good.any(dim=1)
         with self._autocast():
-            low = upscale_masks(self.sam.mask_decoder, tokens[passing], keys[passing], frame.grid, frame.cells)
-        low = low[keep[passing]].float()
-        which = keep.nonzero()[:, 0]
-        fields = {"predicted_iou": iou[keep], "points": torch.from_numpy(points).to(which.device)[which]}
+            low = upscale_masks(self.sam.mask_decoder, tokens[promising], keys[promising], frame.grid, frame.cells)
+        low = low[good[promising]].float()
         parts = [self._measure(part, frame) for part in low.split(self._masks_per_chunk(frame.size))]
-        stable, *measured = (torch.cat(column) for column in zip(*parts, strict=True))
-        stability, area, boxes = (column[stable] for column in measured)
-        fields = {name: column[stable] for name, column in fields.items()}
-        return _Candidates(frame, low[stable], stability_score=stability, area=area, boxes=boxes, **fields)
+        stable, stability, area, boxes = (torch.cat(column) for column in zip(*parts, strict=True))
+        points = torch.from_numpy(points).to(good.device)[good.nonzero()[:, 0]]
+        return _Candidates(frame, low[stable], iou[good][stable], points[stable], stability, area, boxes)
 
     def _measure(self, low: torch.Tensor, frame: "_Frame") -> tuple[torch.Tensor, ...]:
-        """Return for masks (M, rows, cols): passes?, stability score, area, xyxy box (zeros where it did not pass)."""
+        """Return which of (M, rows, cols) masks are stable (M,), and stability, area and xyxy boxes of those."""
         logits = frame.upsample(low)
         threshold, offset = self.sam.mask_threshold, self.stability_score_offset
         stability = _count(logits > threshold + offset) / _count(logits > threshold - offset)
-        stable = stability >= self.stability_score_thresh if self.stability_score_thresh > 0 else stability == stability
-        masks = logits > threshold
-        return stable, stability, _count(masks), masks_to_boxes(masks)
+        stable = (stability >= self.stability_score_thresh) | (self.stability_score_thresh <= 0)
+        masks = (logits > threshold)[stable]
+        return stable, stability[stable], _count(masks), masks_to_boxes(masks)
 
     def _masks_per_chunk(self, size: tuple[int, int]) -> int:
         """Return how many masks of a crop of ``size`` (H, W) are held at full size at once."""
         return max(1, int(self.chunk_megabytes * 1e6 / (4 * size[0] * size[1])))
 
     # --- from candidates to masks ---------------------------------------------------------------------------------
+
+    def _place_crop(self, own: "_Candidates", crop: list[int], size: tuple[int, int]) -> "_Candidates":
+        """Drop duplicates and what the crop's edge cuts off; then boxes and points are the image's, on the CPU."""
+        cut = is_box_near_crop_edge(own.boxes, crop, [0, 0, size[1], size[0]])
+        own = own.take((~cut).nonzero()[:, 0])
+        own = own.take(_suppress(own.boxes, own.predicted_iou, self.box_nms_thresh)).info_to_cpu()
+        corner = torch.tensor(crop[:2])
+        own.boxes, own.points, own.crop = own.boxes + corner.repeat(2), own.points + corner, crop
+        return own
+
+    def _merge_crops(self, crops: list["_Candidates"], size: tuple[int, int], with_masks: bool) -> ImageMasks:
+        """Return the masks of an image from those of its crops, the smallest crop preferred."""
+        crop_boxes = torch.cat([torch.tensor([own.crop]).expand(len(own), -1) for own in crops])
+        names = ("boxes", "area", "predicted_iou", "stability_score", "points")
+        info = {name: torch.cat([getattr(own, name) for own in crops]) for name in names} | {"crops": crop_boxes}
+        kept = torch.arange(len(crop_boxes))
+        if len(crops) > 1:
+            kept = _suppress(info["boxes"], 1 / box_area(crop_boxes), self.crop_nms_thresh)
+        info = {name: column[kept] for name, column in info.items()}
+        masks = self._full_masks(crops, kept, size) if with_masks or self.min_mask_region_area > 0 else None
+        if self.min_mask_region_area > 0:
+            masks, info = self._without_small_regions(masks, info)
+        return _image_masks(info, masks if with_masks else None)
+
+    def _full_masks(self, crops: list["_Candidates"], kept: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Return masks (N, H, W) bool on the CPU of the candidates numbered ``kept`` (N,) over all ``crops``."""
+        masks, first = torch.zeros((len(kept), *size), dtype=torch.bool), 0
+        for own in crops:
+            x0, y0, x1, y1 = own.crop
+            places = ((kept >= first) & (kept < first + len(own))).nonzero()[:, 0]
+            for part in places.split(self._masks_per_chunk(own.frame.size)):
+                logits = own.frame.upsample(own.low[(kept[part] - first).to(own.low.device)])
+                masks[part, y0:y1, x0:x1] = (logits > self.sam.mask_threshold).cpu()
+            first += len(own)
+        return masks
+
+    def _without_small_regions(
+        self, masks: torch.Tensor, info: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Fill small holes, drop small islands, and drop what became a duplicate: untouched masks are preferred."""
+        touched = torch.zeros(len(masks), dtype=torch.bool)
+        for row, mask in enumerate(masks.numpy()):
+            touched[row] = remove_small_regions(mask, self.min_mask_region_area)
+        boxes = masks_to_boxes(masks)
+        kept = _suppress(boxes, (~touched).float(), max(self.box_nms_thresh, self.crop_nms_thresh))
+        info["boxes"] = torch.where(touched[:, None], boxes, info["boxes"])
+        info["area"] = torch.where(touched, _count(masks), info["area"])
+        return masks[kept], {name: column[kept] for name, column in info.items()}
+
+
+# --- what is known of the masks -----------------------------------------------------------------------------------
+
+
+@dataclass
+class _Frame:
+    """How the masks of a crop of ``size`` (H, W) lie on the grid of image tokens."""
+
+    size: tuple[int, int]
+    grid: tuple[int, int]  # image tokens of the whole network input
+    cells: tuple[int, int]  # those, from the top left, that the crop's pixels are made from
+    vertical: torch.Tensor  # (H, 4 * cells[0]) weights of the low-resolution rows in each row of the crop
+    horizontal: torch.Tensor  # (4 * cells[1], W)
+
+    @classmethod
+    def build(cls, size: tuple[int, int], sam: Sam) -> "_Frame":
+        side, grid = sam.image_encoder.img_size, sam.prompt_encoder.image_embedding_size
+        inner = ResizeLongestSide.get_preprocess_shape(*size, side)
+        matrices = [
+            _resize_matrix(UPSCALING * cells, side, *axis) for cells, *axis in zip(grid, inner, size, strict=True)
+        ]
+        used = [int(matrix.any(dim=0).nonzero().max()) + 1 for matrix in matrices]
+        cells = [math.ceil(pixels / UPSCALING) for pixels in used]
+        vertical, horizontal = (
+            matrix[:, : UPSCALING * count].to(sam.device) for matrix, count in zip(matrices, cells, strict=True)
+        )
+        return cls(tuple(size), tuple(grid), tuple(cells), vertical, horizontal.T.contiguous())
+
+    def upsample(self, low: torch.Tensor) -> torch.Tensor:
+        """Return the logits (M, H, W) of low-resolution ones (M, 4 * cells[0], 4 * cells[1])."""
+        return self.vertical @ (low @ self.horizontal)
+
+
+@dataclass
+class _Candidates:
+    """Masks of one crop on their way through the filters; boxes xyxy in pixels of the crop, later of the image."""
+
+    frame: _Frame
+    low: torch.Tensor  # (M, 4 * cells[0], 4 * cells[1]) float32 logits
+    predicted_iou: torch.Tensor  # (M,) float32
+    points: torch.Tensor  # (M, 2) float64
+    stability_score: torch.Tensor  # (M,) float32
+    area: torch.Tensor  # (M,) int32, pixels
+    boxes: torch.Tensor  # (M, 4) int64
+    crop: list[int] | None = None  # xyxy in the image
+
+    COLUMNS = ("low", "predicted_iou", "points", "stability_score", "area", "boxes")
+
+    def __len__(self) -> int:
+        return len(self.area)
+
+    @classmethod
+    def concatenate(cls, parts: list["_Candidates"]) -> "_Candidates":
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in cls.COLUMNS}
+        return cls(parts[0].frame, **columns)
+
+    def take(self, rows: torch.Tensor) -> "_Candidates":
+        return _Candidates(self.frame, **{name: getattr(self, name)[rows] for name in self.COLUMNS})
+
+    def info_to_cpu(self) -> "_Candidates":
+        return _Candidates(self.frame, self.low, **{name: getattr(self, name).cpu() for name in self.COLUMNS[1:]})
+
+
+def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Return xyxy boxes (N, 4) int64 of the first and last True pixels; zeros for an empty mask.
+
+    Args:
+        masks: (N, H, W) bool.
+    """
+    rows, cols = (masks.view(torch.uint8).amax(dim=dim) for dim in (2, 1))  # (N, H), (N, W): any() is ten times slower
+    first = [line.argmax(dim=1) for line in (cols, rows)]
+    last = [line.shape[1] - 1 - line.flip(1).argmax(dim=1) for line in (cols, rows)]
+    return torch.stack(first + last, dim=1) * rows.amax(dim=1, keepdim=True)
+
+
+def remove_small_regions(mask: np.ndarray, min_area: int) -> bool:
+    """Fill holes and drop islands of less than ``min_area`` pixels in place; return whether there were any.
+
+    Regions touch at corners too. If all islands are small the largest stays.
+
+    Args:
+        mask: (H, W) bool, changed.
+    """
+    holes, sizes = _regions(~mask)
+    small = sizes < min_area
+    mask |= small[holes]
+    filled = small.any()
+    islands, sizes = _regions(mask)
+    small = sizes < min_area
+    dropped = small.any()
+    if dropped and small[1:].all():
+        small[1 + sizes[1:].argmax()] = False
+    mask &= ~small[islands]
+    return bool(filled or dropped)
+
+
+def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return each pixel's region (0: none), and the regions' sizes; that of 0 is infinite."""
+    regions, _ = ndimage.label(mask, structure=np.ones((3, 3)))
+    sizes = np.bincount(regions.ravel()).astype(float)
+    sizes[0] = np.inf
+    return regions, sizes
+
+
+def _suppress(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Return the rows that survive non-maximum suppression, best first; as the official call, for its order of ties."""
+    return batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), iou_threshold=threshold)
+
+
+def _count(masks: torch.Tensor) -> torch.Tensor:
+    """Return the number of True pixels of (N, H, W) masks, (N,) int32; 16 bits hold a row and are faster."""
+    return masks.sum(-1, dtype=torch.int16).sum(-1, dtype=torch.int32)
+
+
+def _resize_matrix(low: int, side: int, inner: int, out: int) -> torch.Tensor:
+    """Return (out, low), one axis of the official way from logits to pixels: enlarge to side, cut at inner, resize."""
+    enlarged = F.interpolate(torch.eye(low)[None], size=side, mode="linear", align_corners=False)
+    return F.interpolate(enlarged[..., :inner], size=out, mode="linear", align_corners=False)[0].T
+
+
+def _image_masks(info: dict[str, torch.Tensor], masks: torch.Tensor | None) -> ImageMasks:
+    """Return the columns as arrays, boxes as xywh."""
+    columns = {name: column.numpy() for name, column in info.items()}
+    boxes, crops = (box_convert(info[name], "xyxy", "xywh").numpy() for name in ("boxes", "crops"))
+    scores = columns["predicted_iou"], columns["stability_score"]
+    return ImageMasks(masks, boxes, columns["area"].astype(np.int64), *scores, columns["points"], crops)
+
+
+def _check_images(images: Sequence[np.ndarray]) -> None:
+    """Raise ValueError, with what was received, unless all are (H, W, 3) uint8."""
+    if isinstance(images, np.ndarray):
+        raise ValueError(f"images must be a list of (H, W, 3) arrays, got one array of shape {images.shape}")
+    for index, image in enumerate(images):
+        kind = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"images[{index}] must be a (H, W, 3) uint8 array, got {kind}")
+        if image.size == 0:
+            raise ValueError(f"images[{index}] has no pixels: {kind}")
+
+
+# --- the networks: the official weights and results, in another order of multiplications --------------------------
+
+
+def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return embeddings (B, C, grid, grid) of images (B, 3, side, side); other encoders than SAM's ViT are called."""
+    if type(encoder) is not ImageEncoderViT:
+        return encoder(images)
+    tokens = encoder.patch_embed(images)
+    if encoder.pos_embed is not None:
+        tokens = tokens + encoder.pos_embed
+    for block in encoder.blocks:
+        tokens = _encoder_block(block, tokens)
+    return encoder.neck(tokens.permute(0, 3, 1, 2))
+
+
+def _encoder_block(block: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the block's output for tokens (B, h, w, C), as its own forward does."""
+    height, width = tokens.shape[1:3]
+    attended = block.norm1(tokens)
+    if block.window_size > 0:
+        windows, padded = window_partition(attended, block.window_size)
+        windows = _encoder_attention(block.attn, windows)
+        attended = window_unpartition(windows, block.window_size, padded, (height, width))
+    else:
+        attended = _encoder_attention(block.attn, attended)
+    tokens = tokens + attended
+    return tokens + block.mlp(block.norm2(tokens))
+
+
+def _encoder_attention(attn: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Return self-attention over (B, h, w, C) by the fused kernel, no matrix of N x N.
+
+    The relative position adds row[q, y] + col[q, x] to the score of query q and the key at (y, x): a scalar product
+    too, of (row[q], col[q]) and the one-hot places of the key, and so both are appended to queries and keys.
+    """
+    batch, height, width, _ = tokens.shape
+    qkv = attn.qkv(tokens).reshape(batch, height * width, 3, attn.num_heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim)
+    head_dim, scaled = query.shape[-1], query * attn.scale
+    if attn.use_rel_pos:
+        places = query.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", places, get_rel_pos(height, height, attn.rel_pos_h))
+        cols = torch.einsum("bnhwc,wkc->bnhwk", places, get_rel_pos(width, width, attn.rel_pos_w))
+        scaled = torch.cat([scaled, rows.flatten(2, 3), cols.flatten(2, 3)], dim=-1)
+        one_hot = _one_hot_places(height, width, key).expand(*key.shape[:3], -1)
+        key = torch.cat([key, one_hot], dim=-1)
+        value = F.pad(value, (0, height + width))  # the kernels want one size of head
+    attended = F.scaled_dot_product_attention(scaled, key, value, scale=1.0)[..., :head_dim]
+    return attn.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
+
+
+def _one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
+    """Return (height * width, height + width): for each place a one at its row, and one at its column."""
+    rows, cols = (torch.eye(count, dtype=like.dtype, device=like.device) for count in (height, width))
+    return torch.cat([rows.repeat_interleave(width, dim=0), cols.repeat(height, 1)], dim=-1)
+
+
+def decode_prompts(
+    decoder: MaskDecoder, image: torch.Tensor, position: torch.Tensor, prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run SAM's two-way transformer for P prompts on each of B images.
+
+    Args:
+        decoder: the mask decoder.
+        image: (B, N, C) image tokens, dense prompt included.
+        position: (1, N, C), their positional encoding.
+        prompts: (B, P, S, C) sparse prompt tokens.
+
+    Returns:
+        tokens (B, P, 1 + K, C): of predicted IoU, and of the K masks of a multi-mask output; image tokens (B, P, N, C).
+    """
+    transformer = decoder.transformer
+    output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([output.expand(*prompts.shape[:2], -1, -1), prompts], dim=2)
+    queries, keys = tokens, None
+    for layer in transformer.layers:
+        queries = layer.norm1(_attend_to_prompt(layer, queries, tokens))
+        queries = layer.norm2(
+            queries + _attend_to_image(layer.cross_attn_token_to_image, queries + tokens, image, position, keys)
+        )
+        queries = layer.norm3(queries + layer.mlp(queries))
+        keys = _update_image(layer.cross_attn_image_to_token, queries + tokens, queries, image, position, keys)
+        keys = layer.norm4(keys).type_as(keys)  # autocast would norm into float32, for every product to round again
+    wanted = [0, *range(2, decoder.num_mask_tokens + 1)]  # token 1 is the mask of the single-mask output
+    queries, tokens = queries[:, :, wanted], tokens[:, :, wanted]
+    seen = _attend_to_image(transformer.final_attn_token_to_image, queries + tokens, image, position, keys)
+    return transformer.norm_final_attn(queries + seen), keys
+
+
+def _attend_to_prompt(layer: nn.Module, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Return self-attention of the tokens of each prompt, (B, P, T, C)."""
+    own, pe = queries.flatten(0, 1), tokens.flatten(0, 1)
+    if layer.skip_first_layer_pe:
+        return layer.self_attn(own, own, own).view_as(queries)
+    return (own + layer.self_attn(own + pe, own + pe, own)).view_as(queries)
+
+
+def _attend_to_image(
+    attn: nn.Module, queries: torch.Tensor, image: torch.Tensor, position: torch.Tensor, keys: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what each token (B, P, T, C) gathers from the image tokens.
+
+    Args:
+        keys: (B, P, N, C), the image tokens of each prompt; None before the first update, when all share ``image``.
+    """
+    if keys is None:  # one set of keys for the tokens of all prompts
+        return attn(queries.flatten(1, 2), image + position, image).view_as(queries)
+    vectors = _split_heads(attn.q_proj(queries), attn)
+    scores = _image_scores(vectors, attn.k_proj, position, keys)
+    gathered = scores.softmax(dim=-1).flatten(2, 3) @ keys  # (B, P, heads * T, C)
+    values = gathered.unflatten(2, (attn.num_heads, -1)) @ _head_weights(attn.v_proj.weight, attn).mT
+    return attn.out_proj(values.transpose(2, 3).flatten(3) + attn.v_proj.bias)
+
+
+def _update_image(
+    attn: nn.Module,
+    queries: torch.Tensor,
+    values: torch.Tensor,
+    image: torch.Tensor,
+    position: torch.Tensor,
+    keys: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the image tokens (B, P, N, C) plus what they gather from the tokens of their prompt.
+
+    Args:
+        queries, values: (B, P, T, C), the tokens with and without their positional encoding.
+        keys: as in `_attend_to_image`.
+    """
+    batch, prompts = queries.shape[:2]
+    vectors = _split_heads(attn.k_proj(queries), attn)
+    shared = position if keys is not None else image + position
+    weights = _image_scores(vectors, attn.q_proj, shared, keys).softmax(dim=-2).flatten(2, 3)  # (B, P, heads * T, N)
+    # Wo (sum of weight * value) = sum of weight * (Wo value); the weights of a head sum to 1, so each brings its part
+    # of the bias
+    gifts = _split_heads(attn.v_proj(values), attn) @ _head_weights(attn.out_proj.weight.T, attn)
+    gifts = gifts.flatten(2, 3) + attn.out_proj.bias / attn.num_heads  # (B, P, heads * T, C)
+    before = keys if keys is not None else image[:, None].expand(-1, prompts, -1, -1)
+    updated = torch.baddbmm(before.flatten(0, 1), weights.flatten(0, 1).mT, gifts.flatten(0, 1))
+    return updated.unflatten(0, (batch, prompts))
+
+
+def _image_scores(
+    vectors: torch.Tensor, projection: nn.Linear, shared: torch.Tensor, keys: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the attention scores (B, P, heads, T, N) of projected tokens and the sum of both kinds of image tokens.
+
+    Args:
+        vectors: (B, P, heads, T, head_dim).
+        projection: of the image tokens, C to heads * head_dim.
+        shared: (B or 1, N, C), the summand that is the same for all prompts: projected, once.
+        keys: (B, P, N, C), the summand of each prompt: not projected, the vectors are; or None.
+    """
+    batch, prompts, heads, count, head_dim = vectors.shape
+    vectors = vectors / math.sqrt(head_dim)
+    by_head = projection(shared).unflatten(-1, (heads, head_dim)).permute(0, 2, 3, 1)  # (B or 1, heads, head_dim, N)
+    scores = vectors.transpose(1, 2).flatten(2, 3) @ by_head
+    scores = scores.unflatten(2, (prompts, count)).transpose(1, 2)  # (B, P, heads, T, N)
+    if keys is None:
+        return scores
+    back = (vectors @ projection.weight.unflatten(0, (heads, head_dim))).flatten(2, 3)  # (B, P, heads * T, C)
+    scores = torch.baddbmm(scores.flatten(2, 3).flatten(0, 1), back.flatten(0, 1), keys.flatten(0, 1).mT)
+    return scores.view(batch, prompts, heads, count, -1)
+
+
+def _split_heads(tokens: torch.Tensor, attn: nn.Module) -> torch.Tensor:
+    """Return (B, P, heads, T, head_dim) of (B, P, T, heads * head_dim)."""
+    return tokens.unflatten(-1, (attn.num_heads, -1)).transpose(2, 3)
+
+
+def _head_weights(weight: torch.Tensor, attn: nn.Module) -> torch.Tensor:
+    """Return (heads, head_dim, C) of a weight (heads * head_dim, C)."""
+    return weight.unflatten(0, (attn.num_heads, -1))
+
+
+def upscale_masks(
+    decoder: MaskDecoder, tokens: torch.Tensor, keys: torch.Tensor, grid: tuple[int, int], cells: tuple[int, int]
+) -> torch.Tensor:
+    """Return the low-resolution logits (M, K, 4 * cells[0], 4 * cells[1]) of the K masks of M prompts.
+
+    A transposed convolution whose kernel is its stride is a linear layer on each image token, here with the channels
+    last: no transposed copies, and only the cells that lie on the image.
+
+    Args:
+        tokens: (M, K, C), mask tokens.
+        keys: (M, N, C), image tokens of a ``grid``.
+        cells: the part of the grid, from the top left, that is wanted.
+    """
+    first, norm, activation, second, last_activation = decoder.output_upscaling
+    heads = decoder.output_hypernetworks_mlps[-tokens.shape[1] :]
+    weights = torch.stack([head(tokens[:, row]) for row, head in enumerate(heads)], dim=1)  # (M, K, C / 8)
+    pixels = _enlarge(first, keys.unflatten(1, grid)[:, : cells[0], : cells[1]])
+    pixels = F.layer_norm(pixels, pixels.shape[-1:], norm.weight, norm.bias, norm.eps).type_as(pixels)
+    pixels = last_activation(_enlarge(second, activation(pixels)))  # (M, rows, cols, 2, 2, 2, 2, C / 8)
+    logits = weights @ pixels.flatten(1, -2).mT
+    logits = logits.unflatten(2, (*cells, 2, 2, 2, 2)).permute(0, 1, 2, 4, 6, 3, 5, 7)
+    return logits.reshape(*tokens.shape[:2], UPSCALING * cells[0], UPSCALING * cells[1])
+
+
+def _enlarge(convolution: nn.ConvTranspose2d, pixels: torch.Tensor) -> torch.Tensor:
+    """Return (..., 2, 2, C_out): the four pixels that a 2 x 2 transposed convolution of stride 2 makes of each."""
+    weight = convolution.weight.permute(2, 3, 1, 0)  # (2, 2, C_out, C_in)
+    enlarged = F.linear(pixels, weight.flatten(0, 2), convolution.bias.repeat(4))
+    return enlarged.unflatten(-1, weight.shape[:3])
+
+
+def _image_tokens(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return (B, N, C) of (B, C, h, w)."""
+    return embeddings.flatten(2).mT

@@ -121,6 +121,17 @@ def head_of(model: nn.Module) -> nn.Module:
     return model.fc if isinstance(model, torchvision.models.ResNet) else model.get_classifier()
 
 
+def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (what the classifier layer sees, (B, D); what it answers, (B, K)) for images (B, 3, H, W)."""
+    seen = []
+    handle = head_of(model).register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    try:
+        logits = model(images)
+    finally:
+        handle.remove()
+    return seen[0], logits
+
+
 # --- what learns --------------------------------------------------------------------------------------------------
 
 

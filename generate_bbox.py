@@ -1,0 +1,391 @@
+"""Choose, among the candidate masks of every image, the box that a trained classifier believes in.
+
+Reads a folder of generate_mask.py (its masks_info.json alone) and a checkpoint of train.py. Every candidate's box is cut
+out of its image, resized and classified; the box with the best score wins. Writes, for out=FOLDER/STEM.json:
+
+    STEM.json            the boxes with their scores: train.py source=FOLDER/STEM.json holds its crops to them
+    STEM.eval.json/.md   mean IoU, coverage and shares beside the trivial boxes, time per stage
+    STEM.png             best, median and worst boxes
+    errors.txt           a count, then a line per image that could not be read (it gets no box; exit status 2)
+
+    python generate_bbox.py masks=data/toybirds/masks_0 bbox.classifier=runs/toybirds_0/best.pt
+    python generate_bbox.py preset=cub_dino dataset.root=CUB_200_2011 masks=CUB_200_2011/masks_0 \\
+        bbox.classifier=runs/cub_first_training/best.pt
+
+The published protocol knows the label of every image, test images included: bbox.score=logit and ncm do. Boxes that are
+to be used on images without a label, or as an honest test view, need bbox.score=label_free.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+from tqdm import tqdm
+
+from box_report import refuse_to_hide, report_boxes
+from boxes import clip_boxes, expand_boxes, load_boxes, save_boxes, whole_image_boxes
+from config import load_config, worker_count
+from datasets import DataSet, build_loader, read_dataset, read_image
+from localizer import state_hash
+from mask_files import load_masks_info, mask_names
+from models import build_model, features_of, load_trained
+from shared_work import SharedWork, choose_device, process_numbers
+from transforms import normalize
+from utils import UserError, load_json, load_tensors, run_script, user_errors
+
+
+def main(config: dict) -> None:
+    """Score the candidates, choose the boxes, evaluate; with several processes each scores its share."""
+    with user_errors(ValueError):
+        stage = prepare(config)
+    score_images(stage)
+    if stage.work.rank == 0:
+        scores, errors = gather_scores(stage)
+        report(stage, *choose_boxes(stage, scores), errors)
+
+
+# --- what is to be done -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """One run of this script."""
+
+    config: dict
+    out: Path
+    data: DataSet
+    candidates: dict[int, np.ndarray]  # row of the data set -> (N, 4) boxes x y width height inside the image
+    model: nn.Module
+    image_size: int  # of the cut-outs, pixels
+    device: torch.device
+    work: SharedWork  # finished units, until all are there
+    units: list[list[int]]  # rows that are scored together
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the time inside the with block to a stage's seconds."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
+
+
+def prepare(config: dict) -> Stage:
+    """Read data set, candidates and classifier, and check that ``out`` is free or ours."""
+    wanted = config["bbox"]
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
+    if config["masks"] is None:
+        raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
+    candidates, setup = read_candidates(Path(config["masks"]), data)
+    device = choose_device(config["device"])
+    model, image_size = load_classifier(wanted["classifier"], data)
+    out = Path(config["out"] or f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
+    identity = {
+        "dataset": data.fingerprint(),
+        "masks": setup,
+        "classifier_sha256": state_hash(model),
+        "precision": config["amp"] if device.type == "cuda" else "none",
+        "settings": {"image_size": wanted["image_size"] or image_size, "padding": wanted["padding"]}
+        | {key: wanted[key] for key in ("score", "batch_size")},
+    }
+    work = SharedWork(
+        out.with_name(f"{out.stem}.partial"),
+        identity,
+        "bbox",
+        f"python generate_bbox.py out={out} bbox.again=true",
+        *process_numbers(),
+    )
+    claim_out(out, work, wanted["again"])
+    stage = Stage(
+        config=config,
+        out=out,
+        data=data,
+        candidates=candidates,
+        model=model.to(device),
+        image_size=wanted["image_size"] or image_size,
+        device=device,
+        work=work,
+        units=plan_units(candidates, len(data.ids), wanted["batch_size"]),
+    )
+    if work.rank == 0:
+        count = sum(map(len, candidates.values()))
+        print(
+            f"{count} candidates of {len(data.ids)} images, {config['masks']}; scored by {wanted['score']} on {device}"
+        )
+    return stage
+
+
+def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
+    """Return the candidate boxes by row, (N, 4), and the setup that they were made with.
+
+    Raises:
+        UserError: if the masks are of another data set.
+    """
+    setup, info = load_masks_info(folder)
+    if setup.get("dataset") != data.fingerprint():
+        raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
+    boxes = {}
+    for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
+        found = np.array([entry["bbox"] for entry in info.get(name, [])], dtype=np.float64).reshape(-1, 4)
+        found[:, 2:] = np.maximum(found[:, 2:], 1)  # SAM's boxes end at the last pixel: one pixel wide is 0
+        size = data.image_sizes[row]
+        found[:, :2] = np.minimum(found[:, :2], size - 1)
+        boxes[row] = clip_boxes(found, np.tile(size, (len(found), 1)))
+    return boxes, setup
+
+
+def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int]:
+    """Return a trained network (its EMA) in eval mode, and the side of its training crops.
+
+    Raises:
+        UserError: if there is none, it is no checkpoint of train.py, or it knows another number of classes.
+    """
+    if path is None:
+        raise UserError("bbox.classifier: none given; train one: python train.py, then bbox.classifier=RUN/best.pt")
+    about = load_tensors(path)
+    about = about.get("config") if isinstance(about, dict) else None
+    try:
+        wanted, image_size, patch_size = about["model"], int(about["image_size"]), int(about["patch_size"])
+        model = build_model(wanted["type"], wanted["n_classes"], image_size=image_size, patch_size=patch_size)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: is no checkpoint of train.py (it names no model and image_size)") from None
+    if wanted["n_classes"] < len(data.class_names):
+        raise UserError(f"{path}: knows {wanted['n_classes']} classes, the data set has {len(data.class_names)}")
+    load_trained(model, path, ema=True)
+    return model.eval(), image_size
+
+
+def claim_out(out: Path, work: SharedWork, again: bool) -> None:
+    """Make sure that what lies at ``out`` is of this very run, or nothing; ``again`` removes it.
+
+    Raises:
+        UserError: if it is of other settings, candidates or another classifier, or of another script.
+    """
+    if again:
+        work.refuse_again()
+        out.unlink(missing_ok=True)
+        work.remove()
+    if out.exists():
+        made = load_json(out)
+        identity = made.get("settings", {}).get("identity") if isinstance(made, dict) else None
+        if identity is None:
+            raise UserError(f"{out}: was not made by this script; give another out=FILE")
+        work.check_identity(identity, f"{out}: made")
+    work.check()
+
+
+def plan_units(candidates: dict[int, np.ndarray], images: int, batch_size: int) -> list[list[int]]:
+    """Cut the rows into units of some batches of candidates each; depends on the candidates alone."""
+    units, size = [[]], 0
+    for row in range(images):
+        if size >= 4 * batch_size:
+            units.append([])
+            size = 0
+        units[-1].append(row)
+        size += len(candidates[row])
+    return [unit for unit in units if unit]
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def score_images(stage: Stage) -> None:
+    """Score this process's share of the candidates; a finished unit is a record."""
+    done = finished_units(stage)
+    mine = [n for n in range(len(stage.units)) if n not in done and stage.work.is_mine(n)]
+    if not mine:
+        return
+    if done and stage.work.rank == 0:
+        print(f"{sum(len(stage.units[n]) for n in done)} of {len(stage.data.ids)} images are done already")
+    with stage.timed("class_means"):
+        means = class_means(stage) if stage.config["bbox"]["score"] == "ncm" else None
+    total = sum(len(stage.candidates[row]) for n in mine for row in stage.units[n])
+    with (
+        stage.timed("scores"),
+        stage.work.writing() as records,
+        tqdm(total=total, desc="candidates", disable=stage.work.rank > 0, mininterval=1.0) as bar,
+    ):
+        boxes = {row: stage.candidates[row] for n in mine for row in stage.units[n]}
+        for number, (crops, errors) in zip(mine, cut_out(stage, [stage.units[n] for n in mine], boxes), strict=True):
+            scores = score_crops(stage, stage.units[number], crops, errors, means)
+            records.append({"unit": number, "scores": scores, "errors": errors}, b"")
+            bar.update(len(crops))
+
+
+def finished_units(stage: Stage) -> set[int]:
+    """Return the units that need not be done: in parts, or with a box in ``out`` for each image that has candidates."""
+    made = load_made(stage)
+    lacking = {row for row, i in enumerate(stage.data.ids.tolist()) if i not in made and len(stage.candidates[row])}
+    whole = {n for n, rows in enumerate(stage.units) if lacking.isdisjoint(rows)} if stage.out.exists() else set()
+    return whole | {record.header["unit"] for record in stage.work.records()}
+
+
+def load_made(stage: Stage) -> dict[int, tuple[tuple[float, ...], float]]:
+    """Return the boxes and scores that an earlier run of the same settings wrote, by image id."""
+    if not stage.out.exists():
+        return {}
+    file = load_boxes(stage.out)
+    return {i: (box, file.scores[i]) for i, box in file.boxes.items() if box is not None}
+
+
+def cut_out(
+    stage: Stage, units: list[list[int]], boxes: dict[int, np.ndarray]
+) -> Iterator[tuple[torch.Tensor, dict[str, str]]]:
+    """Yield the cut-outs of units, (B, 3, size, size) uint8 in the order of rows and boxes, made ahead by workers."""
+    images = CutOuts(units, stage.data, boxes, stage.config["bbox"]["padding"], stage.image_size)
+    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
+    pin = stage.device.type == "cuda"
+    yield from build_loader(images, num_workers=workers, pin_memory=pin, batch_size=None)
+
+
+class CutOuts(Dataset):
+    """Boxes of whole units, cut out of their images and resized."""
+
+    def __init__(
+        self, units: list[list[int]], data: DataSet, boxes: dict[int, np.ndarray], padding: float, size: int
+    ) -> None:
+        """Keep the units' images: ``boxes`` is row -> (N, 4); ``padding`` a share of a box's side on each side."""
+        self.units = [[(int(data.ids[r]), data.paths[r], boxes[r], data.image_sizes[r]) for r in u] for u in units]
+        self.padding, self.size = padding, size
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, dict[str, str]]:
+        """Return the cut-outs of a unit, (B, 3, size, size) uint8; and why images have none, by id."""
+        crops, errors = [torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)], {}
+        for image_id, path, boxes, image_size in self.units[number]:
+            try:
+                crops.append(self._crops(path, boxes, image_size))
+            except UserError as error:
+                crops.append(crops[0].new_zeros(len(boxes), 3, self.size, self.size))
+                errors[str(image_id)] = str(error)
+        return torch.cat(crops), errors
+
+    def _crops(self, path: Path, boxes: np.ndarray, image_size: np.ndarray) -> torch.Tensor:
+        image = F.pil_to_tensor(read_image(path))
+        made = [image.new_zeros(0, 3, self.size, self.size)]
+        for x, y, width, height in expand_boxes(boxes, np.tile(image_size, (len(boxes), 1)), self.padding):
+            left, top = int(x), int(y)
+            area = max(1, round(y + height) - top), max(1, round(x + width) - left)
+            made.append(F.resized_crop(image, top, left, *area, [self.size, self.size], antialias=True)[None])
+        return torch.cat(made)
+
+
+def score_crops(
+    stage: Stage, rows: list[int], crops: torch.Tensor, errors: dict[str, str], means: torch.Tensor | None
+) -> dict[str, list[float]]:
+    """Return the scores of a unit's candidates by image id; images that failed have none."""
+    labels = np.concatenate([np.full(len(stage.candidates[row]), stage.data.labels[row]) for row in rows])
+    parts = [_scores(stage, part, torch.from_numpy(own), means) for part, own in batches(stage, crops, labels)]
+    scores = np.concatenate([np.zeros(0), *parts])
+    ends = np.cumsum([len(stage.candidates[row]) for row in rows])[:-1]
+    ids = [str(stage.data.ids[row]) for row in rows]
+    split = zip(ids, np.split(scores, ends), strict=True)
+    return {image_id: found.tolist() for image_id, found in split if image_id not in errors}
+
+
+def batches(stage: Stage, crops: torch.Tensor, labels: np.ndarray) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Yield (crops, labels) in batches of the configured size."""
+    size = stage.config["bbox"]["batch_size"]
+    for start in range(0, len(crops), size):
+        yield crops[start : start + size], labels[start : start + size]
+
+
+def _scores(stage: Stage, crops: torch.Tensor, labels: torch.Tensor, means: torch.Tensor | None) -> np.ndarray:
+    """Return the scores, (B,) float64, of cut-outs (B, 3, H, W) uint8 whose images have these labels (B,)."""
+    kind = stage.config["bbox"]["score"]
+    features, logits = features_and_logits(stage, crops)
+    if kind == "ncm":
+        scores = nn.functional.cosine_similarity(features, means[labels.to(stage.device)])
+    elif kind == "logit":
+        scores = logits.gather(1, labels[:, None].to(stage.device))[:, 0]
+    else:
+        scores = logits.softmax(1).amax(1)
+    return scores.double().cpu().numpy()
+
+
+def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (B, D) features before the classifier's last layer, and (B, K) logits, float32."""
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stage.config["amp"], torch.bfloat16)
+    on = stage.device.type == "cuda" and stage.config["amp"] != "none"
+    with torch.inference_mode(), torch.autocast(stage.device.type, kind, enabled=on):
+        features, logits = features_of(stage.model, normalize(crops.to(stage.device, non_blocking=True)))
+    return features.float(), logits.float()
+
+
+def class_means(stage: Stage) -> torch.Tensor:
+    """Return (K, D), the mean of the normalised features of each class's training images, shown whole."""
+    rows = [row for name in ("train", "val") for row in stage.data.rows(name).tolist()]
+    whole = dict(enumerate(whole_image_boxes(stage.data.image_sizes)[:, None]))
+    size = stage.config["bbox"]["batch_size"]
+    units = [rows[start : start + size] for start in range(0, len(rows), size)]
+    sums = None
+    for unit, (crops, errors) in zip(units, cut_out(stage, units, whole), strict=True):
+        features = nn.functional.normalize(features_and_logits(stage, crops)[0])
+        good = torch.tensor([str(stage.data.ids[row]) not in errors for row in unit], device=stage.device)
+        labels = torch.from_numpy(stage.data.labels[unit]).to(stage.device)
+        if sums is None:
+            sums = features.new_zeros(len(stage.data.class_names), features.shape[1])
+        sums.index_add_(0, labels[good], features[good])
+    if sums is None:
+        raise UserError("bbox.score=ncm: there is no training image to make class means of; use bbox.score=logit")
+    return nn.functional.normalize(sums)
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def gather_scores(stage: Stage) -> tuple[dict[int, list[float]], dict[int, str]]:
+    """Return the scores of all processes by image id, and why images failed."""
+    everything = set(range(len(stage.units)))
+    stage.work.wait_for_others(lambda: everything - finished_units(stage))
+    scores, errors = {}, dict(stage.data.unreadable)
+    for record in stage.work.records():
+        scores |= {int(image_id): found for image_id, found in record.header["scores"].items()}
+        errors |= {int(image_id): error for image_id, error in record.header["errors"].items()}
+    return scores, errors
+
+
+def choose_boxes(stage: Stage, scores: dict[int, list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Write the box file; return boxes (N, 4), the whole image where there is none, and (N,) bool, which were found."""
+    data, made = stage.data, load_made(stage)
+    boxes, ids = whole_image_boxes(data.image_sizes), data.ids.tolist()
+    for row, image_id in enumerate(ids):
+        if scores.get(image_id):
+            winner = int(np.argmax(scores[image_id]))
+            made[image_id] = stage.candidates[row][winner].tolist(), scores[image_id][winner]
+        if image_id in made:
+            boxes[row] = made[image_id][0]
+    nothing = dict.fromkeys([*ids, *data.unreadable])
+    save_boxes(
+        stage.out,
+        nothing | {image_id: box for image_id, (box, _) in made.items()},
+        nothing | dict(zip(ids, data.image_sizes.tolist(), strict=True)),
+        made_by=Path(__file__).name,
+        settings=stage.config | {"identity": stage.work.identity},
+        scores=nothing | {image_id: score for image_id, (_, score) in made.items()},
+    )
+    stage.work.remove()
+    return boxes, np.array([image_id in made for image_id in ids])
+
+
+def report(stage: Stage, boxes: np.ndarray, found: np.ndarray, errors: dict[int, str]) -> None:
+    """Print and save the evaluation; images that failed end the script with status 2."""
+    count = sum(map(len, stage.candidates.values()))
+    report_boxes(stage.out, stage.data, boxes, found, seconds=stage.seconds, errors=errors, candidates=count)
+    refuse_to_hide(errors, stage.out.with_name("errors.txt"))
+
+
+if __name__ == "__main__":
+    run_script(main, load_config)

@@ -1,0 +1,317 @@
+"""Make candidate masks for every image of a data set, for generate_bbox.py to choose from.
+
+Reads a data set. Writes a folder masks_{i} beside its images folder (the next free i, or mask.folder):
+
+    {image_name}.pt    a bool tensor (N_masks, H, W); read back by load_masks, however it was stored
+    masks_info.json    per image an entry per mask: bbox, area, predicted_iou, stability_score, ...; and the setup
+    errors.txt         a count, then a line per image that failed (exit status 2)
+
+    python generate_mask.py                                            # ToyBirds, classical segments, no checkpoint
+    python generate_mask.py preset=cub_sam_masks_0 dataset.root=CUB_200_2011 sam.checkpoint=sam_vit_h_4b8939.pth
+    python generate_mask.py preset=cub_sam_masks_0 ... mask.prompt=dino dino_maps=runs/dino_boxes_cub/boxes.json
+    torchrun --nproc-per-node 8 generate_mask.py ... mask.folder=CUB_200_2011/masks_0
+
+With mask.prompt=dino SAM is asked once an image, where DINO's attention points, and the box of the answer needs no
+classifier: out=FILE is written too, with its evaluation. A killed run goes on when its folder is named.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from segment_anything import SamAutomaticMaskGenerator
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from box_report import refuse_to_hide, report_boxes, save_errors
+from boxes import clip_boxes, save_boxes, whole_image_boxes
+from config import load_config, worker_count
+from datasets import DataSet, build_loader, read_dataset, read_image
+from map_cache import MapCache
+from mask_files import info_entry, load_masks, load_masks_info, mask_names, new_mask_folder, save_masks, save_masks_info
+from mask_generator import MaskGenerator
+from sam_models import load_sam
+from sam_prompts import PromptedMasks
+from segments import SegmentGenerator
+from shared_work import SharedWork, choose_device, process_numbers
+from utils import UserError, run_script, user_errors
+
+__all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
+OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
+
+Records = list[dict[str, Any]]  # of one image, as SamAutomaticMaskGenerator returns them
+
+
+def main(config: dict) -> None:
+    """Make the masks; with several processes each makes its share, and the first writes the info."""
+    with user_errors(ValueError):
+        stage = prepare(config)
+    make_masks(stage)
+    if stage.work.rank == 0:
+        errors = gather_info(stage)
+        if config["mask"]["prompt"] == "dino":
+            write_boxes(stage, errors)
+        refuse_to_hide(errors, stage.folder / "errors.txt")
+
+
+# --- what is to be done -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stage:
+    """One run of this script."""
+
+    config: dict
+    data: DataSet
+    names: list[str]  # of each image's files
+    folder: Path
+    generate: Callable[[Sequence[np.ndarray], Sequence[int]], list[Records]]  # images, their ids -> records of each
+    work: SharedWork
+    batches: list[list[int]]  # rows of the data set that go through the network together
+    seconds: float = 0.0
+
+
+def prepare(config: dict) -> Stage:
+    """Read the data set, build the engine, and find or check the folder."""
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
+    rank, world_size = process_numbers()
+    if world_size > 1 and config["mask"]["folder"] is None:
+        raise UserError("several processes write to one folder: name it, such as mask.folder=CUB_200_2011/masks_0")
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
+    generate, identity = build_engine(config, data, choose_device(config["device"]))
+    identity |= {"dataset": data.fingerprint(), "store": config["mask"]["store"]}
+    folder = Path(config["mask"]["folder"] or new_mask_folder(data.root))
+    again = f"remove {folder} and run the same command"
+    work = SharedWork(folder / "unfinished", identity, "mask", again, rank, world_size)
+    claim_folder(folder, work)
+    size = config["mask"]["image_batch"]
+    rows = list(range(len(data.ids)))
+    if rank == 0:
+        print(f"{len(rows)} images of {data.root}; masks by {identity['engine']} to {folder}")
+    return Stage(
+        config=config,
+        data=data,
+        names=mask_names(data.ids.tolist(), data.paths),
+        folder=folder,
+        generate=generate,
+        work=work,
+        batches=[rows[start : start + size] for start in range(0, len(rows), size)],
+    )
+
+
+def claim_folder(folder: Path, work: SharedWork) -> None:
+    """Make sure that ``folder`` holds masks of this very run, or nothing.
+
+    Raises:
+        UserError: if it is of other settings or another data set, or no folder of masks.
+    """
+    if (folder / "masks_info.json").exists():
+        work.check_identity(load_masks_info(folder)[0], f"{folder}: made")
+    elif folder.exists() and any(folder.iterdir()) and not work.folder.exists():
+        raise UserError(f"{folder}: is no folder of this script (no masks_info.json); name another mask.folder")
+    work.check()
+
+
+def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Callable, dict[str, Any]]:
+    """Return what makes the records of images, given with their ids, and all that its masks depend on."""
+    wanted, sam_wanted = config["mask"], config["sam"]
+    identity = {"engine": wanted["engine"], "prompt": wanted["prompt"]}
+    if wanted["engine"] == "segments":
+        engine = SegmentGenerator()
+        return lambda images, _ids: engine.generate(images), identity | {"settings": engine.settings()}
+    sam, sha256 = load_sam(sam_wanted["model"], sam_wanted["checkpoint"])
+    sam = sam.to(device)
+    precision = config["amp"] if device.type == "cuda" and config["amp"] != "none" else "float32"
+    identity |= {"model": sam_wanted["model"], "weights_sha256": sha256, "precision": precision}
+    if wanted["prompt"] == "dino":
+        return prompted_engine(config, data, sam, identity)
+    settings = {key: value for key, value in sam_wanted.items() if key not in OWN_SAM_KEYS}
+    identity |= {"settings": settings}
+    if wanted["engine"] == "official":
+        official = SamAutomaticMaskGenerator(sam, **settings)
+        return lambda images, _ids: [official.generate(image) for image in images], identity | {"precision": "float32"}
+    ours = MaskGenerator(
+        sam,
+        **settings,
+        image_batch=wanted["image_batch"],
+        precision=precision,
+        compile_encoder=sam_wanted["compile_encoder"],
+    )
+    keep = wanted["store"] != "none"
+    return lambda images, _ids: [one.records() for one in ours.generate_tensors(images, masks=keep)], identity
+
+
+def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tuple[Callable, dict[str, Any]]:
+    """Return the engine that asks SAM where the maps point."""
+    maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint())
+    prompt = {key.removeprefix("prompt_"): config["sam"][key] for key in OWN_SAM_KEYS if key.startswith("prompt_")}
+    prompt |= {key: config["dino"][key] for key in ("upsample", "choose", "size_factor")}
+    prompt["threshold"] = "otsu" if config["dino"]["otsu"] else config["dino"]["threshold"]
+    engine = PromptedMasks(sam, identity["precision"], **prompt)
+    identity |= {"settings": prompt, "maps_sha256": maps.header["sha256"]}
+    return lambda images, ids: engine.generate(images, [maps[image_id] for image_id in ids]), identity
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+def make_masks(stage: Stage) -> None:
+    """Make this process's share of the missing masks; a finished batch is a record, written after its mask files."""
+    done = finished_batches(stage)
+    mine = [n for n in range(len(stage.batches)) if n not in done and stage.work.is_mine(n)]
+    if done and stage.work.rank == 0:
+        print(f"{sum(len(stage.batches[n]) for n in done)} of {len(stage.data.ids)} images are done already")
+    if not mine:
+        return
+    start = time.perf_counter()
+    total = sum(len(stage.batches[n]) for n in mine)
+    with (
+        stage.work.writing() as records,
+        tqdm(total=total, desc="masks", unit=" images", disable=stage.work.rank > 0, mininterval=1.0) as bar,
+    ):
+        for number, (images, errors) in zip(mine, read_batches(stage, mine), strict=True):
+            rows = stage.batches[number]
+            found = masks_of_batch(stage, rows, images, errors)
+            records.append({"batch": number, "images": found, "errors": errors}, b"")
+            bar.update(len(rows))
+    stage.seconds = round(time.perf_counter() - start, 3)
+
+
+def finished_batches(stage: Stage) -> set[int]:
+    """Return the batches that need not be done: those of a finished folder without a failed image, and in parts."""
+    done = {record.header["batch"] for record in stage.work.records()}
+    if (stage.folder / "masks_info.json").exists():
+        whole = load_masks_info(stage.folder)[1]
+        done |= {n for n, rows in enumerate(stage.batches) if all(stage.names[row] in whole for row in rows)}
+    return done
+
+
+def read_batches(stage: Stage, numbers: list[int]) -> Iterator[tuple[list[np.ndarray | None], dict[str, str]]]:
+    """Yield the images of batches, decoded ahead by workers, and why images could not be read, by id."""
+    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
+    images = ImageBatches([[(int(stage.data.ids[r]), stage.data.paths[r]) for r in stage.batches[n]] for n in numbers])
+    yield from build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return the batch (images of different sizes cannot be stacked, and stay arrays)."""
+    return batch
+
+
+class ImageBatches(Dataset):
+    """Whole batches of decoded images of any size."""
+
+    def __init__(self, batches: list[list[tuple[int, Path]]]) -> None:
+        """Keep (id, path) of the images of each batch."""
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[np.ndarray | None], dict[str, str]]:
+        """Return (H, W, 3) uint8 images, None where one cannot be read, and why, by id."""
+        images, errors = [], {}
+        for image_id, path in self.batches[number]:
+            try:
+                images.append(np.asarray(read_image(path)))
+            except UserError as error:
+                images.append(None)
+                errors[str(image_id)] = str(error)
+        return images, errors
+
+
+def masks_of_batch(
+    stage: Stage, rows: list[int], images: list[np.ndarray | None], errors: dict[str, str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Make and write the masks of a batch; return image name -> entries; failures go into ``errors``."""
+    readable = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
+    try:
+        made = list(zip(readable, generated(stage, readable), strict=True))
+    except Exception:  # one of them fails: each by itself, so that the others go on
+        made = []
+        for one in readable:
+            try:
+                made.append((one, generated(stage, [one])[0]))
+            except Exception as error:  # whatever it is, the other images go on
+                errors[str(stage.data.ids[one[0]])] = " ".join(str(error).split())[:300] or type(error).__name__
+    store = stage.config["mask"]["store"]
+    for (row, image), records in made:
+        if store != "none":
+            save_masks(stage.folder / f"{stage.names[row]}.pt", stacked(records, image.shape[:2]), store)
+    return {stage.names[row]: [info_entry(record) for record in records] for (row, _), records in made}
+
+
+def generated(stage: Stage, readable: list[tuple[int, np.ndarray]]) -> list[Records]:
+    """Return the records of (row, image) pairs."""
+    if not readable:
+        return []
+    with torch.no_grad():
+        return stage.generate([image for _, image in readable], stage.data.ids[[row for row, _ in readable]].tolist())
+
+
+def stacked(records: Records, size: tuple[int, int]) -> torch.Tensor:
+    """Return the masks of one image, (N, H, W) bool."""
+    masks = np.zeros((len(records), *size), dtype=bool)
+    for place, record in zip(masks, records, strict=True):
+        place[:] = record["segmentation"]
+    return torch.from_numpy(masks)
+
+
+def gather_info(stage: Stage) -> dict[int, str]:
+    """Write masks_info.json and errors.txt of all processes' work; return why images failed."""
+    info, finished = {}, (stage.folder / "masks_info.json").exists()
+    if finished:
+        info = load_masks_info(stage.folder)[1]
+    everything = set(range(len(stage.batches)))
+    if stage.work.folder.exists():
+        stage.work.wait_for_others(lambda: everything - finished_batches(stage))
+    errors = dict(stage.data.unreadable)
+    for record in stage.work.records():
+        info |= record.header["images"]
+        errors |= {int(image_id): error for image_id, error in record.header["errors"].items()}
+    ordered = {name: info[name] for name in stage.names if name in info}
+    counts = [len(entries) for entries in ordered.values()]
+    setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": stage.seconds}
+    if stage.work.folder.exists() or not finished:
+        save_masks_info(stage.folder, setup, ordered)
+        save_errors(stage.folder / "errors.txt", errors)
+    stage.work.remove()
+    print(
+        f"{stage.folder}: {sum(counts)} masks of {len(counts)} images ({np.mean(counts or [0]):.1f} each), none for "
+        f"{counts.count(0)}; {len(errors)} images failed; {stage.seconds:.1f} s"
+    )
+    return errors
+
+
+# --- boxes of prompted masks --------------------------------------------------------------------------------------
+
+
+def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
+    """Write the box JSON of prompted masks, one an image, and its report."""
+    data, config = stage.data, stage.config
+    out = Path(config["out"] or f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
+    _, info = load_masks_info(stage.folder)
+    entries = [info.get(name) for name in stage.names]
+    found = np.array([bool(entry) for entry in entries])
+    boxes = whole_image_boxes(data.image_sizes)
+    boxes[found] = clip_boxes(np.array([e[0]["bbox"] for e in entries if e]).reshape(-1, 4), data.image_sizes[found])
+    ids, unreadable = data.ids.tolist(), dict.fromkeys(data.unreadable)
+    save_boxes(
+        out,
+        {i: box if has else None for i, box, has in zip(ids, boxes.tolist(), found, strict=True)} | unreadable,
+        dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
+        made_by=Path(__file__).name,
+        settings=config | {"masks": stage.work.identity},
+        scores={i: e[0]["predicted_iou"] if e else None for i, e in zip(ids, entries, strict=True)} | unreadable,
+    )
+    maps = MapCache.open(config["dino_maps"])
+    report_boxes(out, data, boxes, found, seconds={"masks": stage.seconds}, errors=errors, maps=maps)
+
+
+if __name__ == "__main__":
+    run_script(main, load_config)
