@@ -1,7 +1,8 @@
 """Choose, among the candidate masks of every image, the box that a trained classifier believes in.
 
-Reads a folder of generate_mask.py (its masks_info.json alone) and a checkpoint of train.py. Every candidate's box is cut
-out of its image, resized and classified; the box with the best score wins. Writes, for out=FOLDER/STEM.json:
+Reads a folder of generate_mask.py (its masks_info.json alone) and a checkpoint of train.py. Every candidate is cut
+out of its image by its box, resized and classified; the box with the best score wins. Writes, for
+out=FOLDER/STEM.json:
 
     STEM.json            the boxes with their scores: train.py source=FOLDER/STEM.json holds its crops to them
     STEM.eval.json/.md   mean IoU, coverage and shares beside the trivial boxes, time per stage

@@ -93,6 +93,13 @@ def _packed_fault(content: Any) -> str | None:
     return None
 
 
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return (x, y, width, height) of a mask (H, W) bool that is not empty; it holds every True pixel."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
 # --- info ---------------------------------------------------------------------------------------------------------
 
 

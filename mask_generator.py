@@ -33,7 +33,7 @@ from torch import nn
 from torchvision.ops import batched_nms, box_area, box_convert
 
 PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_POINTS = 8  # points decoded at once on a CPU: 64 take a quarter longer, as their tokens outgrow the caches
+CPU_POINTS = 4  # points decoded at once on a CPU: 64 take a quarter longer, as their tokens outgrow the caches
 UPSCALING = 4  # pixels of a low-resolution mask along one side of an image token
 
 
@@ -100,7 +100,7 @@ class MaskGenerator:
 
         Args:
             sam: the network, on the device that it shall run on.
-            points_per_batch: points decoded at once, of all images of a batch together (on a CPU 8 at the most).
+            points_per_batch: points decoded at once, of all images of a batch together (on a CPU 4 at the most).
             output_mode: "binary_mask" only.
             image_batch: images (or crops of images) that are encoded at once.
             chunk_megabytes: bound of the logits that are held at full size, 4 bytes a pixel and mask.
@@ -209,38 +209,32 @@ class MaskGenerator:
         """
         embeddings = self.embed(crops)
         frames = [_Frame.build(crop.shape[:2], self.sam) for crop in crops]
+        points = [grid * np.array(frame.size[::-1]) for frame in frames]  # (P, 2) pixels
+        prompts, dense = self._embed_points(points, frames)
+        with self._autocast():
+            image = ImageTokens.build(self.sam, embeddings + dense)
         found = [[] for _ in crops]
         step = max(1, self.points_per_batch // len(crops))
         for start in range(0, len(grid), step):
-            points = [grid[start : start + step] * np.array(frame.size[::-1]) for frame in frames]  # pixels
-            tokens, keys, iou = self._decode(embeddings, frames, points)
+            chunk = slice(start, start + step)
+            with self._autocast():
+                tokens, keys, iou = decode_prompts(self.sam.mask_decoder, image, prompts[:, chunk])
             for row, frame in enumerate(frames):
-                found[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row]))
+                found[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row][chunk]))
         return [_Candidates.concatenate(own) for own in found]
 
-    def _decode(
-        self, embeddings: torch.Tensor, frames: list["_Frame"], points: list[np.ndarray]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run prompt encoder and transformer for P points in each of B crops; K = 3 masks belong to a point.
-
-        Returns:
-            mask tokens (B, P, K, C), image tokens (B, P, N, C), predicted IoU (B, P, K) float32.
-        """
-        encoder, decoder = self.sam.prompt_encoder, self.sam.mask_decoder
-        scaled = [self._transform.apply_coords(own, frame.size) for frame, own in zip(frames, points, strict=True)]
+    def _embed_points(self, points: list[np.ndarray], frames: list["_Frame"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the prompt encoder's tokens (B, P, 2, C) of B lists of P points, and its dense part (1, C, h, w)."""
+        scaled = [self._transform.apply_coords(own, frame.size) for own, frame in zip(points, frames, strict=True)]
         coords = torch.from_numpy(np.concatenate(scaled)).to(self.sam.device)[:, None]  # (B * P, 1, 2) float64
         labels = torch.ones(coords.shape[:2], dtype=torch.int, device=coords.device)
-        with self._autocast():
-            sparse, dense = encoder(points=(coords, labels), boxes=None, masks=None)
-            image, position = _image_tokens(embeddings + dense[:1]), _image_tokens(encoder.get_dense_pe())
-            tokens, keys = decode_prompts(decoder, image, position, sparse.unflatten(0, (len(frames), -1)))
-            iou = decoder.iou_prediction_head(tokens[:, :, 0])
-        return tokens[:, :, 1:], keys, iou[..., 1:].float()
+        sparse, dense = self.sam.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
+        return sparse.unflatten(0, (len(points), -1)), dense[:1]
 
     def _select(
         self, tokens: torch.Tensor, keys: torch.Tensor, iou: torch.Tensor, frame: "_Frame", points: np.ndarray
     ) -> "_Candidates":
-        """Return one crop's masks that pass both scores; shapes as `_decode`'s without B, points (P, 2)."""
+        """Return one crop's masks that pass both scores; shapes as of `decode_prompts` without B, points (P, 2)."""
         good = (iou > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)  # (P, K)
         promising = good.any(dim=1)
         with self._autocast():
@@ -511,19 +505,44 @@ def _one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor
     return torch.cat([rows.repeat_interleave(width, dim=0), cols.repeat(height, 1)], dim=-1)
 
 
+@dataclass
+class ImageTokens:
+    """B images of N tokens as the decoder sees them, and every projection of them that all their prompts share."""
+
+    tokens: torch.Tensor  # (B, N, C), dense prompt included
+    shared: dict[nn.Linear, torch.Tensor]  # by layer of the transformer: (B or 1, heads, N, head_dim)
+
+    @classmethod
+    def build(cls, sam: Sam, embeddings: torch.Tensor) -> "ImageTokens":
+        """Project (B, C, h, w) embeddings for the first layer; later ones share the positional encoding only."""
+        transformer = sam.mask_decoder.transformer
+        image, position = (part.flatten(2).mT for part in (embeddings, sam.prompt_encoder.get_dense_pe()))
+        placed, (first, *later) = image + position, transformer.layers
+        inputs = {
+            first.cross_attn_token_to_image.k_proj: placed,
+            first.cross_attn_token_to_image.v_proj: image,
+            first.cross_attn_image_to_token.q_proj: placed,
+            transformer.final_attn_token_to_image.k_proj: position,
+        }
+        for layer in later:
+            inputs |= {layer.cross_attn_token_to_image.k_proj: position}
+            inputs |= {layer.cross_attn_image_to_token.q_proj: position}
+        heads = transformer.num_heads
+        return cls(image, {project: _split_heads(project(tokens), heads) for project, tokens in inputs.items()})
+
+
 def decode_prompts(
-    decoder: MaskDecoder, image: torch.Tensor, position: torch.Tensor, prompts: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+    decoder: MaskDecoder, image: ImageTokens, prompts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run SAM's two-way transformer for P prompts on each of B images.
 
     Args:
-        decoder: the mask decoder.
-        image: (B, N, C) image tokens, dense prompt included.
-        position: (1, N, C), their positional encoding.
+        decoder: the mask decoder; K masks belong to its multi-mask output.
+        image: the images.
         prompts: (B, P, S, C) sparse prompt tokens.
 
     Returns:
-        tokens (B, P, 1 + K, C): of predicted IoU, and of the K masks of a multi-mask output; image tokens (B, P, N, C).
+        mask tokens (B, P, K, C), image tokens (B, P, N, C), predicted IoU (B, P, K) float32.
     """
     transformer = decoder.transformer
     output = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
@@ -531,16 +550,16 @@ def decode_prompts(
     queries, keys = tokens, None
     for layer in transformer.layers:
         queries = layer.norm1(_attend_to_prompt(layer, queries, tokens))
-        queries = layer.norm2(
-            queries + _attend_to_image(layer.cross_attn_token_to_image, queries + tokens, image, position, keys)
-        )
+        seen = _attend_to_image(layer.cross_attn_token_to_image, queries + tokens, image, keys)
+        queries = layer.norm2(queries + seen)
         queries = layer.norm3(queries + layer.mlp(queries))
-        keys = _update_image(layer.cross_attn_image_to_token, queries + tokens, queries, image, position, keys)
+        keys = _update_image(layer.cross_attn_image_to_token, queries + tokens, queries, image, keys)
         keys = layer.norm4(keys).type_as(keys)  # autocast would norm into float32, for every product to round again
     wanted = [0, *range(2, decoder.num_mask_tokens + 1)]  # token 1 is the mask of the single-mask output
     queries, tokens = queries[:, :, wanted], tokens[:, :, wanted]
-    seen = _attend_to_image(transformer.final_attn_token_to_image, queries + tokens, image, position, keys)
-    return transformer.norm_final_attn(queries + seen), keys
+    seen = _attend_to_image(transformer.final_attn_token_to_image, queries + tokens, image, keys)
+    queries = transformer.norm_final_attn(queries + seen)
+    return queries[:, :, 1:], keys, decoder.iou_prediction_head(queries[:, :, 0])[..., 1:].float()
 
 
 def _attend_to_prompt(layer: nn.Module, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -552,29 +571,25 @@ def _attend_to_prompt(layer: nn.Module, queries: torch.Tensor, tokens: torch.Ten
 
 
 def _attend_to_image(
-    attn: nn.Module, queries: torch.Tensor, image: torch.Tensor, position: torch.Tensor, keys: torch.Tensor | None
+    attn: nn.Module, queries: torch.Tensor, image: ImageTokens, keys: torch.Tensor | None
 ) -> torch.Tensor:
     """Return what each token (B, P, T, C) gathers from the image tokens.
 
     Args:
-        keys: (B, P, N, C), the image tokens of each prompt; None before the first update, when all share ``image``.
+        keys: (B, P, N, C), the image tokens of each prompt; None before the first update, when all have ``image``'s.
     """
-    if keys is None:  # one set of keys for the tokens of all prompts
-        return attn(queries.flatten(1, 2), image + position, image).view_as(queries)
-    vectors = _split_heads(attn.q_proj(queries), attn)
-    scores = _image_scores(vectors, attn.k_proj, position, keys)
-    gathered = scores.softmax(dim=-1).flatten(2, 3) @ keys  # (B, P, heads * T, C)
-    values = gathered.unflatten(2, (attn.num_heads, -1)) @ _head_weights(attn.v_proj.weight, attn).mT
-    return attn.out_proj(values.transpose(2, 3).flatten(3) + attn.v_proj.bias)
+    vectors = _split_heads(attn.q_proj(queries), attn.num_heads)
+    weights = _image_scores(vectors, attn.k_proj, image, keys).softmax(dim=-1)  # (B, P, heads, T, N)
+    if keys is None:
+        values = weights @ image.shared[attn.v_proj][:, None]
+    else:
+        gathered = (weights.flatten(2, 3) @ keys).unflatten(2, (attn.num_heads, -1))  # (B, P, heads, T, C)
+        values = gathered @ _by_head(attn.v_proj.weight, attn).mT + _by_head(attn.v_proj.bias, attn)[:, None]
+    return attn.out_proj(values.transpose(2, 3).flatten(3))
 
 
 def _update_image(
-    attn: nn.Module,
-    queries: torch.Tensor,
-    values: torch.Tensor,
-    image: torch.Tensor,
-    position: torch.Tensor,
-    keys: torch.Tensor | None,
+    attn: nn.Module, queries: torch.Tensor, values: torch.Tensor, image: ImageTokens, keys: torch.Tensor | None
 ) -> torch.Tensor:
     """Return the image tokens (B, P, N, C) plus what they gather from the tokens of their prompt.
 
@@ -582,50 +597,47 @@ def _update_image(
         queries, values: (B, P, T, C), the tokens with and without their positional encoding.
         keys: as in `_attend_to_image`.
     """
-    batch, prompts = queries.shape[:2]
-    vectors = _split_heads(attn.k_proj(queries), attn)
-    shared = position if keys is not None else image + position
-    weights = _image_scores(vectors, attn.q_proj, shared, keys).softmax(dim=-2).flatten(2, 3)  # (B, P, heads * T, N)
-    # Wo (sum of weight * value) = sum of weight * (Wo value); the weights of a head sum to 1, so each brings its part
-    # of the bias
-    gifts = _split_heads(attn.v_proj(values), attn) @ _head_weights(attn.out_proj.weight.T, attn)
+    vectors = _split_heads(attn.k_proj(queries), attn.num_heads)
+    weights = _image_scores(vectors, attn.q_proj, image, keys).softmax(dim=-2).flatten(2, 3)  # (B, P, heads * T, N)
+    # W (sum of weight * value) = sum of weight * (W value); a head's weights sum to 1: each brings its part of the bias
+    gifts = _split_heads(attn.v_proj(values), attn.num_heads) @ _by_head(attn.out_proj.weight.T, attn)
     gifts = gifts.flatten(2, 3) + attn.out_proj.bias / attn.num_heads  # (B, P, heads * T, C)
-    before = keys if keys is not None else image[:, None].expand(-1, prompts, -1, -1)
+    before = image.tokens[:, None].expand(-1, queries.shape[1], -1, -1) if keys is None else keys
     updated = torch.baddbmm(before.flatten(0, 1), weights.flatten(0, 1).mT, gifts.flatten(0, 1))
-    return updated.unflatten(0, (batch, prompts))
+    return updated.unflatten(0, queries.shape[:2])
 
 
 def _image_scores(
-    vectors: torch.Tensor, projection: nn.Linear, shared: torch.Tensor, keys: torch.Tensor | None
+    vectors: torch.Tensor, project: nn.Linear, image: ImageTokens, keys: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the attention scores (B, P, heads, T, N) of projected tokens and the sum of both kinds of image tokens.
+    """Return the attention scores (B, P, heads, T, N) between projected tokens and image tokens.
+
+    Image tokens are a sum: a part that all prompts share, and (after the first update) a part of each prompt.
 
     Args:
         vectors: (B, P, heads, T, head_dim).
-        projection: of the image tokens, C to heads * head_dim.
-        shared: (B or 1, N, C), the summand that is the same for all prompts: projected, once.
-        keys: (B, P, N, C), the summand of each prompt: not projected, the vectors are; or None.
+        project: the layer for image tokens; its output for the shared part is in ``image``.
+        keys: (B, P, N, C), the other part: it is not projected, the vectors are projected back; or None.
     """
     batch, prompts, heads, count, head_dim = vectors.shape
     vectors = vectors / math.sqrt(head_dim)
-    by_head = projection(shared).unflatten(-1, (heads, head_dim)).permute(0, 2, 3, 1)  # (B or 1, heads, head_dim, N)
-    scores = vectors.transpose(1, 2).flatten(2, 3) @ by_head
-    scores = scores.unflatten(2, (prompts, count)).transpose(1, 2)  # (B, P, heads, T, N)
+    scores = vectors.transpose(1, 2).flatten(2, 3) @ image.shared[project].mT  # (B, heads, P * T, N)
+    scores = scores.unflatten(2, (prompts, count)).transpose(1, 2)
     if keys is None:
         return scores
-    back = (vectors @ projection.weight.unflatten(0, (heads, head_dim))).flatten(2, 3)  # (B, P, heads * T, C)
+    back = (vectors @ project.weight.unflatten(0, (heads, head_dim))).flatten(2, 3)  # (B, P, heads * T, C)
     scores = torch.baddbmm(scores.flatten(2, 3).flatten(0, 1), back.flatten(0, 1), keys.flatten(0, 1).mT)
     return scores.view(batch, prompts, heads, count, -1)
 
 
-def _split_heads(tokens: torch.Tensor, attn: nn.Module) -> torch.Tensor:
-    """Return (B, P, heads, T, head_dim) of (B, P, T, heads * head_dim)."""
-    return tokens.unflatten(-1, (attn.num_heads, -1)).transpose(2, 3)
+def _split_heads(tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return (..., heads, T, head_dim) of (..., T, heads * head_dim)."""
+    return tokens.unflatten(-1, (heads, -1)).transpose(-2, -3)
 
 
-def _head_weights(weight: torch.Tensor, attn: nn.Module) -> torch.Tensor:
-    """Return (heads, head_dim, C) of a weight (heads * head_dim, C)."""
-    return weight.unflatten(0, (attn.num_heads, -1))
+def _by_head(parameter: torch.Tensor, attn: nn.Module) -> torch.Tensor:
+    """Return (heads, head_dim, ...) of a parameter (heads * head_dim, ...)."""
+    return parameter.unflatten(0, (attn.num_heads, -1))
 
 
 def upscale_masks(
@@ -657,8 +669,3 @@ def _enlarge(convolution: nn.ConvTranspose2d, pixels: torch.Tensor) -> torch.Ten
     weight = convolution.weight.permute(2, 3, 1, 0)  # (2, 2, C_out, C_in)
     enlarged = F.linear(pixels, weight.flatten(0, 2), convolution.bias.repeat(4))
     return enlarged.unflatten(-1, weight.shape[:3])
-
-
-def _image_tokens(embeddings: torch.Tensor) -> torch.Tensor:
-    """Return (B, N, C) of (B, C, h, w)."""
-    return embeddings.flatten(2).mT

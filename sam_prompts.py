@@ -11,6 +11,7 @@ from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from map_boxes import component_box, is_blank, min_max
+from mask_files import tight_box
 from sam_models import sam_device
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -128,17 +129,10 @@ class PromptedMasks:
             {
                 "segmentation": mask,
                 "area": int(mask.sum()),
-                "bbox": mask_to_box(mask),
+                "bbox": list(tight_box(mask)),
                 "predicted_iou": float(predicted[best]),
                 "point_coords": prompt.points[prompt.labels == 1].tolist(),
                 "stability_score": float(agreed[best]),
                 "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
             }
         ]
-
-
-def mask_to_box(mask: np.ndarray) -> list[int]:
-    """Return the tight box (x, y, width, height) of a mask (H, W) bool that is not empty; it holds every True pixel."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x, y = int(columns[0]), int(rows[0])
-    return [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]
