@@ -58,7 +58,8 @@ def save_masks(path: Path, masks: torch.Tensor, store: str) -> None:
     if store == "bool":
         save_tensors(path, masks)
     else:
-        bits = np.packbits(masks.numpy().reshape(len(masks), -1), axis=1)
+        count, height, width = masks.shape
+        bits = np.packbits(masks.numpy().reshape(count, height * width), axis=1)
         save_tensors(path, {"packed": torch.from_numpy(bits), "shape": list(masks.shape)})
 
 

@@ -23,11 +23,7 @@ import torch.nn.functional as F
 from scipy import ndimage
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, Sam
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
-from segment_anything.utils.amg import (
-    build_all_layer_point_grids,
-    generate_crop_boxes,
-    is_box_near_crop_edge,
-)
+from segment_anything.utils.amg import build_all_layer_point_grids, generate_crop_boxes, is_box_near_crop_edge
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import nn
 from torchvision.ops import batched_nms, box_area, box_convert
@@ -204,23 +200,30 @@ class MaskGenerator:
         """Return, for each crop, the masks that pass both scores, in the order of the points.
 
         Args:
-            crops: B arrays (H, W, 3) uint8.
+            crops: (H, W, 3) uint8 arrays.
             grid: (P, 2), x and y of the points as fractions of the crop's sides.
         """
-        embeddings = self.embed(crops)
+        embeddings, found = self.embed(crops), []
         frames = [_Frame.build(crop.shape[:2], self.sam) for crop in crops]
+        together = max(1, self.points_per_batch // len(grid))  # crops whose points are decoded at once
+        for first in range(0, len(crops), together):
+            part = slice(first, first + together)
+            found += self._decode(embeddings[part], frames[part], grid)
+        return found
+
+    def _decode(self, embeddings: torch.Tensor, frames: list["_Frame"], grid: np.ndarray) -> list["_Candidates"]:
+        """Return the candidates of B embeddings (B, C, h, w) and their frames, ``points_per_batch`` points at once."""
         points = [grid * np.array(frame.size[::-1]) for frame in frames]  # (P, 2) pixels
         prompts, dense = self._embed_points(points, frames)
+        position = self.sam.prompt_encoder.get_dense_pe()  # as the points', outside autocast: a sine of large angles
+        found = [[] for _ in frames]
         with self._autocast():
-            image = ImageTokens.build(self.sam, embeddings + dense)
-        found = [[] for _ in crops]
-        step = max(1, self.points_per_batch // len(crops))
-        for start in range(0, len(grid), step):
-            chunk = slice(start, start + step)
-            with self._autocast():
+            image = ImageTokens.build(self.sam.mask_decoder, embeddings + dense, position)
+            for start in range(0, len(grid), self.points_per_batch):
+                chunk = slice(start, start + self.points_per_batch)
                 tokens, keys, iou = decode_prompts(self.sam.mask_decoder, image, prompts[:, chunk])
-            for row, frame in enumerate(frames):
-                found[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row][chunk]))
+                for row, frame in enumerate(frames):
+                    found[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row][chunk]))
         return [_Candidates.concatenate(own) for own in found]
 
     def _embed_points(self, points: list[np.ndarray], frames: list["_Frame"]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -237,10 +240,10 @@ class MaskGenerator:
         """Return one crop's masks that pass both scores; shapes as of `decode_prompts` without B, points (P, 2)."""
         good = (iou > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)  # (P, K)
         promising = good.any(dim=1)
-        with self._autocast():
-            low = upscale_masks(self.sam.mask_decoder, tokens[promising], keys[promising], frame.grid, frame.cells)
+        low = upscale_masks(self.sam.mask_decoder, tokens[promising], keys[promising], frame.grid, frame.cells)
         low = low[good[promising]].float()
-        parts = [self._measure(part, frame) for part in low.split(self._masks_per_chunk(frame.size))]
+        with torch.autocast(low.device.type, enabled=False):  # the resizes stay in float32
+            parts = [self._measure(part, frame) for part in low.split(self._masks_per_chunk(frame.size))]
         stable, stability, area, boxes = (torch.cat(column) for column in zip(*parts, strict=True))
         points = torch.from_numpy(points).to(good.device)[good.nonzero()[:, 0]]
         return _Candidates(frame, low[stable], iou[good][stable], points[stable], stability, area, boxes)
@@ -513,10 +516,10 @@ class ImageTokens:
     shared: dict[nn.Linear, torch.Tensor]  # by layer of the transformer: (B or 1, heads, N, head_dim)
 
     @classmethod
-    def build(cls, sam: Sam, embeddings: torch.Tensor) -> "ImageTokens":
-        """Project (B, C, h, w) embeddings for the first layer; later ones share the positional encoding only."""
-        transformer = sam.mask_decoder.transformer
-        image, position = (part.flatten(2).mT for part in (embeddings, sam.prompt_encoder.get_dense_pe()))
+    def build(cls, decoder: MaskDecoder, embeddings: torch.Tensor, position: torch.Tensor) -> "ImageTokens":
+        """Project (B, C, h, w) embeddings for the first layer; later ones share the positions (1, C, h, w) only."""
+        transformer = decoder.transformer
+        image, position = (part.flatten(2).mT.contiguous() for part in (embeddings, position))
         placed, (first, *later) = image + position, transformer.layers
         inputs = {
             first.cross_attn_token_to_image.k_proj: placed,

@@ -157,7 +157,9 @@ def load_tensors(path: Path | str) -> Any:
     except PermissionError:
         raise UserError(f"{path}: may not be read; see its permissions") from None
     except UNREADABLE as error:
-        raise UserError(f"{path}: torn or not a checkpoint ({str(error).splitlines()[0][:120]})") from None
+        raise UserError(
+            f"{path}: torn or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
+        ) from None
 
 
 # --- run folders --------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
-"""Images per second of our mask generator over the official one: same weights, same settings, same masks.
+r"""Images per second of our mask generator over the official one: same weights, same settings, same masks.
 
 Reads and writes nothing: weights and images are random, and set so that masks are regions of an image of which about
 half pass each threshold. First both generators run in float32 and their masks are compared; then rounds alternate the
 two, so that a machine that slows down slows both; then each runs alone in a process of its own, for its memory.
 
     python benchmarks/mask_speed.py
-    python benchmarks/mask_speed.py model=vit_h device=cuda image_batch=8 precision=bf16 images=16
+    python benchmarks/mask_speed.py model=vit_h device=cuda image_batch=8 precision=bf16 images=16 \
+        points_per_batch=512 chunk_megabytes=256 resize_threads=8
 
-The default takes six minutes on one CPU core. Given are medians of the per-round ratios and their quartiles; the times
-for 11,788 images are extrapolated from images/s, without reading images and writing masks.
+The default takes a quarter of an hour on one CPU core. Given are medians of the per-round ratios and their quartiles;
+the times for 11,788 images are extrapolated from images/s, without reading images and writing masks.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ SETTINGS = {
     "model": "small",  # small: an encoder of width 192 and depth 4 at 1024 px; or vit_b, vit_l, vit_h
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "precision": "float32",  # of ours when it is timed: float32, bf16, fp16 (CUDA); the official one runs in float32
-    "image_batch": 1,
+    "image_batch": 1,  # this and the next four: of ours, no mask depends on them
+    "points_per_batch": 64,
+    "chunk_megabytes": 32,
     "compile_encoder": 0,  # 1: torch.compile
     "resize_threads": 1,
     "images": 2,  # a round's
-    "rounds": 5,
+    "rounds": 3,
     "memory_images": 20,  # run by each generator in its own process; 0: not measured
     "threads": 1,  # of torch on the CPU
 }
@@ -202,7 +205,7 @@ def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
 
 def own_settings(settings: dict) -> dict:
     """Return the settings that only our generator has."""
-    names = ("precision", "image_batch", "resize_threads")
+    names = ("precision", "image_batch", "points_per_batch", "chunk_megabytes", "resize_threads")
     return {name: settings[name] for name in names} | {"compile_encoder": bool(settings["compile_encoder"])}
 
 

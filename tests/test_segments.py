@@ -1,0 +1,112 @@
+"""segments.py: classical candidates, against drawings whose regions are known."""
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import masks_to_boxes
+
+from mask_files import ENTRY_KEYS
+from segments import SegmentGenerator, boundary_score, distinct, touching
+
+HEIGHT, WIDTH = 37, 53
+
+
+def drawing(seed=0):
+    """Return a noisy grey image with a red rectangle beside a blue one, and the masks of both."""
+    image = np.random.default_rng(seed).normal(120, 6, (HEIGHT, WIDTH, 3))
+    left, right = np.zeros((2, HEIGHT, WIDTH), dtype=bool)
+    left[9:28, 11:24], right[9:28, 24:39] = True, True
+    image[left] += (90, -60, -60)
+    image[right] += (-60, -60, 90)
+    return image.clip(0, 255).astype(np.uint8), left, right
+
+
+def mask_iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def test_parts_and_the_whole_that_they_make_are_candidates():
+    image, left, right = drawing()
+    (records,) = SegmentGenerator(min_size=10).generate([image])
+    for wanted in (left, right, left | right):
+        assert max(mask_iou(record["segmentation"], wanted) for record in records) > 0.9
+    assert len(records) < 30
+
+
+def test_records_are_as_those_of_sam():
+    (records,) = SegmentGenerator(min_size=10).generate([drawing()[0]])
+    scores = [record["predicted_iou"] for record in records]
+    assert scores == sorted(scores, reverse=True) and min(scores) >= 0 and max(scores) <= 1
+    for record in records:
+        mask = record["segmentation"]
+        assert record.keys() == {*ENTRY_KEYS, "segmentation"}
+        assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == bool and mask.sum() == record["area"]
+        near_far = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()  # its far corner is the last pixel
+        x, y, width, height = record["bbox"]
+        assert [x, y, x + width - 1, y + height - 1] == near_far
+        ((column, row),) = record["point_coords"]
+        assert mask[int(row), int(column)]
+
+
+def test_an_images_candidates_depend_on_it_alone():
+    images = [drawing(seed)[0] for seed in range(3)] + [drawing(5)[0][:, :31]]
+    together = SegmentGenerator().generate(images)
+    alone = [SegmentGenerator().generate([image])[0] for image in reversed(images)][::-1]
+    for one, other in zip(together, alone, strict=True):
+        assert [record["bbox"] for record in one] == [record["bbox"] for record in other]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 300), (HEIGHT, WIDTH)])
+def test_images_without_structure(shape):
+    (records,) = SegmentGenerator().generate([np.full((*shape, 3), 77, np.uint8)])
+    assert records == []  # the only region is the whole image
+
+
+def test_limits():
+    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    (records,) = SegmentGenerator(min_size=4, max_masks=7, min_area=0.02, max_area=0.3).generate([image])
+    assert len(records) == 7
+    assert all(0.02 <= record["area"] / image[..., 0].size <= 0.3 for record in records)
+
+
+def test_neighbours_against_brute_force():
+    labels = np.random.default_rng(1).integers(0, 9, (11, 7))
+    labels.ravel()[:9] = range(9)
+    expected = [set() for _ in range(9)]
+    for row, column in np.ndindex(labels.shape):
+        for down, right in ((1, 0), (0, 1)):
+            if row + down < 11 and column + right < 7:
+                a, b = int(labels[row, column]), int(labels[row + down, column + right])
+                if a != b:
+                    expected[a].add(b)
+                    expected[b].add(a)
+    assert touching(labels, 9) == expected
+
+
+def test_a_score_looks_at_the_boundary_only():
+    mask = np.zeros((9, 9), dtype=bool)
+    mask[3:6, 2:7] = True
+    edges = np.full((9, 9), 0.25)
+    assert boundary_score(mask, edges) == pytest.approx(0.25 * np.sqrt(15 / 81))
+    edges[4, 3:6] = edges[0] = 1.0  # inside and outside, not on the boundary
+    assert boundary_score(mask, edges) == pytest.approx(0.25 * np.sqrt(15 / 81))
+
+
+def test_repeated_boxes_are_left_out():
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [20, 0, 4, 4]], float)
+    assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 9) == [1, 3, 2]
+    assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 2) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scales": ()}, {"min_area": 0.9}, {"max_masks": 0}, {"merging": ()}, {"sigma": -1.0}]
+)
+def test_wrong_settings(wrong):
+    with pytest.raises(ValueError, match=r"must be|need"):
+        SegmentGenerator(**wrong)
+
+
+@pytest.mark.parametrize("image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((5, 5, 4), np.uint8)])
+def test_wrong_images(image):
+    with pytest.raises(ValueError, match="must be"):
+        SegmentGenerator().generate([image])
