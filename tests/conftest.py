@@ -47,3 +47,16 @@ def cub_boxes() -> tuple[np.ndarray, np.ndarray]:
     far = np.minimum(boxes[:, :2] + boxes[:, 2:], sizes)
     near = np.maximum(boxes[:, :2], 0)
     return np.concatenate([near, far - near], axis=1), sizes
+
+
+@pytest.fixture(scope="session")
+def few_birds(birds, tmp_path_factory) -> Path:
+    """Return a folder of seven of the small birds, training and test images, in CUB's file format: read only."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    shutil.copytree(birds, root)
+    split = dict(line.split() for line in (root / "train_test_split.txt").read_text().splitlines())
+    kept = [key for key in split if split[key] == "1"][:4] + [key for key in split if split[key] == "0"][:3]
+    for name in ("images.txt", "image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt"):
+        lines = [line for line in (root / name).read_text().splitlines() if line.split()[0] in kept]
+        (root / name).write_text("\n".join(lines) + "\n")
+    return root
