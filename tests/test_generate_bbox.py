@@ -1,0 +1,239 @@
+"""generate_bbox.py: the box that a classifier believes in, whole, killed, shared out, and with bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as F
+
+import box_report
+import generate_bbox as stage
+import models
+import train
+from boxes import expand_boxes, load_boxes
+from config import load_config
+from datasets import read_dataset, read_image, source_boxes
+from mask_files import load_masks_info, mask_names, save_masks_info
+from transforms import normalize
+from utils import UserError, load_json, load_tensors
+
+ROOT = Path(__file__).parent.parent
+COUNTS = (5, 1, 0, 9, 3)  # candidates of the images, in turn
+
+
+@pytest.fixture(autouse=True)
+def no_contact_sheet(monkeypatch):
+    monkeypatch.setattr(box_report, "draw_contact_sheet", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def classifier(birds, tmp_path_factory):
+    """Return the checkpoint of a short training."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    words = ["dataset.name=cub", f"dataset.root={birds}", f"run_dir={folder}", "num_epochs=2", "image_size=32"]
+    train.train_run(load_config([*words, "num_workers=0", "opt.warmup_epochs=0"]))
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def masks(birds, tmp_path_factory):
+    """Return a folder of random candidates, some images having none."""
+    folder, data = tmp_path_factory.mktemp("masks") / "masks_0", read_dataset("cub", birds)
+    folder.mkdir()
+    write_candidates(folder, data)
+    return folder
+
+
+def write_candidates(folder, data):
+    rng, images = np.random.default_rng(0), {}
+    for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
+        near = rng.random((COUNTS[row % 5], 2)) * (data.image_sizes[row] - 12)
+        side = 3 + rng.random(near.shape) * (data.image_sizes[row] - near - 3)
+        images[name] = [{"bbox": box} for box in np.floor(np.concatenate([near, side], axis=1)).tolist()]
+    save_masks_info(folder, {"dataset": data.fingerprint(), "store": "none"}, images)
+
+
+def words(root, masks, classifier, out, *more):
+    settings = ["dataset.name=cub", f"dataset.root={root}", f"masks={masks}", f"bbox.classifier={classifier}"]
+    return [*settings, f"out={out}", "num_workers=0", "num_threads=1", "bbox.batch_size=8", *more]
+
+
+def run(*arguments):
+    stage.main(load_config(words(*arguments)))
+    return arguments[3]
+
+
+def command(*arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "generate_bbox.py"), *words(*arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def load_model(classifier):
+    model = models.build_model("toyresnet", 8, image_size=32, patch_size=14)
+    model.load_state_dict(load_tensors(classifier)["ema"])
+    return model.eval()
+
+
+def reference(data, masks, classifier, score):
+    """Choose each image's box one candidate at a time, in plain lines."""
+    model, info = load_model(classifier), load_masks_info(masks)[1]
+
+    def look(image, box, size):
+        x, y, w, h = expand_boxes(np.array([box]), np.array([size]), 0.1)[0]
+        left, top, right, bottom = int(x), int(y), round(x + w), round(y + h)
+        crop = image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+        with torch.no_grad():
+            return models.features_of(model, normalize(F.resize(F.pil_to_tensor(crop), [32, 32], antialias=True)[None]))
+
+    means = torch.zeros(8, 128)
+    for row in [*data.rows("train"), *data.rows("val")]:
+        whole = [0, 0, *data.image_sizes[row].tolist()]
+        features = look(read_image(data.paths[row]), whole, data.image_sizes[row])[0]
+        means[data.labels[row]] += torch.nn.functional.normalize(features)[0]
+    chosen = {}
+    for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
+        best = None
+        for entry in info[name]:
+            features, logits = look(read_image(data.paths[row]), entry["bbox"], data.image_sizes[row])
+            label = data.labels[row]
+            value = {
+                "logit": logits[0, label],
+                "ncm": torch.nn.functional.cosine_similarity(features[0], means[label], dim=0),
+                "label_free": logits.softmax(1).max(),
+            }[score].item()
+            if best is None or value > best[1]:
+                best = entry["bbox"], value
+        chosen[int(data.ids[row])] = best
+    return chosen
+
+
+@pytest.mark.parametrize("score", ["logit", "ncm", "label_free"])
+def test_the_box_with_the_best_score_wins(birds, masks, classifier, tmp_path, score):
+    out = run(birds, masks, classifier, tmp_path / "boxes.json", f"bbox.score={score}")
+    file, data = load_boxes(out), read_dataset("cub", birds)
+    for image_id, best in reference(data, masks, classifier, score).items():
+        assert (file.boxes[image_id] is None) == (best is None) == (file.scores[image_id] is None)
+        if best is not None:
+            assert file.scores[image_id] == pytest.approx(best[1], abs=0.02 + 0.01 * abs(best[1]))
+            assert list(file.boxes[image_id]) == best[0]
+    without = sum(COUNTS[row % 5] == 0 for row in range(len(data.ids)))
+    assert sum(box is None for box in file.boxes.values()) == without == source_boxes(str(out), data)[1]
+    scores = load_json(out.with_suffix(".eval.json"))
+    assert sum(scores["boxes"][split]["n_without_box"] for split in ("train", "test")) == without
+    assert scores["seconds"]["scores"] > 0 and {"whole_image", "center", "median_train"} <= scores.keys()
+
+
+def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, tmp_path, monkeypatch):
+    whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
+    out = tmp_path / "killed" / "boxes.json"
+    process = command(birds, masks, classifier, out)
+    parts = out.parent / "boxes.partial" / "process_0" / "units.records"
+    while process.poll() is None and not (parts.exists() and parts.stat().st_size > 100):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists() and parts.exists(), "killed too late to show anything"
+    with pytest.raises(UserError, match=r"begun with bbox\.padding=0\.1, now 0\.3; .* bbox\.again=true"):
+        run(birds, masks, classifier, out, "bbox.padding=0.3")
+    prepared = stage.prepare(load_config(words(birds, masks, classifier, out)))
+    done, scored, original = stage.finished_units(prepared), [], stage.score_crops
+
+    def spy(one, rows, *rest):
+        scored.append(one.units.index(rows))
+        return original(one, rows, *rest)
+
+    monkeypatch.setattr(stage, "score_crops", spy)
+    run(birds, masks, classifier, out)
+    assert done and sorted(scored) == sorted(set(range(len(prepared.units))) - done)
+    assert load_boxes(out).boxes == load_boxes(whole).boxes and load_boxes(out).scores == load_boxes(whole).scores
+    scored.clear()
+    run(birds, masks, classifier, out)
+    assert scored == [] and load_boxes(out).boxes == load_boxes(whole).boxes
+    run(birds, masks, classifier, out, "bbox.again=true")
+    assert len(scored) == len(prepared.units)
+
+
+def test_two_processes_make_the_same_boxes(birds, masks, classifier, tmp_path):
+    whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
+    out = tmp_path / "shared" / "boxes.json"
+    shared = [command(birds, masks, classifier, out, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    answers = [process.communicate(timeout=300) for process in shared]
+    assert [process.returncode for process in shared] == [0, 0], answers
+    assert load_boxes(out).boxes == load_boxes(whole).boxes
+
+
+def test_an_image_that_fails_is_listed_and_done_when_mended(birds_copy, classifier, tmp_path):
+    data = read_dataset("cub", birds_copy)
+    masks = tmp_path / "masks_0"
+    masks.mkdir()
+    write_candidates(masks, data)
+    kept = data.paths[5].read_bytes()
+    data.paths[5].write_bytes(kept[: len(kept) // 2])
+    out = tmp_path / "out" / "boxes.json"
+    with pytest.raises(UserError, match="1 images failed"):
+        run(birds_copy, masks, classifier, out)
+    assert load_boxes(out).boxes[int(data.ids[5])] is None
+    assert f"{data.ids[5]}: " in out.with_name("errors.txt").read_text()
+    data.paths[5].write_bytes(kept)
+    run(birds_copy, masks, classifier, out)
+    whole = run(birds_copy, masks, classifier, tmp_path / "whole" / "boxes.json")
+    assert load_boxes(out).boxes == load_boxes(whole).boxes
+
+
+def test_candidates_at_the_borders_are_kept_inside(birds, classifier, tmp_path):
+    """SAM's boxes end at the last pixel: a mask of one column has width 0, and it may be the last column."""
+    data, masks = read_dataset("cub", birds), tmp_path / "masks_0"
+    masks.mkdir()
+    images = {
+        name: [{"bbox": [width - 1.0, height - 1.0, 0.0, 0.0]}]
+        for name, (width, height) in zip(mask_names(data.ids, data.paths), data.image_sizes.tolist(), strict=True)
+    }
+    save_masks_info(masks, {"dataset": data.fingerprint(), "store": "none"}, images)
+    out = run(birds, masks, classifier, tmp_path / "boxes.json")
+    assert all(box[2:] == (1, 1) for box in load_boxes(out).boxes.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["masks=none"], "masks: none given"),
+        (["bbox.classifier=none"], r"bbox\.classifier: none given"),
+        (["masks=nowhere"], "there is no such file"),
+        (["bbox.classifier=nowhere.pt"], "there is no such file"),
+    ],
+)
+def test_what_is_missing_is_one_line(birds, masks, classifier, tmp_path, more, told):
+    with pytest.raises(UserError, match=told) as error:
+        run(birds, masks, classifier, tmp_path / "out" / "boxes.json", *more)
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_what_does_not_fit_is_one_line(birds, masks, classifier, tmp_path):
+    other = Path(shutil.copytree(masks, tmp_path / "masks_1"))
+    content = json.loads((other / "masks_info.json").read_text())
+    content["setup"]["dataset"] = "another"
+    (other / "masks_info.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="made for another data set"):
+        run(birds, other, classifier, tmp_path / "boxes.json")
+    state = load_tensors(classifier)
+    torch.save(
+        state | {"config": state["config"] | {"model": state["config"]["model"] | {"n_classes": 5}}}, tmp_path / "5.pt"
+    )
+    with pytest.raises(UserError, match="knows 5 classes, the data set has 8"):
+        run(birds, masks, tmp_path / "5.pt", tmp_path / "boxes.json")
+    torch.save(state["ema"], tmp_path / "plain.pt")
+    with pytest.raises(UserError, match=r"no checkpoint of train\.py"):
+        run(birds, masks, tmp_path / "plain.pt", tmp_path / "boxes.json")
+    (tmp_path / "boxes.json").write_text("{}")
+    with pytest.raises(UserError, match="was not made by this script"):
+        run(birds, masks, classifier, tmp_path / "boxes.json")
