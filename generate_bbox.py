@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
 from tqdm import tqdm
 
 from box_report import refuse_to_hide, report_boxes
@@ -256,7 +256,14 @@ class CutOuts(Dataset):
         self, units: list[list[int]], data: DataSet, boxes: dict[int, np.ndarray], padding: float, size: int
     ) -> None:
         """Keep the units' images: ``boxes`` is row -> (N, 4); ``padding`` a share of a box's side on each side."""
-        self.units = [[(int(data.ids[r]), data.paths[r], boxes[r], data.image_sizes[r]) for r in u] for u in units]
+        self.units = [
+            [
+                (int(data.ids[row]), data.paths[row], boxes[row], data.image_sizes[row])
+                for row in rows
+                if len(boxes[row])
+            ]
+            for rows in units
+        ]
         self.padding, self.size = padding, size
 
     def __len__(self) -> int:
@@ -274,13 +281,14 @@ class CutOuts(Dataset):
         return torch.cat(crops), errors
 
     def _crops(self, path: Path, boxes: np.ndarray, image_size: np.ndarray) -> torch.Tensor:
-        image = F.pil_to_tensor(read_image(path))
-        made = [image.new_zeros(0, 3, self.size, self.size)]
-        for x, y, width, height in expand_boxes(boxes, np.tile(image_size, (len(boxes), 1)), self.padding):
+        image = read_image(path)
+        made = np.zeros((len(boxes), self.size, self.size, 3), dtype=np.uint8)
+        padded = expand_boxes(boxes, np.tile(image_size, (len(boxes), 1)), self.padding)
+        for place, (x, y, width, height) in zip(made, padded.tolist(), strict=True):
             left, top = int(x), int(y)
-            area = max(1, round(y + height) - top), max(1, round(x + width) - left)
-            made.append(F.resized_crop(image, top, left, *area, [self.size, self.size], antialias=True)[None])
-        return torch.cat(made)
+            crop = image.crop((left, top, max(left + 1, round(x + width)), max(top + 1, round(y + height))))
+            place[:] = crop.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
+        return torch.from_numpy(made).permute(0, 3, 1, 2)
 
 
 def score_crops(

@@ -55,8 +55,9 @@ def assert_same(ours, theirs):
         pixels = max(1, other["area"])  # rounding may move a pixel or two over one of its two thresholds
         assert one["stability_score"] == pytest.approx(other["stability_score"], abs=1e-6 + 2 / pixels, nan_ok=True)
         assert one["segmentation"].shape == other["segmentation"].shape and one["segmentation"].dtype == bool
-        assert mask_iou(one["segmentation"], other["segmentation"]) >= 0.999
-        assert one["area"] == one["segmentation"].sum() == pytest.approx(other["area"], rel=1e-3)
+        differing = (one["segmentation"] ^ other["segmentation"]).sum()
+        assert mask_iou(one["segmentation"], other["segmentation"]) >= 0.999 or differing == 1  # 1 of under 1000 pixels
+        assert one["area"] == one["segmentation"].sum() == pytest.approx(other["area"], rel=1e-3, abs=1)
     return len(ours)
 
 
