@@ -18,7 +18,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -56,7 +55,7 @@ PRESETS = {  # DESIGN.md, section 4
     "3 a side, stability .3": {"points_per_side": 3, "stability_score_thresh": 0.3},
 }
 SIZES = ((375, 500), (500, 333), (332, 500), (500, 400))  # height, width: as in CUB
-MARKS = (5, 10, 20)  # images after which memory is read
+MARKS = (5, 10)  # images after which memory is read, and after the last
 CUB_IMAGES = 11788
 LOGIT_STD = 40.0  # of the random networks: about as steep as trained ones are at an edge, for the stability scores
 
@@ -253,7 +252,7 @@ def print_table(rows: list[str]) -> None:
 
 def print_memory(settings: dict) -> None:
     """Print what each generator holds as the images go by, each in a fresh process."""
-    marks = [mark for mark in MARKS if mark <= settings["memory_images"]]
+    marks = [mark for mark in MARKS if mark < settings["memory_images"]] + [settings["memory_images"]]
     kind = "peak GPU memory" if settings["device"].startswith("cuda") else "resident memory"
     print(f"\n| {kind}, MB, after images | " + " | ".join(map(str, marks)) + " | peak |")
     print("|---" * (len(marks) + 2) + "|")
@@ -274,8 +273,7 @@ def memory_over_a_run(settings: dict, engine: str, marks: list[int]) -> list[flo
             run(images[done : min(mark, done + settings["image_batch"])])
             done += settings["image_batch"]
         held.append(memory_now(settings["device"]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3  # kilobytes
-    return [*held, held[-1] if settings["device"].startswith("cuda") else peak]
+    return [*held, held[-1] if settings["device"].startswith("cuda") else peak_resident_memory()]
 
 
 def memory_now(device: str) -> float:
@@ -283,6 +281,12 @@ def memory_now(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def peak_resident_memory() -> float:
+    """Return the most MB that this process ever held; getrusage would count its parent's in."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def describe_machine(settings: dict) -> str:
