@@ -5,6 +5,7 @@ not repeated; the same command started twice shares the work (one per core: num_
 
     python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 50 trainings, about 50 minutes on two cores
     python reproduce.py reproduce.table=toybirds_boxes num_workers=0    # 20 trainings, about 12
+    python reproduce.py reproduce.table=toybirds_masks num_workers=0    # 10 trainings, about 6
 """
 
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ class Table:
 
 PLAIN = {"use_box": False}
 TOY_BOXES = "runs/dino_boxes_toybirds/boxes.json"  # where generate_dino_boxes.py writes by default
+MASK_BOXES = "runs/mask_boxes_toybirds/boxes.json"  # where generate_bbox.py writes by default
 TABLES = {
     "toybirds_crops": Table(
         title="Training crops on ToyBirds",
@@ -66,6 +68,17 @@ TABLES = {
         common={"eval.views": ["full"], "eval_box": TOY_BOXES, "log_interval": 10},
         needs=TOY_BOXES,
     ),
+    "toybirds_masks": Table(
+        title="Boxes of candidate masks on ToyBirds",
+        preset="toybirds",
+        rows={
+            "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
+            "held to the boxes of generate_bbox.py": {"source": MASK_BOXES},
+        },
+        controls=("RandomResizedCrop, scale .35",),
+        common={"eval.views": ["full"], "log_interval": 10},
+        needs=MASK_BOXES,
+    ),
 }
 
 
@@ -75,7 +88,7 @@ def main(config: dict) -> None:
     if name not in TABLES:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
     if TABLES[name].needs and not Path(TABLES[name].needs).exists():
-        raise UserError(f"{TABLES[name].needs}: missing; make it first: python generate_dino_boxes.py")
+        raise UserError(f"{TABLES[name].needs}: missing; make it first, see the README's section on its stage")
     folder = Path(config["run_dir"] or f"runs/{name}")
     points = table_points(TABLES[name], config["reproduce"]["seeds"])
     for number, (label, overrides, place) in enumerate(points, 1):
