@@ -425,8 +425,11 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
 def _check_known(key: str) -> None:
     known = leaves(config)
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-            key.rpartition(".")[2], known, n=1, cutoff=0.3
+        near = [leaf for leaf in known if leaf.startswith(f"{key}.")][:1]  # a section's name
+        near = (
+            near
+            or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            or difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.3)
         )
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{key}: there is no such key{hint} (python train.py --help lists all)")

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
+import box_report
+import generate_bbox
 import generate_dino_boxes
+import generate_mask
 import train
 from boxes import load_boxes
 from config import load_config
@@ -18,7 +21,7 @@ def train_in(folder, *words):
 
 
 def test_from_a_fine_tuned_cls_token_to_a_trained_resnet(birds, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate_dino_boxes, "draw_contact_sheet", lambda *_: None)  # slow, and tested elsewhere
+    monkeypatch.setattr(box_report, "draw_contact_sheet", lambda *_: None)  # slow, and tested elsewhere
     root = f"dataset.root={birds}"
     train_in(tmp_path / "cls", root, *VIT, "use_box=false", "model.train_cls=true")
 
@@ -34,6 +37,18 @@ def test_from_a_fine_tuned_cls_token_to_a_trained_resnet(birds, tmp_path, monkey
     assert set(held["top1"]) == {"full", "center", "box", "average"} and held["maiou"] < 1  # these are no true boxes
     dense = ["use_box=false", "use_dino_maps=true", f"dino_maps={out}", "image_size=32"]
     assert 0 < train_in(tmp_path / "dense", root, *dense)["maiou"] < 1
+
+
+def test_from_candidate_masks_to_a_trained_resnet(birds_copy, tmp_path):
+    root, run = f"dataset.root={birds_copy}", tmp_path / "first"
+    generate_mask.main(load_config(["dataset.name=cub", root, "num_workers=0", "mask.store=none"]))
+    train_in(run, root, "use_box=false", "image_size=32")
+    out = tmp_path / "boxes.json"
+    masks = [f"masks={birds_copy / 'masks_0'}", f"bbox.classifier={run / 'best.pt'}", f"out={out}", "bbox.score=ncm"]
+    generate_bbox.main(load_config(["dataset.name=cub", root, "num_workers=0", *masks]))
+    assert len(load_boxes(out).boxes) == 72 and out.with_suffix(".png").exists()
+    held = train_in(tmp_path / "held", root, f"source={out}", "image_size=32")
+    assert 0 < held["maiou"] < 1 and held["images_without_box"] == 0
 
 
 def test_a_resnet_gives_no_maps(birds, tmp_path):
