@@ -45,6 +45,8 @@ config = {
         "val_fraction": 0.3333,  # share of each class's training images held out to choose settings on; 0: none, and
         # validation then looks at the test images, as the published protocol does
     },
+    "cache": "none",  # none | disk | ram: all images decoded once, into one file that the loaders crop from
+    "cache_folder": None,  # where it lies on disk; None: the data set's folder
     # --- boxes and crops
     "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
     "use_box": True,  # hold the training crops to the boxes; false: RandomResizedCrop
@@ -246,6 +248,7 @@ OPTIONAL = {
     "sweep.id": str,
     "dataset.root": str,
     "dino_maps": str,
+    "cache_folder": str,
     "mask.folder": str,
     "masks": str,
     "bbox.classifier": str,
@@ -272,6 +275,7 @@ CHOICES = {
     "sweep.parameter": ("THR", "maiou"),
     "dataset.name": ("toybirds", "cub"),
     "dataset.split": ("official", "70/30"),
+    "cache": ("none", "disk", "ram"),
     "crop.mode": ("exact", "reference"),
     "crop.interpolation": ("bilinear", "bicubic"),
     "bbox.score": ("logit", "ncm", "label_free"),

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import toybirds
 from boxes import boxes_for_images, center_boxes, clip_boxes, coverage, crops_to_xywh, whole_image_boxes
+from image_cache import ImageCache
 from utils import UserError, user_errors, whole_file
 
 DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"}
@@ -383,7 +384,15 @@ class TrainImages(Dataset):
     """
 
     def __init__(
-        self, data: DataSet, rows: np.ndarray, crops: Crops, transform: Callable, *, flip: float, seed: int
+        self,
+        data: DataSet,
+        rows: np.ndarray,
+        crops: Crops,
+        transform: Callable,
+        *,
+        flip: float,
+        seed: int,
+        decoded: ImageCache | None = None,
     ) -> None:
         """Keep the rows of ``data``.
 
@@ -394,8 +403,9 @@ class TrainImages(Dataset):
             transform: (image, crop, seed) -> (3, size, size) uint8.
             flip: probability of a horizontal flip.
             seed: of all that is drawn.
+            decoded: the images, decoded already; None: their files are read.
         """
-        self.paths = [data.paths[row] for row in rows]
+        self.paths, self.decoded = [data.paths[row] for row in rows], decoded
         self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
         self.epoch: int | None = None  # whose crops and flips are drawn
@@ -414,10 +424,10 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self._draw(epoch)
         crops = [tuple(map(int, self.drawn[row])) for row in rows]
-        images = [
-            self.transform(read_image(self.paths[row]), crop, partial(draw_seed, self.seed, epoch, int(self.ids[row])))
-            for row, crop in zip(rows, crops, strict=True)
-        ]
+        ids = self.ids[rows].tolist()
+        whole = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
+        seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
+        images = [self.transform(*one) for one in zip(whole, crops, seeds, strict=True)]
         kept = coverage(crops_to_xywh(np.array(crops)), self.true_boxes[rows])
         return (
             torch.stack(images),
@@ -429,6 +439,11 @@ class TrainImages(Dataset):
     def _draw(self, epoch: int) -> None:
         crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
         self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
+
+
+def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> PIL.Image.Image | torch.Tensor:
+    """Return an image from its file, or (3, H, W) uint8 from the cache of decoded images where there is one."""
+    return read_image(path) if decoded is None else decoded[image_id]
 
 
 def draw_seed(seed: int, epoch: int, image_id: int) -> int:
@@ -460,9 +475,16 @@ class EpochBatches(Sampler):
 class ViewImages(Dataset):
     """Test images, each in several views."""
 
-    def __init__(self, data: DataSet, rows: np.ndarray, boxes: np.ndarray, views: list[Callable]) -> None:
+    def __init__(
+        self,
+        data: DataSet,
+        rows: np.ndarray,
+        boxes: np.ndarray,
+        views: list[Callable],
+        decoded: ImageCache | None = None,
+    ) -> None:
         """Keep the rows of ``data``; ``boxes`` (N, 4), of the whole data set, serve the views that look at a box."""
-        self.paths = [data.paths[row] for row in rows]
+        self.paths, self.ids, self.decoded = [data.paths[row] for row in rows], data.ids[rows].tolist(), decoded
         self.labels, self.boxes, self.views = data.labels[rows], boxes[rows], views
 
     def __len__(self) -> int:
@@ -470,7 +492,7 @@ class ViewImages(Dataset):
 
     def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
         """Return the views, each (3, size, size) uint8, and the label."""
-        image = read_image(self.paths[row])
+        image = load_image(self.paths[row], self.ids[row], self.decoded)
         return tuple(view(image, self.boxes[row]) for view in self.views), int(self.labels[row])
 
 

@@ -39,10 +39,12 @@ from datasets import (
     ViewImages,
     build_loader,
     read_dataset,
+    read_image,
     source_boxes,
 )
 from dino_transform import MapCrops
 from evaluation import loss_and_top1, predict
+from image_cache import ImageCache, cached_images
 from localizer import as_localizer
 from map_cache import MapCache, cache_paths
 from plots import draw_curves
@@ -163,8 +165,9 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     data = load_data(config)
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
-    train_loader = build_train_loader(config, data, build_crops(config, data, boxes), device)
-    val_loader, test_loader = build_view_loaders(config, data, device)
+    decoded = decoded_images(config, data)
+    train_loader = build_train_loader(config, data, build_crops(config, data, boxes), device, decoded)
+    val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     run = build_run(folder, config, device)
     print(describe(config, run, data, device))
     save_json(folder / "config.json", config)
@@ -237,7 +240,18 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
         )
 
 
-def build_train_loader(config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device) -> DataLoader:
+def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
+    """Return the cache of decoded images that ``cache`` asks for."""
+    if config["cache"] == "none":
+        return None
+    folder = Path(config["cache_folder"] or data.root)
+    about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
+    return cached_images(config["cache"], folder, *about, read_image)
+
+
+def build_train_loader(
+    config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device, decoded: ImageCache | None
+) -> DataLoader:
     """Build the loader of training crops."""
     transform = build_train_transform(
         config["image_size"],
@@ -246,20 +260,24 @@ def build_train_loader(config: dict, data: DataSet, crops: BoxCrops | MapCrops, 
         augment_p=config["augment_p"],
         use_augment_mix=config["use_augment_mix"],
     )
-    images = TrainImages(data, data.rows("train"), crops, transform, flip=config["flip"], seed=config["seed"])
+    drawn = {"flip": config["flip"], "seed": config["seed"]}
+    images = TrainImages(data, data.rows("train"), crops, transform, **drawn, decoded=decoded)
     batches = EpochBatches(len(images), config["batch_size"], config["seed"])
     return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
 
 
-def build_view_loaders(config: dict, data: DataSet, device: torch.device) -> tuple[DataLoader, DataLoader]:
+def build_view_loaders(
+    config: dict, data: DataSet, device: torch.device, decoded: ImageCache | None
+) -> tuple[DataLoader, DataLoader]:
     """Build the loaders of validation (first view only) and test (all views)."""
     views, boxes = test_views(config), source_boxes(config["eval_box"] or "image", data)[0]
     first = dict(list(views.items())[:1])
     machine = loading(config, device)
-    return (
-        _view_loader(config, data, validation_rows(data), boxes, first, machine),
-        _view_loader(config, data, data.rows("test"), boxes, views, machine),
+    images = (
+        ViewImages(data, validation_rows(data), boxes, list(first.values()), decoded),
+        ViewImages(data, data.rows("test"), boxes, list(views.values()), decoded),
     )
+    return tuple(_view_loader(config, one, machine) for one in images)
 
 
 def loading(config: dict, device: torch.device) -> dict[str, Any]:
@@ -308,7 +326,7 @@ def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, dev
     if getattr(loader.dataset.crops.maps, "path", None) == cache_paths(path)[1]:
         return loader
     maps = own_maps(path, run, config, data, device) if epoch == run.epoch else MapCache.open(path)
-    return build_train_loader(config, data, map_crops(config, data, maps), device)
+    return build_train_loader(config, data, map_crops(config, data, maps), device, loader.dataset.decoded)
 
 
 def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> MapCache:
@@ -330,8 +348,7 @@ def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.de
     return maps
 
 
-def _view_loader(config, data, rows, boxes, views, machine) -> DataLoader:
-    images = ViewImages(data, rows, boxes, list(views.values()))
+def _view_loader(config: dict, images: ViewImages, machine: dict[str, Any]) -> DataLoader:
     if len(images) < WORTH_A_WORKER:
         machine = machine | {"num_workers": 0}
     return build_loader(images, batch_size=config["eval"]["batch_size"], **machine)

@@ -163,11 +163,13 @@ class TrainTransform:
     def __init__(self, size: int, interpolation: str = "bilinear", colour: v2.Transform | None = None) -> None:
         self.size, self.interpolation, self.colour = [size, size], v2.InterpolationMode(interpolation), colour
 
-    def __call__(self, image: PIL.Image.Image, crop: Sequence[int], seed: Callable[[], int]) -> torch.Tensor:
+    def __call__(
+        self, image: PIL.Image.Image | torch.Tensor, crop: Sequence[int], seed: Callable[[], int]
+    ) -> torch.Tensor:
         """Return the crop as (3, size, size) uint8.
 
         Args:
-            image: the whole image.
+            image: the whole image; a tensor is (3, H, W) uint8.
             crop: top, left, height, width in its pixels.
             seed: gives the seed of the colours, asked for only where there are any to draw.
         """
@@ -175,7 +177,12 @@ class TrainTransform:
         if self.colour is not None:
             with torch_seed(seed()):
                 image = self.colour(image)
-        return F.pil_to_tensor(image)
+        return as_tensor(image)
+
+
+def as_tensor(image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
+    """Return an image as (3, H, W) uint8."""
+    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
 
 
 def build_train_transform(
@@ -207,17 +214,17 @@ class View:
     crop_pct: float = 0.875
     box_margin: float = 0.1  # on each side, as a share of the box's side
 
-    def __call__(self, image: PIL.Image.Image, box_xywh: np.ndarray) -> torch.Tensor:
-        """Return the view, (3, size, size) uint8."""
+    def __call__(self, image: PIL.Image.Image | torch.Tensor, box_xywh: np.ndarray) -> torch.Tensor:
+        """Return the view, (3, size, size) uint8, of a PIL image or a (3, H, W) uint8 tensor."""
         if self.kind == "whole":
             image = F.resize(image, [self.size, self.size], antialias=True)
         elif self.kind == "box":
-            top, left, height, width = square_crop(box_xywh, image.size, self.box_margin)
+            top, left, height, width = square_crop(box_xywh, F.get_size(image)[::-1], self.box_margin)
             image = F.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
         else:
             short = self.size if self.kind == "full" else round(self.size / self.crop_pct)
             image = F.center_crop(F.resize(image, [short], antialias=True), [self.size, self.size])
-        return F.pil_to_tensor(image)
+        return as_tensor(image)
 
 
 def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:

@@ -55,7 +55,8 @@ def prepare(config: dict, changes: dict) -> tuple:
     boxes, _ = train.crop_boxes(config, data)
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
     device = torch.device("cpu")
-    loader = train.build_train_loader(config, data, train.build_crops(config, data, boxes), device)
+    crops, decoded = train.build_crops(config, data, boxes), train.decoded_images(config, data)
+    loader = train.build_train_loader(config, data, crops, device, decoded)
     return train.build_run(Path("runs/crop_cost"), config, torch.device("cpu")), config, loader
 
 

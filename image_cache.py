@@ -1,0 +1,211 @@
+"""The cache of decoded images: every image decoded once, read by all loader workers from one memory-mapped file.
+
+``decoded_images.bin`` is a 64-byte head and then all images, (H, W, 3) uint8 in C order; ``decoded_images.json`` says
+where each lies and what they were made from. Workers crop from the map without a copy, and its pages are the system's,
+shared by all processes. It lies on disk (CUB: 6.3 GB), or, while runs use it, in memory under /dev/shm.
+"""
+
+import atexit
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from tqdm import tqdm
+
+from utils import UserError, load_json, save_json, whole_file
+
+KIND, VERSION = "localized-crops decoded images", 1
+MAGIC, HEAD_BYTES, TOKEN_BYTES = b"lc-imgs1", 64, 16
+MAX_SIDE = 1 << 20  # pixels; a larger one is a damaged index
+RAM = Path("/dev/shm")
+INDEX, DATA, LOCK = "decoded_images.json", "decoded_images.bin", ".decoded_images.lock"
+
+
+class ImageCache:
+    """Decoded images by id. Cheap to pickle: a worker maps the file anew, nothing is copied."""
+
+    def __init__(self, path: Path, places: dict[int, list[int]]) -> None:
+        """Use `cached_images`; places: image id -> offset in bytes, height, width."""
+        self.path, self.places = path, places
+        self._pixels: np.memmap | None = None
+
+    def __getitem__(self, image_id: int) -> torch.Tensor:
+        """Return an image, (3, H, W) uint8 in channels-last order: a view of the file."""
+        if self._pixels is None:
+            self._pixels = np.memmap(self.path, np.uint8, "c")  # copy-on-write: no writer can reach the file
+        offset, height, width = self.places[image_id]
+        content = self._pixels[offset : offset + 3 * height * width]
+        return torch.from_numpy(content.reshape(height, width, 3)).permute(2, 0, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pixels": None}
+
+
+def cached_images(
+    mode: str,
+    folder: Path,
+    fingerprint: str,
+    ids: Sequence[int],
+    paths: Sequence[Path],
+    image_sizes: np.ndarray,
+    read: Callable[[Path], PIL.Image.Image],
+) -> ImageCache:
+    """Return the cache of a data set's images; it is built on first use, and again when an image file changed.
+
+    Several processes may ask at once: one builds, the others wait. A build that is killed leaves nothing under the
+    final names.
+
+    Args:
+        mode: "disk", or "ram": the same file under /dev/shm, gone when the last process that uses it ends.
+        folder: where the cache lies on disk.
+        fingerprint: of the data set.
+        ids: (N,) image ids.
+        paths: of the image files.
+        image_sizes: (N, 2) width height in pixels.
+        read: decodes an image file as RGB.
+
+    Raises:
+        UserError: if there is no room, or an image cannot be read.
+    """
+    key = content_key(fingerprint, paths)
+    if mode == "ram":
+        remove_stale()
+        folder = RAM / f"localized-crops-{os.getuid()}-{key[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / LOCK, "a")  # noqa: SIM115 - held for as long as this process uses the cache
+    _wait_for(lock, folder)
+    places = plan(ids, image_sizes)
+    if fault(folder, key) is not None:
+        build(folder, key, places, paths, read)
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    if mode == "ram":
+        atexit.register(remove_if_unused, folder, lock)
+    return ImageCache(folder / DATA, places)
+
+
+def content_key(fingerprint: str, paths: Sequence[Path]) -> str:
+    """Return a hash of the data set and of each file's size and time of change."""
+    stats = [path.stat() for path in paths]
+    content = [fingerprint, [(one.st_size, one.st_mtime_ns) for one in stats]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def plan(ids: Sequence[int], image_sizes: np.ndarray) -> dict[int, list[int]]:
+    """Return where each image lies: image id -> offset in bytes, height, width."""
+    places, offset = {}, HEAD_BYTES
+    for image_id, (width, height) in zip(map(int, ids), np.asarray(image_sizes).tolist(), strict=True):
+        places[image_id] = [offset, height, width]
+        offset += 3 * height * width
+    return places
+
+
+def total_bytes(places: dict[int, list[int]]) -> int:
+    """Return the size of the data file."""
+    return HEAD_BYTES + sum(3 * height * width for _, height, width in places.values())
+
+
+def fault(folder: Path, key: str) -> str | None:
+    """Return why the cache in ``folder`` cannot be used for the images of ``key``; None: it can."""
+    if not (folder / INDEX).exists():
+        return "there is none"
+    try:
+        content = load_json(folder / INDEX)
+    except UserError as error:
+        return str(error)
+    if not isinstance(content, dict) or (content.get("kind"), content.get("version")) != (KIND, VERSION):
+        return "its index is of another kind or version"
+    if content.get("key") != key:
+        return "it is of other images, or one of them changed"
+    data = folder / DATA
+    if not data.is_file() or data.stat().st_size != content.get("bytes"):
+        return "its data is missing or cut short"
+    with open(data, "rb") as file:
+        whole = file.read(HEAD_BYTES)[: 8 + TOKEN_BYTES] == _head(key)[: 8 + TOKEN_BYTES]
+    return None if whole else "its data is of another build"
+
+
+def build(
+    folder: Path,
+    key: str,
+    places: dict[int, list[int]],
+    paths: Sequence[Path],
+    read: Callable[[Path], PIL.Image.Image],
+) -> None:
+    """Decode all images with all cores and write the cache, data first, whole or not at all."""
+    size = total_bytes(places)
+    (folder / INDEX).unlink(missing_ok=True)
+    (folder / DATA).unlink(missing_ok=True)
+    free = shutil.disk_usage(folder).free
+    print(f"decoding {len(places)} images once: {size / 1e9:.2f} GB to {folder / DATA}")
+    if size > free:
+        raise UserError(
+            f"{folder}: the decoded images take {size / 1e9:.2f} GB, only {free / 1e9:.2f} are free; make room or set "
+            "cache=none"
+        )
+    with whole_file(folder / DATA) as scratch, open(scratch, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, in one line
+        os.pwrite(file.fileno(), _head(key), 0)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
+            jobs = pool.map(lambda job: _decode(file.fileno(), *job, read), zip(paths, places.values(), strict=True))
+            for _ in tqdm(jobs, total=len(places), desc="decoding", unit=" images", mininterval=1.0):
+                pass
+    save_json(folder / INDEX, {"kind": KIND, "version": VERSION, "key": key, "bytes": size, "images": len(places)})
+
+
+def _decode(file: int, path: Path, place: list[int], read: Callable[[Path], PIL.Image.Image]) -> None:
+    offset, height, width = place
+    pixels = np.asarray(read(path))
+    if pixels.shape != (height, width, 3):
+        raise UserError(f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, {width} x {height} were expected")
+    content = memoryview(np.ascontiguousarray(pixels)).cast("B")
+    while content:
+        written = os.pwrite(file, content, offset)
+        content, offset = content[written:], offset + written
+
+
+def _head(key: str) -> bytes:
+    return (MAGIC + bytes.fromhex(key)[:TOKEN_BYTES]).ljust(HEAD_BYTES, b"\0")
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+def _wait_for(lock: Any, folder: Path) -> None:
+    """Take the lock of the cache; say so when another process builds it.
+
+    A process that only reads holds the lock shared, so this waits for builders and, to rebuild, never for readers:
+    the names of the files go, their content lives on for who has it open.
+    """
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # readers only: the cache is there
+        except BlockingIOError:
+            print(f"another process decodes the images to {folder}: waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def remove_if_unused(folder: Path, lock: Any) -> None:
+    """Remove a cache in memory unless another process uses it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_stale() -> None:
+    """Remove the caches in memory of processes that were killed."""
+    for path in RAM.glob(f"localized-crops-{os.getuid()}-*/{LOCK}"):
+        with open(path, "a") as lock:
+            remove_if_unused(path.parent, lock)
