@@ -17,9 +17,7 @@ The published protocol knows the label of every image, test images included: bbo
 to be used on images without a label, or as an honest test view, need bbox.score=label_free.
 """
 
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +38,7 @@ from mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from shared_work import SharedWork, choose_device, process_numbers
 from transforms import normalize
-from utils import UserError, load_json, load_tensors, run_script, user_errors
+from utils import UserError, load_json, load_tensors, run_script, timed, user_errors
 
 
 def main(config: dict) -> None:
@@ -70,13 +68,6 @@ class Stage:
     work: SharedWork  # finished units, until all are there
     units: list[list[int]]  # rows that are scored together
     seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time inside the with block to a stage's seconds."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 def prepare(config: dict) -> Stage:
@@ -208,11 +199,11 @@ def score_images(stage: Stage) -> None:
         return
     if done and stage.work.rank == 0:
         print(f"{sum(len(stage.units[n]) for n in done)} of {len(stage.data.ids)} images are done already")
-    with stage.timed("class_means"):
+    with timed(stage.seconds, "class_means"):
         means = class_means(stage) if stage.config["bbox"]["score"] == "ncm" else None
     total = sum(len(stage.candidates[row]) for n in mine for row in stage.units[n])
     with (
-        stage.timed("scores"),
+        timed(stage.seconds, "scores"),
         stage.work.writing() as records,
         tqdm(total=total, desc="candidates", disable=stage.work.rank > 0, mininterval=1.0) as bar,
     ):

@@ -19,7 +19,6 @@ when only the way from map to box changes (dino.method and what follows it).
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from datasets import DataSet, read_dataset
 from localizer import Localizer, build_localizer
 from map_cache import MapCache, cache_paths, save_map_cache
 from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, run_script, user_errors
+from utils import UserError, run_script, timed, user_errors
 
 
 def main(config: dict) -> None:
@@ -68,13 +67,6 @@ class Stage:
     batches: list[Batch]  # the units of resuming and of sharding
     seconds: dict[str, float] = field(default_factory=dict)
     images_mapped: int = 0  # in this run, by this process
-
-    @contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the time inside the with block to a stage's seconds."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 def prepare(config: dict) -> Stage:
@@ -188,7 +180,7 @@ def make_maps(stage: Stage, todo: list[Batch]) -> None:
     """Make this process's share of the missing maps and append each finished batch to its record file."""
     mine = [batch for batch in todo if stage.work.is_mine(batch.number)]
     if mine:
-        with stage.timed("maps"), stage.work.writing() as records:
+        with timed(stage.seconds, "maps"), stage.work.writing() as records:
             for header, maps in mapped_batches(stage, mine):
                 records.append(header, maps.tobytes())
 
@@ -219,7 +211,7 @@ def gather_maps(stage: Stage) -> MapCache:
     index, _ = cache_paths(stage.out)
     if stage.work.folder.exists() or not index.exists():
         stage.work.wait_for_others(lambda: {batch.number for batch in stage.batches} - finished_batches(stage))
-        with stage.timed("cache"):
+        with timed(stage.seconds, "cache"):
             errors, maps = {}, {}
             if index.exists():
                 maps = dict(_cached_maps(MapCache.open(stage.out)))
@@ -253,7 +245,7 @@ def cache_about(stage: Stage) -> dict[str, Any]:
 def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
     """Return the box of each image, in the order of the data set, and write the box file."""
     data, wanted = stage.data, stage.config["dino"]
-    with stage.timed("boxes"):
+    with timed(stage.seconds, "boxes"):
         boxes = [
             map_to_box(cache[image_id], tuple(size), wanted)
             for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True)

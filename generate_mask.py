@@ -93,6 +93,7 @@ def prepare(config: dict) -> Stage:
     rows = list(range(len(data.ids)))
     if rank == 0:
         print(f"{len(rows)} images of {data.root}; masks by {identity['engine']} to {folder}")
+        print(f"if this run is interrupted, mask.folder={folder} goes on with it", flush=True)
     return Stage(
         config=config,
         data=data,

@@ -10,6 +10,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,14 @@ def pick_device(device: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
     return chosen
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Add the time that the with block takes to ``seconds[name]``."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
 
 # --- randomness ---------------------------------------------------------------------------------------------------
