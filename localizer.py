@@ -85,7 +85,7 @@ def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> 
     try:
         last_attention(model)
     except ValueError as error:
-        raise UserError(f"{name} gives no maps: {error}") from None
+        raise UserError(f"dino.model: {name} gives no maps: {error}") from None
     patch = tuple(model.patch_embed.feat_ratio(as_scalar=False))
     return Localizer(model.eval(), name, weights, state_hash(model), patch=patch, **input_of)
 
