@@ -152,11 +152,12 @@ config = {
         "train_cls": False,  # train the CLS token and the head alone (ViT)
         "freeze_bn_from": None,  # BatchNorm's statistics stand still from this epoch on; None: never
         "ema_step": 1,  # update the EMA every so many optimizer steps
+        "sync_bn": False,  # BatchNorm over the images of all processes (torchrun, on GPUs)
     },
     "patch_size": 14,  # of the ViT, pixels; a ViT's image_size must be a multiple
     # --- recipe
     "num_epochs": 40,
-    "batch_size": 16,  # images
+    "batch_size": 16,  # images of one optimizer step, over all processes of torchrun and all parts of opt.accumulate
     "image_size": 64,  # side of the training crops after resizing, pixels
     "opt": {
         "type": "adamw",  # sgd | adam | adamw
@@ -164,6 +165,8 @@ config = {
         "target_lr": 1e-5,  # where the schedule ends
         "momentum": 0.9,  # sgd
         "weight_decay": 0.05,  # not on norms and biases
+        "accumulate": 1,  # a batch goes through the network in so many parts, for less memory
+        "clip": None,  # largest norm of the gradient; longer ones are shortened to it
         "scheduler": "cosine",  # cosine | step
         "warmup_epochs": 2,  # linear rise at the start
         "step_size": 10,  # step: epochs between two falls
@@ -178,7 +181,9 @@ config = {
     "deterministic": True,  # the same numbers on every run on the same machine
     "device": None,  # cpu | cuda | cuda:1 ...; None: cuda where there is one
     "amp": "bf16",  # none | bf16 | fp16; on CUDA only (bf16 is ten times slower than float32 on CPUs)
-    "num_workers": None,  # processes that load images; None: by A_machine, else one less than its cores, at most 8
+    "compile": False,  # torch.compile the network: a minute or more at the start
+    "num_workers": None,  # processes that load images, for each process of torchrun; None: by A_machine, else one less
+    # than its cores, at most 8
     "num_threads": 1,  # torch's threads on the CPU (results depend on it in the last bits); None: torch's choice
 }
 
@@ -267,6 +272,7 @@ OPTIONAL = {
     "model.resumed_model": str,
     "model.freeze_bn_from": int,
     "opt.gamma": float,
+    "opt.clip": float,
     "device": str,
     "num_workers": int,
     "num_threads": int,
@@ -346,6 +352,8 @@ RANGES = {
     "opt.weight_decay": (0.0, 1e3),
     "opt.warmup_epochs": (0, math.inf),
     "opt.step_size": (1, math.inf),
+    "opt.accumulate": (1, math.inf),
+    "opt.clip": (1e-6, math.inf),
     "opt.gamma": (0.0, 1.0),
     "other.label_smoothing": (0.0, 0.99),
     "other.ema_decay": (0.0, 1.0),
@@ -525,6 +533,8 @@ def _check_together(c: dict) -> None:
         raise ConfigError("self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none")
     if c["opt"]["lr"] <= 0 or c["opt"]["target_lr"] <= 0:
         raise ConfigError("opt.lr and opt.target_lr must be above 0")
+    if c["opt"]["accumulate"] > c["batch_size"]:
+        raise ConfigError(f"opt.accumulate={c['opt']['accumulate']}: a batch has batch_size={c['batch_size']} images")
     if c["opt"]["target_lr"] > c["opt"]["lr"]:
         raise ConfigError(f"opt.target_lr={c['opt']['target_lr']} is above opt.lr={c['opt']['lr']}: lower it")
     if not c["eval"]["views"]:

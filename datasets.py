@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import PIL.Image
@@ -375,6 +375,17 @@ class Crops(Protocol):
         """Return the crops by row, each top left height width in pixels."""
 
 
+class Batch(NamedTuple):
+    """Training images of one step, or this process's part of them."""
+
+    images: torch.Tensor  # (B, 3, size, size) uint8, not yet flipped
+    labels: torch.Tensor  # (B,) int64
+    flips: torch.Tensor  # (B,) bool, which images to flip
+    coverage: torch.Tensor  # (B,) float64, the share of the true box that each crop keeps
+    real: int  # how many of the B images count; the rest fill up a part that would be too small for BatchNorm
+    whole: int  # images of the whole step, over all its parts
+
+
 class TrainImages(Dataset):
     """Batches of randomly cropped training images.
 
@@ -413,28 +424,19 @@ class TrainImages(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return a batch, given (epoch, rows).
-
-        Returns:
-            images (B, 3, size, size) uint8, not yet flipped; labels (B,) int64; flips (B,) bool, which images to flip;
-            coverage (B,) float64, the share of the true box that each crop keeps.
-        """
-        epoch, rows = key
+    def __getitem__(self, key: "BatchKey") -> Batch:
+        """Return the batch of a key that ``EpochBatches`` gives."""
+        epoch, rows, real, whole = key
         if epoch != self.epoch:
             self._draw(epoch)
         crops = [tuple(map(int, self.drawn[row])) for row in rows]
         ids = self.ids[rows].tolist()
-        whole = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
+        loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
-        images = [self.transform(*one) for one in zip(whole, crops, seeds, strict=True)]
+        images = [self.transform(*one) for one in zip(loaded, crops, seeds, strict=True)]
         kept = coverage(crops_to_xywh(np.array(crops)), self.true_boxes[rows])
-        return (
-            torch.stack(images),
-            torch.from_numpy(self.labels[rows]),
-            torch.from_numpy(self.flips[rows]),
-            torch.from_numpy(kept),
-        )
+        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
+        return Batch(torch.stack(images), *about, real, whole)
 
     def _draw(self, epoch: int) -> None:
         crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
@@ -451,20 +453,39 @@ def draw_seed(seed: int, epoch: int, image_id: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0] >> 1)
 
 
-class EpochBatches(Sampler):
-    """Batches (epoch, rows), shuffled anew each epoch by (seed, epoch) alone."""
+BatchKey = tuple[int, list[int], int, int]  # epoch, rows, how many of them count, images of the whole step
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+
+class EpochBatches(Sampler):
+    """Batches, shuffled anew each epoch by (seed, epoch) alone, and each cut into parts: so many for each process."""
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, *, parts: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Plan the batches of one process.
+
+        Args:
+            size: images.
+            batch_size: images of a step, over all processes and parts.
+            seed: of the order.
+            parts: into how many each process cuts its share of a step.
+            rank, world_size: which of how many processes this is.
+        """
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+        self.parts, self.rank, self.world_size = parts, rank, world_size
 
     def __len__(self) -> int:
-        return len(self._starts())
+        return len(self._starts()) * self.parts
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size).tolist()
+    def __iter__(self) -> Iterator[BatchKey]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
         starts = self._starts()
+        mine = slice(self.rank * self.parts, (self.rank + 1) * self.parts)
         for start, end in zip(starts, [*starts[1:], self.size], strict=True):
-            yield self.epoch, order[start:end]
+            for part in np.array_split(order[start:end], self.parts * self.world_size)[mine]:
+                rows = part.tolist()
+                missing = 0 if len(rows) == end - start else max(0, 2 - len(rows))  # BatchNorm needs two
+                yield self.epoch, rows + [int(order[start])] * missing, len(rows), end - start
 
     def _starts(self) -> list[int]:
         """Return where the batches start; one image left over joins the last batch (BatchNorm needs two)."""

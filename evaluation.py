@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import DataLoader
 
+from parallel import all_rows
 from transforms import normalize
 
 AVERAGE = "average"  # of the softmax over all views
@@ -17,29 +19,44 @@ AVERAGE = "average"  # of the softmax over all views
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, loader: DataLoader, view_names: Sequence[str], device: torch.device
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Return log-probabilities by view, each (N, K) on the CPU, and labels (N,).
+    models: Sequence[nn.Module],
+    loader: DataLoader,
+    view_names: Sequence[str],
+    device: torch.device,
+    autocast: AbstractContextManager | None = None,
+) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+    """Return for each model the log-probabilities by view, each (N, K) on the CPU, and the labels (N,).
 
-    With several views their average (of the probabilities) is added as ``average``.
+    The images are loaded once for all models. With several views their average (of the probabilities) is added as
+    ``average``. Several processes look at the rows of their own loaders and get the answers on all of them.
 
     Args:
-        model: maps (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
+        models: map (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
         loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
         view_names: of the tuple's members.
-        device: where the model is.
+        device: where the models are.
+        autocast: entered around each forward pass; None: the models' own precision.
     """
-    model.eval()
-    views, labels = [[] for _ in view_names], []
+    for model in models:
+        model.eval()
+    found, labels = [[[] for _ in view_names] for _ in models], []
     for batch, batch_labels in loader:
-        for logits, images in zip(views, batch, strict=True):
-            logits.append(model(normalize(images.to(device, non_blocking=True))).float().log_softmax(1))
+        for number, images in enumerate(batch):
+            pixels = normalize(images.to(device, non_blocking=True))
+            for model, views in zip(models, found, strict=True):
+                with autocast or nullcontext():
+                    logits = model(pixels)
+                views[number].append(logits.float().log_softmax(1))
         labels.append(batch_labels)
-    log_probs = {name: torch.cat(parts).cpu() for name, parts in zip(view_names, views, strict=True)}
+    return [_by_view(views, view_names) for views in found], all_rows(torch.cat(labels))
+
+
+def _by_view(views: list[list[torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
+    log_probs = {name: all_rows(torch.cat(parts).cpu()) for name, parts in zip(names, views, strict=True)}
     if len(log_probs) > 1:
         stacked = torch.stack(list(log_probs.values()))
         log_probs[AVERAGE] = stacked.logsumexp(0) - math.log(len(stacked))
-    return log_probs, torch.cat(labels)
+    return log_probs
 
 
 def loss_and_top1(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:

@@ -152,6 +152,31 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool) -
         cls_token.requires_grad_(True)
 
 
+def sync_bn(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model with BatchNorm that takes its statistics over all processes; on the model's own modules.
+
+    Raises:
+        UserError: on the CPU, where torch has none.
+    """
+    if device.type != "cuda":
+        raise UserError("model.sync_bn=true: synchronised BatchNorm is for GPUs; set model.sync_bn=false")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
+def compiled(model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model under torch.compile; its weights keep their names in ``model``.
+
+    Raises:
+        UserError: if compiling is not to be had on this machine, shown by a trial on one layer.
+    """
+    try:
+        torch.compile(nn.Linear(2, 2).to(device))(torch.zeros(2, 2, device=device))
+    except Exception as error:  # torch raises a dozen kinds: no compiler, no Triton, an old GPU
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        raise UserError(f"compile=true: torch.compile does not work here ({reason}); set compile=false") from error
+    return torch.compile(model)
+
+
 def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
     """Put the model in training mode; a frozen backbone's and ``freeze_bn``'s BatchNorm keep their statistics."""
     model.train()
@@ -191,7 +216,9 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
 
 def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
     """Return the exponential moving average of the model's weights and buffers; its first update is a copy."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+    ema.n_averaged = ema.n_averaged.cpu()  # it is looked at in each update: no waiting for the device
+    return ema
 
 
 # --- reading checkpoints ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import numpy as np
 
 from config import apply_preset, check_config, load_config, set_key
 from evaluation import Comparison, compare
+from parallel import refuse_many
 from sweep import FolderInUseError, run_point
 from train import train_run
 from utils import UserError, environment, load_json, run_script, save_json, save_text
@@ -117,6 +118,7 @@ def main(config: dict) -> None:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
     if TABLES[name].needs and not Path(TABLES[name].needs).exists():
         raise UserError(f"{TABLES[name].needs}: missing; make it first, see the README's section on its stage")
+    refuse_many("reproduce.py")
     folder = Path(config["run_dir"] or f"runs/{name}")
     points = table_points(TABLES[name], config["reproduce"]["seeds"])
     for number, (label, overrides, place) in enumerate(points, 1):

@@ -7,11 +7,13 @@ best.pt, predictions.json, summary.json, curves.png.
     python train.py run_dir=runs/toybirds_0 resume=true        # go on with a run that was interrupted
     python train.py preset=cub_first_training dataset.root=CUB_200_2011
     python train.py sweeprun=true run_dir=runs/sweep           # the grid sweep.values, run after run
+    torchrun --nproc-per-node 8 train.py preset=cub_first_training     # one training on eight GPUs
 """
 
 import contextlib
 import copy
 import math
+import os
 import platform
 import sys
 import time
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -33,6 +36,7 @@ from boxes import maiou_to_thr
 from config import ConfigError, leaves, load_config, step_gamma, worker_count
 from crops import ratio_gives_way
 from datasets import (
+    Batch,
     DataSet,
     EpochBatches,
     TrainImages,
@@ -47,8 +51,22 @@ from evaluation import loss_and_top1, predict
 from image_cache import ImageCache, cached_images
 from localizer import as_localizer
 from map_cache import MapCache, cache_paths
+from parallel import (
+    LostProcessError,
+    copy_buffers_of_rank_0,
+    lost_process,
+    my_rows,
+    on_rank_0,
+    process_group,
+    rank,
+    refuse_many,
+    seed_rank,
+    sum_over_ranks,
+    world_size,
+)
 from plots import draw_curves
 from self_distillation import maps_path, refresh_epoch, refresh_maps
+from shared_work import choose_device
 from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize
 from utils import (
@@ -60,7 +78,6 @@ from utils import (
     load_tensors,
     locked,
     new_folder,
-    pick_device,
     run_script,
     save_json,
     save_log,
@@ -77,6 +94,7 @@ RESUME_MAY_CHANGE = {"resume", "run_dir", "num_workers", "device", "wandb", "A_m
 def main(config: dict) -> None:
     """Train once, or run the sweep."""
     if config["sweeprun"]:
+        refuse_many("sweeprun=true")
         run_sweep(config, train_run)
     else:
         train_run(config)
@@ -130,6 +148,7 @@ class Run:
 
     folder: Path
     model: nn.Module
+    net: nn.Module  # the model as the training step calls it: compiled, and wrapped for several processes
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: lr_scheduler.LRScheduler
@@ -147,22 +166,28 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
         config: the resolved config.
         wandb_run: log to this wandb run; None: to a new one if ``wandb`` is on.
     """
+    device = choose_device(config["device"])
+    with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
+        folder = on_rank_0(lambda: claim_folder(config, held))
+        with resume_hint(folder), lost_process():
+            return _train_in(folder, copy.deepcopy(config), device, wandb_run)
+
+
+def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
+    """Return the folder of the run, locked for as long as ``held`` is open."""
     folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", config["dataset"]["name"])
-    with locked(folder) as mine, user_errors(ValueError):
-        if not mine:
-            raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
-        if (folder / "config.json").exists() and not config["resume"]:
-            raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
-        with resume_hint(folder):
-            return _train_in(folder, copy.deepcopy(config), wandb_run)
+    if not held.enter_context(locked(folder)):
+        raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
+    if (folder / "config.json").exists() and not config["resume"]:
+        raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
+    return folder
 
 
-def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
-    device = pick_device(config["device"])
+def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     seed_everything(config["seed"], config["deterministic"])
-    data = load_data(config)
+    data = on_rank_0(lambda: load_data(config))
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
     decoded = decoded_images(config, data)
@@ -170,10 +195,11 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     run = build_run(folder, config, device)
     print(describe(config, run, data, device))
-    save_json(folder / "config.json", config)
+    if rank() == 0:
+        save_json(folder / "config.json", config)
     if config["resume"]:
         load_run(run, device)
-    own_wandb = wandb_run is None and config["wandb"]
+    own_wandb = wandb_run is None and config["wandb"] and rank() == 0
     if own_wandb:
         wandb_run = start_wandb(config, folder)
     for _ in range(run.epoch, config["num_epochs"]):
@@ -189,12 +215,14 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
 
 @contextlib.contextmanager
 def resume_hint(folder: Path) -> Iterator[None]:
-    """Say how to go on when the run is interrupted."""
+    """Say how to go on when the run is interrupted, or another of its processes is gone."""
     try:
         yield
-    except (KeyboardInterrupt, Terminated):
-        if (folder / "config.json").exists():
-            print(f"\nto go on with this run: python train.py resume=true run_dir={folder}", file=sys.stderr)
+    except (KeyboardInterrupt, Terminated, LostProcessError) as reason:
+        speaks = rank() == 0 or isinstance(reason, LostProcessError)
+        if speaks and (folder / "config.json").exists():
+            many = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+            print(f"\nto go on with this run: {many} train.py resume=true run_dir={folder}", file=sys.stderr)
         raise
 
 
@@ -262,7 +290,8 @@ def build_train_loader(
     )
     drawn = {"flip": config["flip"], "seed": config["seed"]}
     images = TrainImages(data, data.rows("train"), crops, transform, **drawn, decoded=decoded)
-    batches = EpochBatches(len(images), config["batch_size"], config["seed"])
+    shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
+    batches = EpochBatches(len(images), config["batch_size"], config["seed"], **shares)
     return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
 
 
@@ -274,8 +303,8 @@ def build_view_loaders(
     first = dict(list(views.items())[:1])
     machine = loading(config, device)
     images = (
-        ViewImages(data, validation_rows(data), boxes, list(first.values()), decoded),
-        ViewImages(data, data.rows("test"), boxes, list(views.values()), decoded),
+        ViewImages(data, my_rows(validation_rows(data)), boxes, list(first.values()), decoded),
+        ViewImages(data, my_rows(data.rows("test")), boxes, list(views.values()), decoded),
     )
     return tuple(_view_loader(config, one, machine) for one in images)
 
@@ -283,6 +312,8 @@ def build_view_loaders(
 def loading(config: dict, device: torch.device) -> dict[str, Any]:
     """Return what every loader is told of the machine."""
     workers = worker_count(config["num_workers"], config["A_machine"])
+    if config["num_workers"] is None:  # what the machine has, shared by the processes on it
+        workers //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return {"num_workers": workers, "pin_memory": device.type == "cuda"}
 
 
@@ -325,12 +356,15 @@ def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, dev
     path = maps_path(run.folder, epoch)
     if getattr(loader.dataset.crops.maps, "path", None) == cache_paths(path)[1]:
         return loader
-    maps = own_maps(path, run, config, data, device) if epoch == run.epoch else MapCache.open(path)
-    return build_train_loader(config, data, map_crops(config, data, maps), device, loader.dataset.decoded)
+    if epoch == run.epoch:
+        on_rank_0(lambda: make_own_maps(path, run, config, data, device))
+    return build_train_loader(
+        config, data, map_crops(config, data, MapCache.open(path)), device, loader.dataset.decoded
+    )
 
 
-def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> MapCache:
-    """Make the maps of the training images that the EMA classifies rightly."""
+def make_own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> None:
+    """Write the maps of the training images that the EMA classifies rightly."""
     ema = run.ema.module
     localizer = as_localizer(ema, config["model"]["type"], "EMA of this run", image_size=config["image_size"])
     on_cuda = device.type == "cuda" and config["amp"] != "none"
@@ -345,7 +379,6 @@ def own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.de
         num_workers=0 if len(data.rows("train")) < WORTH_A_WORKER else loading(config, device)["num_workers"],
     )
     print(f"own maps: the EMA classifies {len(maps)} of {len(data.rows('train'))} training images rightly", flush=True)
-    return maps
 
 
 def _view_loader(config: dict, images: ViewImages, machine: dict[str, Any]) -> DataLoader:
@@ -393,11 +426,18 @@ def build_run(folder: Path, config: dict, device: torch.device) -> Run:
         with user_errors(ValueError, f"self_distillation.every: model.type={wanted['type']} gives no maps: "):
             last_attention(model)
     models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
+    if wanted["sync_bn"]:
+        model = models.sync_bn(model, device)
     model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
-    optimizer = build_optimizer(models.parameter_groups(model, config["opt"]["weight_decay"]), config["opt"])
+    groups = models.parameter_groups(model, config["opt"]["weight_decay"])
+    optimizer = build_optimizer(groups, config["opt"], fused=device.type == "cuda")
+    net = models.compiled(model, device) if config["compile"] else model
     return Run(
         folder=folder,
         model=model,
+        net=DistributedDataParallel(net, device_ids=[device] if device.index is not None else None)
+        if world_size() > 1
+        else net,
         ema=models.build_ema(model, config["other"]["ema_decay"]),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config["opt"], config["num_epochs"]),
@@ -405,11 +445,14 @@ def build_run(folder: Path, config: dict, device: torch.device) -> Run:
     )
 
 
-def build_optimizer(groups: list[dict], opt: dict) -> torch.optim.Optimizer:
-    """Build sgd, adam or adamw over parameter groups that carry their own weight decay."""
+def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = False) -> torch.optim.Optimizer:
+    """Build sgd, adam or adamw over parameter groups that carry their own weight decay; ``fused``: in one kernel."""
+    # None, not False, leaves torch its foreach kernels
     if opt["type"] == "sgd":
-        return torch.optim.SGD(groups, lr=opt["lr"], momentum=opt["momentum"])
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, lr=opt["lr"])
+        return torch.optim.SGD(groups, lr=opt["lr"], momentum=opt["momentum"], fused=fused or None)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](
+        groups, lr=opt["lr"], fused=fused or None
+    )
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int) -> lr_scheduler.LRScheduler:
@@ -435,11 +478,12 @@ def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str
         crop = f"crops centred by the maps of {maps}, temperature {config['crop']['temperature']:g}"
     elif not config["use_box"] or config["THR"] < 0:
         crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
+    many = f" in {world_size()} processes" if world_size() > 1 else ""
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
     return "\n".join(
         [
             f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",
-            f"{config['model']['type']}: {parameters:,} parameters learn, on {device}; {crop}",
+            f"{config['model']['type']}: {parameters:,} parameters learn, on {device}{many}; {crop}",
             f"run folder: {run.folder}",
         ]
     )
@@ -468,8 +512,8 @@ def train_and_log_epoch(
     is_best = False
     if run.epoch % config["log_interval"] == 0 or run.epoch == config["num_epochs"]:
         is_best = validate_and_log(run, record, val_loader, config, device, wandb_run)
-    if config["save"]:
-        save_run(run, config, is_best)
+    if config["save"] and rank() == 0:
+        save_run(run, config, is_best, device)
 
 
 def check_finite(record: dict, key: str) -> None:
@@ -482,32 +526,60 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     """Update the model once over ``loader``; return loss, accuracy and maIoU as means over images."""
     freeze_from = config["model"]["freeze_bn_from"]
     models.train_mode(run.model, freeze_bn=freeze_from is not None and run.epoch >= freeze_from)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"])
-    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
+    seed_rank(config["seed"], run.epoch)
+    criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"], reduction="sum")
+    autocast, parts = autocast_of(config, device), config["opt"]["accumulate"]
     sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
-    # disable=None: no bar where nobody watches, such as in a log file
-    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=None)
-    for images, labels, flips, coverages in bar:  # (B, 3, H, W) uint8, (B,) int64, (B,) bool, (B,) float64
-        images, labels, flips = (part.to(device, non_blocking=True) for part in (images, labels, flips))
-        with autocast:
-            logits = run.model(normalize(flip_images(images, flips)))
-            loss = criterion(logits, labels)
-        update(run, loss, config["model"]["ema_step"])
-        sums += torch.stack([loss.detach() * len(labels), (logits.detach().argmax(1) == labels).sum()])
-        seen, kept = seen + len(labels), kept + float(coverages.sum())
-        if run.step % 20 == 0 and not bar.disable:  # reading the sums waits for the device
+    # None: no bar where nobody watches, such as in a log file
+    hidden = True if rank() else None
+    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=hidden)
+    for number, batch in enumerate(bar, 1):
+        is_last_part = number % parts == 0
+        sums += backward(run, batch, criterion, autocast, device, is_last_part)
+        seen, kept = seen + batch.real, kept + float(batch.coverage[: batch.real].sum())
+        if is_last_part:
+            update(run, config["model"]["ema_step"], config["opt"]["clip"])
+        if number % 20 == 0 and not bar.disable:  # reading the sums waits for the device
             rate = seen / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"loss {sums[0] / seen:.3f}, top-1 {sums[1] / seen:.1%}, {rate:.0f} images/s")
-    return {"train_loss": float(sums[0]) / seen, "train_top1": float(sums[1]) / seen, "maiou": kept / seen}
+    counts = torch.tensor([seen, kept], device=device)
+    loss, right, seen, kept = sum_over_ranks(torch.cat([sums, counts]).double()).tolist()
+    return {"train_loss": loss / seen, "train_top1": right / seen, "maiou": kept / seen}
 
 
-def update(run: Run, loss: torch.Tensor, ema_step: int) -> None:
+def autocast_of(config: dict, device: torch.device) -> torch.autocast:
+    """Return what forward passes are run under: bf16 or fp16 on CUDA, else nothing."""
+    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
+
+
+def backward(
+    run: Run, batch: Batch, criterion: nn.Module, autocast: torch.autocast, device: torch.device, is_last_part: bool
+) -> torch.Tensor:
+    """Add the gradient of the batch's share of the mean loss of the step; return (summed loss, right answers).
+
+    Processes exchange their gradients with the last part of a step only.
+    """
+    images, labels, flips = (part.to(device, non_blocking=True) for part in batch[:3])
+    labels = labels[: batch.real]
+    keeps_to_itself = isinstance(run.net, DistributedDataParallel) and not is_last_part
+    with run.net.no_sync() if keeps_to_itself else contextlib.nullcontext():
+        with autocast:
+            logits = run.net(normalize(flip_images(images, flips)))[: batch.real]
+            loss = criterion(logits, labels)  # summed over images
+        # DistributedDataParallel takes the mean of the processes' gradients
+        run.scaler.scale(loss * (world_size() / batch.whole)).backward()
+    return torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
+
+
+def update(run: Run, ema_step: int, clip: float | None) -> None:
     """Take one optimizer step and, every ``ema_step`` of them, update the EMA."""
-    run.optimizer.zero_grad(set_to_none=True)
-    run.scaler.scale(loss).backward()
+    if clip is not None:
+        run.scaler.unscale_(run.optimizer)
+        nn.utils.clip_grad_norm_(run.model.parameters(), clip)
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     if run.step % ema_step == 0:
         run.ema.update_parameters(run.model)
@@ -517,13 +589,15 @@ def validate_and_log(
     run: Run, record: dict, loader: DataLoader, config: dict, device: torch.device, wandb_run: Any
 ) -> bool:
     """Validate model and EMA, log and draw; return whether the EMA is the best so far."""
-    for prefix, model in (("", run.model), ("ema_", run.ema)):
-        log_probs, labels = predict(model, loader, ["first"], device)
+    copy_buffers_of_rank_0(run.model, run.ema.module)
+    found, labels = predict([run.model, run.ema], loader, ["first"], device, autocast_of(config, device))
+    for prefix, log_probs in zip(("", "ema_"), found, strict=True):
         record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs["first"], labels)
         check_finite(record, f"{prefix}loss")
     run.records.append(record)
-    save_log(run.folder / "log.jsonl", run.records)
-    draw_curves(run.records, run.folder / "curves.png")
+    if rank() == 0:
+        save_log(run.folder / "log.jsonl", run.records)
+        draw_curves(run.records, run.folder / "curves.png")
     if wandb_run is not None:
         wandb_run.log(record, step=record["epoch"])
     print(
@@ -540,7 +614,7 @@ def validate_and_log(
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def save_run(run: Run, config: dict, is_best: bool) -> None:
+def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> None:
     """Write best.pt if this epoch is the best so far, then last.pt, from which the run can go on."""
     weights = {"model": run.model.state_dict(), "ema": run.ema.module.state_dict()}
     about = {"epoch": run.epoch, "step": run.step, "best_top1": run.best_top1, "config": config}
@@ -552,7 +626,7 @@ def save_run(run: Run, config: dict, is_best: bool) -> None:
         "scaler": run.scaler.state_dict(),
         "ema_updates": run.ema.n_averaged,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
     save_tensors(run.folder / "last.pt", weights | about | state)
 
@@ -572,8 +646,8 @@ def load_run(run: Run, device: torch.device) -> None:
         run.scaler.load_state_dict(state["scaler"])
         run.epoch, run.step, run.best_top1 = state["epoch"], state["step"], state["best_top1"]
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and len(state["cuda_rng"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], device)
     run.records = [record for record in load_log(run.folder / "log.jsonl") if record["epoch"] <= run.epoch]
     print(f"going on after epoch {run.epoch}")
 
@@ -587,8 +661,8 @@ def finish(
     """Test the final model and its EMA in every view; write predictions.json and summary.json."""
     names, rows = list(test_views(config)), data.rows("test")
     top1, classes = {}, {}
-    for which, model in (("model", run.model), ("ema", run.ema)):
-        log_probs, labels = predict(model, loader, names, device)
+    found, labels = predict([run.model, run.ema], loader, names, device, autocast_of(config, device))
+    for which, log_probs in zip(("model", "ema"), found, strict=True):
         for view, values in log_probs.items():
             top1.setdefault(view, {})[which] = loss_and_top1(values, labels)[1]
             classes.setdefault(view, {})[which] = values.argmax(1).tolist()
@@ -601,9 +675,10 @@ def finish(
         }
         for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True))
     }
-    save_json(run.folder / "predictions.json", predictions)
     summary = summarize(run, config, data, top1, notes)
-    save_json(run.folder / "summary.json", summary)
+    if rank() == 0:
+        save_json(run.folder / "predictions.json", predictions)
+        save_json(run.folder / "summary.json", summary)
     for view, both in top1.items():
         oracle = " (oracle: true boxes at test)" if view.startswith("box") and config["eval_box"] == "gt" else ""
         print(f"test, view {view}: model {both['model']:.1%}, EMA {both['ema']:.1%}{oracle}")

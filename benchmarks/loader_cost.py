@@ -85,7 +85,8 @@ def ours(data, rows, crops, size: int, decoded):
 
     def run(epoch: int) -> None:
         for start in range(0, len(images), BATCH):
-            images[epoch, list(range(start, min(start + BATCH, len(images))))]
+            rows = list(range(start, min(start + BATCH, len(images))))
+            images[epoch, rows, len(rows), len(rows)]
 
     return run
 

@@ -30,6 +30,7 @@ ALLOWED = {
     "map_boxes": {"boxes"},
     "map_cache": {"utils"},
     "records": {"utils"},
+    "parallel": {"shared_work", "utils"},
     "mask_files": {"utils"},
     "mask_generator": {"sam_networks"},
     "sam_networks": set(),
@@ -45,7 +46,7 @@ ALLOWED = {
     "image_cache": {"utils"},
     "datasets": {"boxes", "image_cache", "toybirds", "utils"},
     "models": {"utils"},
-    "evaluation": {"boxes", "transforms", "utils"},
+    "evaluation": {"parallel", "transforms"},
     "plots": {"utils"},
     "sweep": {"plots", "utils"},
 }

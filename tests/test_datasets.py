@@ -216,7 +216,7 @@ def one_epoch(images, epoch, num_workers, batch_size=7):
     batches = EpochBatches(len(images), batch_size, images.seed)
     batches.epoch = epoch
     loader = build_loader(images, num_workers=num_workers, pin_memory=False, batch_size=None, sampler=batches)
-    return [torch.cat(column) for column in zip(*loader, strict=True)]
+    return [torch.cat(column) for column in list(zip(*loader, strict=True))[:4]]
 
 
 def test_what_is_drawn_depends_on_seed_and_epoch_alone(birds):
@@ -236,14 +236,14 @@ def test_loading_leaves_torchs_generator_as_it_was(birds):
     images = train_images(read(birds))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    images[0, [0, 3]]
+    images[0, [0, 3], 2, 2]
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_every_image_once_an_epoch_and_no_batch_of_one():
     for size in (1, 7, 15, 16, 17):
         batches = EpochBatches(size, 4, 0)
-        drawn = [rows for _, rows in batches]
+        drawn = [rows for _, rows, _, _ in batches]
         assert sorted(itertools.chain(*drawn)) == list(range(size)) and len(drawn) == len(batches)
         assert size == 1 or min(map(len, drawn)) > 1
 

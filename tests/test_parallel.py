@@ -1,0 +1,219 @@
+"""One training by two CPU processes, in parts, clipped, compiled: the same numbers as the plain one."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import models
+import parallel
+import train
+from config import ConfigError
+from datasets import EpochBatches
+from utils import UserError, load_json, load_log, load_tensors
+
+ROOT = Path(__file__).parent.parent
+SMALL = [
+    "num_epochs=3",
+    "log_interval=1",
+    "image_size=32",
+    "batch_size=7",
+    "num_workers=0",
+    "dataset.name=cub",
+    "model.freeze_bn_from=0",
+    "model.ema_step=2",
+    "augment=true",
+]
+
+
+def run(birds, folder, *more):
+    return train.train_run(train.load_run_config([*SMALL, f"dataset.root={birds}", f"run_dir={folder}", *more]))
+
+
+def start_ranks(words, world_size=2):
+    """Start one process for each rank, as torchrun would, without its guard that ends them together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words],
+            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+
+
+def assert_same_curve(a, b):
+    """Check that two runs logged the same numbers to float tolerance and answered the same."""
+    logs = [load_log(folder / "log.jsonl") for folder in (a, b)]
+    assert len(logs[0]) == len(logs[1]) == 3
+    for first, second in zip(*logs, strict=True):
+        for key in ("train_loss", "train_top1", "loss", "ema_loss", "maiou", "lr"):
+            assert first[key] == pytest.approx(second[key], rel=2e-4), key
+    weights = [load_tensors(folder / "last.pt")["model"] for folder in (a, b)]
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=2e-3) for key in weights[0])
+    assert load_json(a / "predictions.json").keys() == load_json(b / "predictions.json").keys()
+
+
+@pytest.fixture(scope="module")
+def plain(birds, tmp_path_factory):
+    """Return the folder of a plain run."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    run(birds, folder)
+    return folder
+
+
+# --- the same numbers ---------------------------------------------------------------------------------------------
+
+
+def test_torchrun_with_two_processes_trains_the_same_and_one_writes(birds, plain, tmp_path):
+    folder = tmp_path / "two"
+    words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "on cpu in 2 processes" in done.stdout and done.stdout.count("epoch   1/3") == 1
+    assert_same_curve(plain, folder)
+    assert {p.name for p in folder.iterdir()} == {p.name for p in plain.iterdir()}
+
+
+@pytest.mark.parametrize("more", [["opt.accumulate=3"], ["opt.clip=1e6"]])
+def test_parts_and_a_clip_that_clips_nothing_change_nothing(birds, plain, tmp_path, more):
+    run(birds, tmp_path / "run", *more)
+    assert_same_curve(plain, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_the_same(birds, plain, tmp_path):
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a compiler on the CPU")
+    run(birds, tmp_path / "run", "compile=true")
+    assert_same_curve(plain, tmp_path / "run")
+    run(birds, tmp_path / "other", f"model.resumed_model={tmp_path / 'run' / 'best.pt'}", "num_epochs=1")
+
+
+def test_a_clip_shortens_the_gradient_to_its_norm():
+    model = nn.Linear(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    one = train.Run(Path(), model, model, models.build_ema(model, 0.5), sgd, None, off)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    (1000 * model(torch.ones(4, 3)).sum()).backward()
+    train.update(one, 1, 0.5)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("size", "batch_size", "parts", "world_size"), [(17, 7, 1, 2), (18, 8, 3, 2), (9, 4, 2, 3)])
+def test_parts_of_all_processes_make_up_the_batches(size, batch_size, parts, world_size):
+    whole = [rows for _, rows, _, _ in EpochBatches(size, batch_size, 0)]
+    shares = [
+        list(EpochBatches(size, batch_size, 0, parts=parts, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert all(len(share) == parts * len(whole) for share in shares)
+    for number, rows in enumerate(whole):
+        mine = [part for share in shares for part in share[number * parts : (number + 1) * parts]]
+        assert [row for _, part, real, _ in mine for row in part[:real]] == rows
+        assert all(len(part) >= 2 and count == len(rows) for _, part, _, count in mine)
+
+
+# --- a process that dies ------------------------------------------------------------------------------------------
+
+
+def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_goes_on(birds, tmp_path):
+    folder = tmp_path / "run"
+    words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}"]
+    first, second = start_ranks([*words, "num_epochs=200"])
+    while not (folder / "last.pt").exists() and first.poll() is None:
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    _, told = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 2 and "Traceback" not in told
+    lines = [line for line in told.splitlines() if line.strip()]
+    assert any("another process of this run is gone" in line for line in lines)
+    assert any(f"resume=true run_dir={folder}" in line for line in lines)
+    done = load_tensors(folder / "last.pt")["epoch"]
+    ranks = start_ranks([f"run_dir={folder}", "resume=true", "num_epochs=200"])
+    while load_tensors(folder / "last.pt")["epoch"] == done and ranks[0].poll() is None:
+        time.sleep(0.05)
+    for one in ranks:
+        one.terminate()
+    assert "going on after epoch" in ranks[0].communicate(timeout=60)[0]
+    ranks[1].communicate(timeout=60)
+
+
+def test_a_fault_of_rank_0_is_told_once(birds, plain):
+    ranks = start_ranks([*SMALL, f"dataset.root={birds}", f"run_dir={plain}"])
+    told = [one.communicate(timeout=60)[1] for one in ranks]
+    assert [one.returncode for one in ranks] == [2, 2]
+    assert "holds a run already" in told[0] and "Traceback" not in told[0] + told[1]
+    assert "error" not in told[1]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_synchronised_batchnorm_needs_gpus(birds, tmp_path):
+    with pytest.raises(UserError, match=r"set model\.sync_bn=false"):
+        run(birds, tmp_path / "run", "model.sync_bn=true")
+
+
+def test_a_compiler_that_is_not_there_is_one_line(birds, tmp_path, monkeypatch):
+    def fail(_model):
+        raise RuntimeError("Failed to find C compiler.\nmore lines")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    with pytest.raises(UserError, match=r"does not work here \(Failed to find C compiler.\); set compile=false"):
+        run(birds, tmp_path / "run", "compile=true")
+
+
+def test_a_sweep_is_not_for_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="start the plain command several times"):
+        parallel.refuse_many("sweeprun=true")
+
+
+def test_more_parts_than_images_are_refused():
+    with pytest.raises(ConfigError, match="a batch has batch_size=16 images"):
+        train.load_run_config(["opt.accumulate=17"])
+
+
+def test_rows_of_one_process_are_all_rows():
+    assert parallel.my_rows(np.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    assert parallel.all_rows(torch.arange(3)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_waits_for_nothing(birds, tmp_path):
+    from datasets import Batch
+
+    config = train.load_run_config([*SMALL, "amp=bf16", "deterministic=false", "device=cuda"])
+    config["model"]["n_classes"] = 8
+    device = torch.device("cuda")
+    one = train.build_run(tmp_path, config, device)
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
+    labels, flips = torch.arange(8).pin_memory(), torch.zeros(8, dtype=torch.bool).pin_memory()
+    batch = Batch(images, labels, flips, torch.ones(8), 8, 8)
+    criterion = nn.CrossEntropyLoss(reduction="sum")
+    for checked in (False, True):  # the first step warms up
+        torch.cuda.set_sync_debug_mode("error" if checked else "default")
+        try:
+            train.backward(one, batch, criterion, train.autocast_of(config, device), device, True)
+            train.update(one, 1, 1.0)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
