@@ -46,6 +46,7 @@ config = {
         # validation then looks at the test images, as the published protocol does
     },
     "cache": "none",  # none | disk | ram: all images decoded once, into one file that the loaders crop from
+    "cache_side": None,  # its images' short side is at most so many pixels; None: as they are
     "cache_folder": None,  # where it lies on disk; None: the data set's folder
     # --- boxes and crops
     "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
@@ -253,6 +254,7 @@ OPTIONAL = {
     "sweep.id": str,
     "dataset.root": str,
     "dino_maps": str,
+    "cache_side": int,
     "cache_folder": str,
     "mask.folder": str,
     "masks": str,
@@ -305,6 +307,7 @@ RANGES = {
     "dataset.val_fraction": (0.0, 0.9),
     "THR": (-math.inf, 1.0),
     "maiou": (0.5, 1.0),
+    "cache_side": (1, math.inf),
     "crop.scale": (1e-6, 1.0),
     "crop.ratio": (1e-3, 1e3),
     "dino.image_size": (1, 4096),

@@ -430,10 +430,12 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self._draw(epoch)
         crops = [tuple(map(int, self.drawn[row])) for row in rows]
-        ids = self.ids[rows].tolist()
+        ids, shown = self.ids[rows].tolist(), crops
+        if self.decoded is not None:
+            shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, crops, strict=True)]
         loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
-        images = [self.transform(*one) for one in zip(loaded, crops, seeds, strict=True)]
+        images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
         kept = coverage(crops_to_xywh(np.array(crops)), self.true_boxes[rows])
         about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
         return Batch(torch.stack(images), *about, real, whole)
@@ -513,8 +515,10 @@ class ViewImages(Dataset):
 
     def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
         """Return the views, each (3, size, size) uint8, and the label."""
-        image = load_image(self.paths[row], self.ids[row], self.decoded)
-        return tuple(view(image, self.boxes[row]) for view in self.views), int(self.labels[row])
+        image, box = load_image(self.paths[row], self.ids[row], self.decoded), self.boxes[row]
+        if self.decoded is not None:
+            box = self.decoded.box_as_stored(self.ids[row], box)
+        return tuple(view(image, box) for view in self.views), int(self.labels[row])
 
 
 def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:

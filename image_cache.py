@@ -26,6 +26,7 @@ from utils import UserError, load_json, save_json, whole_file
 KIND, VERSION = "localized-crops decoded images", 1
 MAGIC, HEAD_BYTES, TOKEN_BYTES = b"lc-imgs1", 64, 16
 MAX_SIDE = 1 << 20  # pixels; a larger one is a damaged index
+ROUNDING = 1e-6  # pixels: what float arithmetic adds to a whole number does not cost a pixel
 RAM = Path("/dev/shm")
 INDEX, DATA, LOCK = "decoded_images.json", "decoded_images.bin", ".decoded_images.lock"
 
@@ -33,9 +34,15 @@ INDEX, DATA, LOCK = "decoded_images.json", "decoded_images.bin", ".decoded_image
 class ImageCache:
     """Decoded images by id. Cheap to pickle: a worker maps the file anew, nothing is copied."""
 
-    def __init__(self, path: Path, places: dict[int, list[int]]) -> None:
-        """Use `cached_images`; places: image id -> offset in bytes, height, width."""
-        self.path, self.places = path, places
+    def __init__(self, path: Path, places: dict[int, list[int]], scales: dict[int, tuple[float, float]]) -> None:
+        """Use `cached_images`.
+
+        Args:
+            path: the data file.
+            places: image id -> offset in bytes, height, width as stored.
+            scales: of the images that are stored smaller than they are: image id -> stored width / width, and heights.
+        """
+        self.path, self.places, self.scales = path, places, scales
         self._pixels: np.memmap | None = None
 
     def __getitem__(self, image_id: int) -> torch.Tensor:
@@ -45,6 +52,19 @@ class ImageCache:
         offset, height, width = self.places[image_id]
         content = self._pixels[offset : offset + 3 * height * width]
         return torch.from_numpy(content.reshape(height, width, 3)).permute(2, 0, 1)
+
+    def crop_as_stored(self, image_id: int, crop: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+        """Return a crop, top left height width in pixels of the image, in pixels as stored, rounded outward."""
+        if image_id not in self.scales:
+            return crop
+        scale, (_, height, width) = np.array(self.scales[image_id][::-1]), self.places[image_id]
+        near = np.floor(np.array(crop[:2]) * scale + ROUNDING)
+        far = np.minimum(np.ceil((np.array(crop[:2]) + crop[2:]) * scale - ROUNDING), (height, width))
+        return tuple(map(int, (*near, *(far - near))))
+
+    def box_as_stored(self, image_id: int, box_xywh: np.ndarray) -> np.ndarray:
+        """Return a box (4,), x y width height in pixels of the image, in pixels as stored."""
+        return box_xywh * np.tile(self.scales.get(image_id, (1.0, 1.0)), 2)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None}
@@ -58,6 +78,7 @@ def cached_images(
     paths: Sequence[Path],
     image_sizes: np.ndarray,
     read: Callable[[Path], PIL.Image.Image],
+    side: int | None = None,
 ) -> ImageCache:
     """Return the cache of a data set's images; it is built on first use, and again when an image file changed.
 
@@ -72,30 +93,42 @@ def cached_images(
         paths: of the image files.
         image_sizes: (N, 2) width height in pixels.
         read: decodes an image file as RGB.
+        side: images with a longer short side are stored with this one, pixels; None: as they are.
 
     Raises:
         UserError: if there is no room, or an image cannot be read.
     """
-    key = content_key(fingerprint, paths)
+    key = content_key(fingerprint, paths, side)
+    stored_sizes = shortened(image_sizes, side)
     if mode == "ram":
         remove_stale()
         folder = RAM / f"localized-crops-{os.getuid()}-{key[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / LOCK, "a")  # noqa: SIM115 - held for as long as this process uses the cache
     _wait_for(lock, folder)
-    places = plan(ids, image_sizes)
+    places = plan(ids, stored_sizes)
     if fault(folder, key) is not None:
-        build(folder, key, places, paths, read)
+        build(folder, key, places, paths, image_sizes, read)
     fcntl.flock(lock, fcntl.LOCK_SH)
     if mode == "ram":
         atexit.register(remove_if_unused, folder, lock)
-    return ImageCache(folder / DATA, places)
+    scales = np.asarray(stored_sizes) / np.asarray(image_sizes)
+    smaller = {int(ids[row]): tuple(scales[row].tolist()) for row in np.flatnonzero((scales < 1).any(1))}
+    return ImageCache(folder / DATA, places, smaller)
 
 
-def content_key(fingerprint: str, paths: Sequence[Path]) -> str:
-    """Return a hash of the data set and of each file's size and time of change."""
+def shortened(image_sizes: np.ndarray, side: int | None) -> np.ndarray:
+    """Return the sizes (N, 2), width height, with the short sides brought down to ``side`` pixels, ratios kept."""
+    sizes = np.asarray(image_sizes)
+    if side is None:
+        return sizes
+    return np.round(sizes * np.minimum(1.0, side / sizes.min(1, keepdims=True))).astype(np.int64)
+
+
+def content_key(fingerprint: str, paths: Sequence[Path], side: int | None) -> str:
+    """Return a hash of the data set, of each file's size and time of change, and of the longest short side."""
     stats = [path.stat() for path in paths]
-    content = [fingerprint, [(one.st_size, one.st_mtime_ns) for one in stats]]
+    content = [fingerprint, [(one.st_size, one.st_mtime_ns) for one in stats], side]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
@@ -138,6 +171,7 @@ def build(
     key: str,
     places: dict[int, list[int]],
     paths: Sequence[Path],
+    image_sizes: np.ndarray,
     read: Callable[[Path], PIL.Image.Image],
 ) -> None:
     """Decode all images with all cores and write the cache, data first, whole or not at all."""
@@ -155,18 +189,21 @@ def build(
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, in one line
         os.pwrite(file.fileno(), _head(key), 0)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
-            jobs = pool.map(lambda job: _decode(file.fileno(), *job, read), zip(paths, places.values(), strict=True))
+            work = zip(paths, places.values(), np.asarray(image_sizes).tolist(), strict=True)
+            jobs = pool.map(lambda job: _decode(file.fileno(), *job, read), work)
             for _ in tqdm(jobs, total=len(places), desc="decoding", unit=" images", mininterval=1.0):
                 pass
     save_json(folder / INDEX, {"kind": KIND, "version": VERSION, "key": key, "bytes": size, "images": len(places)})
 
 
-def _decode(file: int, path: Path, place: list[int], read: Callable[[Path], PIL.Image.Image]) -> None:
+def _decode(file: int, path: Path, place: list[int], size: list[int], read: Callable[[Path], PIL.Image.Image]) -> None:
     offset, height, width = place
-    pixels = np.asarray(read(path))
-    if pixels.shape != (height, width, 3):
-        raise UserError(f"{path}: is {pixels.shape[1]} x {pixels.shape[0]} pixels, {width} x {height} were expected")
-    content = memoryview(np.ascontiguousarray(pixels)).cast("B")
+    image = read(path)
+    if image.size != tuple(size):
+        raise UserError(f"{path}: is {' x '.join(map(str, image.size))} pixels, {size[0]} x {size[1]} were expected")
+    if image.size != (width, height):
+        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    content = memoryview(np.ascontiguousarray(image)).cast("B")
     while content:
         written = os.pwrite(file, content, offset)
         content, offset = content[written:], offset + written

@@ -269,12 +269,36 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
 
 
 def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
-    """Return the cache of decoded images that ``cache`` asks for."""
+    """Return the cache of decoded images that ``cache`` asks for.
+
+    Raises:
+        UserError: if ``cache_side`` is less than what crops and views show enlarged already.
+    """
     if config["cache"] == "none":
         return None
+    needed = needed_side(config, data)
+    if config["cache_side"] is not None and config["cache_side"] < needed:
+        raise UserError(
+            f"cache_side={config['cache_side']}: the smallest crops and views need a short side of {needed} pixels; "
+            "set that, or none"
+        )
     folder = Path(config["cache_folder"] or data.root)
     about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    return cached_images(config["cache"], folder, *about, read_image)
+    return cached_images(config["cache"], folder, *about, read_image, side=config["cache_side"])
+
+
+def needed_side(config: dict, data: DataSet) -> int:
+    """Return the short side in pixels of which the smallest crop and view have as many pixels as the network sees."""
+    scale, ratio = config["crop"]["scale"][0], config["crop"]["ratio"]
+    crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
+    shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": 1.0}
+    if config["eval_box"] is not None:
+        rows = np.concatenate([data.rows("test"), validation_rows(data)])
+        boxes = source_boxes(config["eval_box"], data)[0][rows]
+        sides = boxes[:, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"]) / data.image_sizes[rows].min(1)
+        shares["box"] = min(1.0, float(sides.min()))
+    views = [view.size / shares[view.kind] for view in test_views(config).values()]
+    return math.ceil(max(config["image_size"] / crop_side, *views))
 
 
 def build_train_loader(

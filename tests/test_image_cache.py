@@ -204,3 +204,36 @@ image_cache.cached_images("disk", data.root, *about)
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ValueError, match="cache=tape: must be one of none, disk, ram"):
         train.load_run_config(["cache=tape"])
+
+
+# --- a shorter stored side ----------------------------------------------------------------------------------------
+
+
+def test_large_images_are_stored_smaller_and_crops_follow(tmp_path, photos):
+    ids, paths, sizes = photos[:3]
+    side = int(np.median(sizes.min(1)))
+    cache = cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image, side=side)
+    for row, image_id in enumerate(ids):
+        width, height = sizes[row]
+        stored = cache[image_id]
+        assert min(stored.shape[1:]) == min(side, width, height)
+        assert stored.shape[2] / stored.shape[1] == pytest.approx(width / height, rel=0.05)
+        whole = cache.crop_as_stored(image_id, (0, 0, int(height), int(width)))
+        assert whole == (0, 0, *stored.shape[1:])
+        crop = (height // 4, width // 3, height // 2, width // 3)
+        top, left, tall, wide = cache.crop_as_stored(image_id, tuple(map(int, crop)))
+        scale = np.array(stored.shape[1:]) / (height, width)
+        assert np.all(np.array([top, left]) <= np.array(crop[:2]) * scale + 1e-6)
+        assert np.all(np.array([top + tall, left + wide]) >= (np.array(crop[:2]) + crop[2:]) * scale - 1e-6)
+        assert np.all(np.array([tall, wide]) <= np.array(crop[2:]) * scale + 2)
+        box = cache.box_as_stored(image_id, np.array([0.0, 0.0, width, height]))
+        assert box == pytest.approx([0, 0, stored.shape[2], stored.shape[1]])
+    assert 0 < len(cache.scales) < len(ids)
+
+
+def test_another_side_is_another_cache(tmp_path, photos):
+    ids, paths, sizes = photos[:3]
+    cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image)
+    whole = (tmp_path / "cache" / "decoded_images.bin").stat().st_size
+    cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image, side=8)
+    assert (tmp_path / "cache" / "decoded_images.bin").stat().st_size < whole

@@ -440,3 +440,14 @@ def test_maps_of_another_data_set_are_refused(birds, birds_copy, tmp_path, corne
         run(birds_copy, tmp_path / "run", "use_box=false", "use_dino_maps=true", f"dino_maps={corner_maps}")
     with pytest.raises(UserError, match="needs dino_maps=FILE"):
         run(birds, tmp_path / "run", "use_box=false", "use_dino_maps=true")
+
+
+def test_a_cache_side_under_what_the_crops_need_is_refused_with_the_least_one(birds, tmp_path):
+    small = ["cache=disk", f"cache_folder={tmp_path / 'cache'}", "crop.scale=0.25,1"]
+    with pytest.raises(UserError, match="need a short side of 74 pixels"):  # 32 / sqrt(.25 * .75)
+        run(birds, tmp_path / "run", *small, "cache_side=40")
+    run(birds, tmp_path / "run", *small, "cache_side=100", "num_epochs=1")
+    run(birds, tmp_path / "whole", *small[2:], "num_epochs=1")
+    stored, whole = (load_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "whole"))
+    assert stored["maiou"] == whole["maiou"]  # the same crops
+    assert stored["train_loss"] == pytest.approx(whole["train_loss"], rel=0.05)
