@@ -119,7 +119,7 @@ def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: di
     for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for number, logs in enumerate(groups.values()):
             epochs = reduce(np.intersect1d, [log["epoch"] for log in logs])
-            _mean_and_band(axes, epochs, [log[key][np.isin(log["epoch"], epochs)] for log in logs], f"C{number % 10}")
+            _mean_and_band(axes, epochs, [log[key][np.isin(log["epoch"], epochs)] for log in logs], f"C{number}")
         axes.set(xlabel="epoch", ylabel=title)
         axes.grid(alpha=0.3)
     figure.legend(figure.axes[0].lines, list(groups), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
@@ -151,7 +151,7 @@ def accuracy_figure(groups: dict[str, list[dict]], title: str) -> Figure:
     for number, (label, runs) in enumerate(groups.items()):
         points = np.array([[run["maiou"], 100 * run["top1"]] for run in runs])
         bars = points.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
-        style = {"color": f"C{number % 10}", "fmt": "o" if runs[0]["held"] else "s", "capsize": 3, "label": label}
+        style = {"color": f"C{number}", "fmt": "o" if runs[0]["held"] else "s", "capsize": 3, "label": label}
         axes.errorbar(*points.mean(axis=0), xerr=bars[0], yerr=bars[1], **style)
     _draw_fit(axes, [run for runs in groups.values() for run in runs if run["held"]])
     axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 of the EMA (%)")
@@ -193,7 +193,8 @@ def _draw_histograms(axes: Axes, samples: list[Sample], lines: dict[str, float])
         axes.stairs(100 * counts / len(values), edges, color=colour, label=f"{label}, mean {values.mean():.3f}")
     for label, place in lines.items():
         axes.axvline(place, color="black", linestyle=":", linewidth=1.2, label=label)
-    axes.set(xlim=(-0.02, 1.02), yscale="log")
+    axes.set(xlim=(-0.02, 1.02), yscale="log", ylim=(0.01, 130))  # down to one crop in 10,000
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
 

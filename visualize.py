@@ -111,7 +111,7 @@ def read_candidates(folder: Path, data: DataSet) -> Candidates:
 def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, Crops]:
     """Return what draws the crops of some images, by the name of the method."""
     crop, ids, sizes = config["crop"], subject.data.ids[rows], subject.data.image_sizes[rows]
-    shape = {"scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
+    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
     methods = {"RandomResizedCrop": BoxCrops(subject.boxes[rows], sizes, thr=-1.0, **shape)}
     for mode, thr in thresholds(config, subject).items():
         methods[f"{mode}, THR={thr:.3g}"] = BoxCrops(subject.boxes[rows], sizes, thr=thr, mode=mode, **shape)
@@ -126,7 +126,9 @@ def thresholds(config: dict, subject: Subject) -> dict[str, float]:
     modes, crop, train = ("reference", "exact"), config["crop"], subject.data.rows("train")
     if config["maiou"] is None:
         return dict.fromkeys(modes, config["THR"]) if config["THR"] >= 0 else {}
-    shape = {"scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
+    if not len(train):
+        raise UserError(f"maiou={config['maiou']}: {subject.data.root} has no training image to find THR on; give THR")
+    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
     about = config["maiou"], subject.boxes[train], subject.data.image_sizes[train]
     return {mode: maiou_to_thr(*about, mode=mode, **shape) for mode in modes}
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -216,6 +217,14 @@ def test_unknown_images(few_birds):
     assert "no image 99999" in fault(few_birds, "visualize.ids=99999")
     assert "no image bird" in fault(few_birds, "visualize.ids=bird")
     assert "visualize.split=val" in fault(few_birds, "visualize.split=val", "dataset.val_fraction=0")
+
+
+def test_a_target_maiou_without_training_images(few_birds, tmp_path):
+    root = tmp_path / "test_only"
+    shutil.copytree(few_birds, root)
+    split = (root / "train_test_split.txt").read_text()
+    (root / "train_test_split.txt").write_text(re.sub(r" 1$", " 0", split, flags=re.MULTILINE))
+    assert "no training image" in fault(root, "maiou=0.9")
 
 
 def test_maps_and_masks_of_another_data_set(few_birds, birds, found):
