@@ -1,19 +1,17 @@
 """How good boxes are: mean IoU, coverage and shares, always beside boxes that need no method, and a contact sheet."""
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import PIL.Image
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from boxes import CENTER_SHARE, center_boxes, coverage, iou, whole_image_boxes
 from datasets import DataSet, read_image
-from utils import UserError, environment, save_json, save_text, whole_file
+from plots import Panel, draw_panel, save_figure
+from utils import UserError, environment, save_json, save_text
 
 SHEET_COLUMNS = 5  # images a row of the contact sheet
 IOU_LEVELS = (0.3, 0.5, 0.7)
@@ -172,16 +170,6 @@ def refuse_to_hide(errors: Mapping[int, str], path: Path) -> None:
 # --- contact sheet ------------------------------------------------------------------------------------------------
 
 
-class Panel(NamedTuple):
-    """One picture of the contact sheet."""
-
-    image: PIL.Image.Image
-    attention_map: np.ndarray | None  # (feat_h, feat_w), stretched over the image
-    box_xywh: Sequence[float]
-    true_xywh: Sequence[float]
-    title: str
-
-
 def contact_panels(
     data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
 ) -> dict[str, list[Panel]]:
@@ -216,21 +204,7 @@ def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
         for axes in axes_row:
             axes.set_axis_off()
         for axes, panel in zip(axes_row, panels, strict=False):
-            _draw_panel(axes, panel, f"{name}: {panel.title}")
+            draw_panel(axes, panel)
+            axes.set_title(f"{name}: {panel.title}", fontsize=7)
     figure.suptitle("box: orange; true box: white dashes", fontsize=9)
-    with whole_file(path) as scratch:
-        figure.savefig(scratch, dpi=110)
-
-
-def _draw_panel(axes: Axes, panel: Panel, title: str) -> None:
-    width, height = panel.image.size
-    axes.imshow(panel.image, extent=(0, width, height, 0))
-    if panel.attention_map is not None:
-        overlay = np.nan_to_num(np.asarray(panel.attention_map, dtype=np.float64))
-        axes.imshow(overlay, cmap="inferno", alpha=0.45, extent=(0, width, height, 0), interpolation="bilinear")
-    for (x, y, box_width, box_height), style in (
-        (panel.true_xywh, {"edgecolor": "white", "linestyle": "--"}),
-        (panel.box_xywh, {"edgecolor": "orange"}),
-    ):
-        axes.add_patch(Rectangle((x, y), box_width, box_height, fill=False, linewidth=1.6, **style))
-    axes.set_title(title, fontsize=7)
+    save_figure(figure, path)

@@ -32,8 +32,14 @@ config = {
         "seeds": 5,  # trainings per row
     },
     "visualize": {
-        "out": "crops.png",  # where visualize.py writes its picture
-        "images": 6,  # rows of the picture
+        "what": "crops",  # crops (images, their boxes, maps, masks and crops) | boxes (histograms of IoU and of what
+        # boxes and crops keep) | curves (of runs, over epochs) | accuracy (of runs, against maIoU)
+        "out": None,  # the PNG to write; None: runs/{what}.png
+        "ids": [],  # crops: image ids; none: drawn by seed
+        "split": "test",  # crops: train | val | test, where they are drawn from
+        "images": 6,  # crops: how many are drawn
+        "crops": 2,  # crops: drawn for each method and image
+        "runs": [],  # curves, accuracy: run folders, or folders of these
     },
     # --- data
     "dataset": {
@@ -262,6 +268,7 @@ OPTIONAL = {
     "bbox.image_size": int,
     "sam.checkpoint": str,
     "maiou": float,
+    "visualize.out": str,
     "out": str,
     "dino.model": str,
     "dino.weights": str,
@@ -281,6 +288,8 @@ OPTIONAL = {
 }
 CHOICES = {
     "sweep.parameter": ("THR", "maiou"),
+    "visualize.what": ("crops", "boxes", "curves", "accuracy"),
+    "visualize.split": ("train", "val", "test"),
     "dataset.name": ("toybirds", "cub"),
     "dataset.split": ("official", "70/30"),
     "cache": ("none", "disk", "ram"),
@@ -304,6 +313,7 @@ RANGES = {
     "sweep.count": (1, math.inf),
     "reproduce.seeds": (1, math.inf),
     "visualize.images": (1, 64),
+    "visualize.crops": (1, 8),
     "dataset.val_fraction": (0.0, 0.9),
     "THR": (-math.inf, 1.0),
     "maiou": (0.5, 1.0),

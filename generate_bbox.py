@@ -123,9 +123,7 @@ def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray],
     Raises:
         UserError: if the masks are of another data set.
     """
-    setup, info = load_masks_info(folder)
-    if setup.get("dataset") != data.fingerprint():
-        raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
+    setup, info = load_masks_info(folder, dataset=data.fingerprint())
     boxes = {}
     for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
         found = np.array([entry["bbox"] for entry in info.get(name, [])], dtype=np.float64).reshape(-1, 4)

@@ -121,15 +121,21 @@ def save_masks_info(folder: Path, setup: dict[str, Any], images: dict[str, list[
     save_json(folder / "masks_info.json", {"setup": {"kind": KIND, "version": VERSION} | setup} | images)
 
 
-def load_masks_info(folder: Path | str) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+def load_masks_info(
+    folder: Path | str, dataset: str | None = None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
     """Read and check masks_info.json.
+
+    Args:
+        folder: the folder masks_{i}.
+        dataset: fingerprint of the data set at hand (`DataSet.fingerprint`); None: any.
 
     Returns:
         The setup; and image name -> entries.
 
     Raises:
-        UserError: if it is missing, unfinished, of another kind, an entry is impossible, or the masks that the setup
-            promises are not there.
+        UserError: if it is missing, unfinished, of another kind or data set, an entry is impossible, or the masks that
+            the setup promises are not there.
     """
     folder = Path(folder)
     path = folder / "masks_info.json"
@@ -140,6 +146,8 @@ def load_masks_info(folder: Path | str) -> tuple[dict[str, Any], dict[str, list[
     if fault:
         raise UserError(f"{path}: {fault}; make it again: python generate_mask.py")
     setup = content.pop("setup")
+    if dataset not in (None, setup.get("dataset")):
+        raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
     lacking = next((name for name in content if not (folder / f"{name}.pt").exists()), None)
     if setup.get("store") != "none" and lacking is not None:
         raise UserError(f"{folder / lacking}.pt: missing, though masks_info.json names it; make the masks again")

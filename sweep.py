@@ -5,6 +5,7 @@ process works on is left to it: the same command started twice shares the work.
 """
 
 import copy
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def run_point(config: dict, overrides: dict[str, Any], folder: Path, train: Trai
 # Keys that a finished training does not depend on: of the machine, of logging, of other stages.
 FREE_KEYS = {"run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
 FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
+
+
+def settings_key(config: dict) -> str:
+    """Return what two trainings share if they are the same but for their seed, as text."""
+    return json.dumps({key: config[key] for key in sorted(config.keys() - FREE_KEYS - {"seed"})}, sort_keys=True)
 
 
 def _check_same(folder: Path, point: dict, overrides: dict[str, Any]) -> None:

@@ -1,100 +1,346 @@
-"""Draw images with their boxes, and the crops that each method draws from them.
+"""Draw what is to be seen of a data set, its boxes and crops, and of finished trainings: one PNG a call.
 
-Reads a data set and, where ``source`` names one, a box JSON. Writes a PNG: a row per image; the image with its true box
-(green) and the source's box (orange, if it is another), then crops of RandomResizedCrop, the reference and the exact
-mode, each with the share of the true box that it keeps.
+``visualize.what`` chooses the picture:
 
-    python visualize.py visualize.out=docs/crops.png visualize.images=4
+    crops      a row per image: the image with its true box (dashed) and the box of ``source`` (orange), the attention
+               (where ``dino_maps`` is given), the candidate masks (where ``masks`` is; their boxes where no mask was
+               stored), then crops of RandomResizedCrop, of both localized crops at THR or maiou, and centred by the
+               maps, each with the share of the true box that it keeps
+    boxes      histograms of IoU and coverage of the boxes of ``source`` and of the trivial boxes, and of what crops
+               keep, on training and test images
+    curves     training loss, validated accuracy and maIoU over the epochs of ``visualize.runs``
+    accuracy   test accuracy against maIoU of ``visualize.runs``, with the fitted line
+
+Runs that differ in their seed alone are drawn as one, with their standard deviation. A folder of runs, such as a sweep,
+stands for all runs in it. The README's first picture, after ``python generate_dino_boxes.py num_workers=0``:
+
+    python visualize.py visualize.out=docs/crops.png visualize.images=4 seed=3 \\
+        source=runs/dino_boxes_toybirds/boxes.json dino_maps=runs/dino_boxes_toybirds/boxes.json crop.temperature=0.1
+
+The others:
+
+    python visualize.py visualize.what=boxes source=runs/dino_boxes_toybirds/boxes.json THR=0.8
+    python visualize.py visualize.what=curves visualize.runs=runs/toybirds_0,runs/toybirds_1
+    python visualize.py visualize.what=accuracy visualize.runs=runs/sweep
 """
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
-from boxes import coverage, crops_to_xywh
+from box_report import METHOD_NAMES, SPLITS
+from boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
 from config import load_config
-from crops import sample_crops
-from datasets import DataSet, read_dataset, read_image, source_boxes
-from plots import save_figure
-from utils import run_script, user_errors
+from datasets import Crops, DataSet, draw_seed, read_dataset, read_image, source_boxes
+from dino_transform import MapCrops
+from map_cache import MapCache
+from mask_files import load_masks, load_masks_info, mask_names
+from plots import Panel, Sample, accuracy_figure, histogram_figure, panels_figure, run_curves_figure, save_figure
+from sweep import settings_key
+from transforms import BoxCrops, build_train_transform
+from utils import UserError, load_json, load_log, run_script, user_errors
 
-CROPS_EACH = 3  # crops drawn per method and image
+EPOCHS = 20  # of crops that a histogram counts
+MAX_IMAGES = 64  # rows of a picture: as many as visualize.images may ask for
+CURVES = {"train_loss": "training loss", "ema_top1": "validated top-1 of the EMA (%)", "maiou": "maIoU of the crops"}
+CROP_COLOURS = ("0.5", "tab:blue", "tab:green", "tab:purple")  # in the order of `crop_methods`
+CROPS_KEEP = "share of the true box that crops keep"  # a column of the histograms
 
 
 def main(config: dict) -> None:
     """Draw the picture that ``config`` asks for."""
-    data = read_dataset(**config["dataset"])
-    boxes, _ = source_boxes(config["source"], data)
-    rng = np.random.default_rng(config["seed"])
-    rows = np.sort(rng.choice(len(data.ids), min(config["visualize"]["images"], len(data.ids)), replace=False))
+    what = config["visualize"]["what"]
+    out = config["visualize"]["out"] or f"runs/{what}.png"
     with user_errors(ValueError):
-        figure = draw_crops(data, rows, boxes, config, rng)
-    save_figure(figure, config["visualize"]["out"])
-    print(f"{len(rows)} images of {data.root} drawn to {config['visualize']['out']}")
+        figure, about = PICTURES[what](config)
+    save_figure(figure, out)
+    print(f"{about} drawn to {out}")
 
 
-def methods(config: dict) -> dict[str, tuple[float, str]]:
-    """Return (threshold, mode) of each method, by the name that stands over its crops."""
-    thr = max(config["THR"], 0.0)
+# --- what is drawn from -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A folder of candidate masks."""
+
+    folder: Path
+    stored: bool  # whether the masks themselves are there, not only their boxes
+    names: list[str]  # of the images, by row
+    info: dict[str, list[dict[str, Any]]]  # image name -> entries with bbox
+
+    def of(self, row: int) -> dict[str, Any]:
+        """Return what a `Panel` shows of the candidates of an image: masks if they are there, else boxes."""
+        entries = self.info.get(self.names[row], [])
+        if self.stored and entries:
+            return {"masks": load_masks(self.folder / f"{self.names[row]}.pt").numpy()}
+        return {"candidates_xywh": [entry["bbox"] for entry in entries]}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A data set and what was found in its images."""
+
+    data: DataSet
+    boxes: np.ndarray  # (N, 4) of the source
+    maps: MapCache | None
+    candidates: Candidates | None
+
+
+def read_subject(config: dict) -> Subject:
+    """Read the data set, the boxes of ``source`` and, where they are named, maps and candidate masks."""
+    data = read_dataset(**config["dataset"])
+    boxes, missing = source_boxes(config["source"], data)
+    if missing:
+        print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
+    maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
+    return Subject(data, boxes, maps, read_candidates(Path(config["masks"]), data) if config["masks"] else None)
+
+
+def read_candidates(folder: Path, data: DataSet) -> Candidates:
+    """Read which candidate masks there are."""
+    setup, info = load_masks_info(folder, dataset=data.fingerprint())
+    return Candidates(folder, setup.get("store") != "none", mask_names(data.ids.tolist(), data.paths), info)
+
+
+def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, Crops]:
+    """Return what draws the crops of some images, by the name of the method."""
+    crop, ids, sizes = config["crop"], subject.data.ids[rows], subject.data.image_sizes[rows]
+    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
+    methods = {"RandomResizedCrop": BoxCrops(subject.boxes[rows], sizes, thr=-1.0, **shape)}
+    for mode, thr in thresholds(config, subject).items():
+        methods[f"{mode}, THR={thr:.3g}"] = BoxCrops(subject.boxes[rows], sizes, thr=thr, mode=mode, **shape)
+    if subject.maps is not None:
+        about = {"temperature": crop["temperature"], **shape}
+        methods[f"density map, T={crop['temperature']:g}"] = MapCrops(subject.maps, ids, sizes, **about)
+    return methods
+
+
+def thresholds(config: dict, subject: Subject) -> dict[str, float]:
+    """Return the threshold of each crop that is held to boxes, by its mode: THR, or what reaches ``maiou``."""
+    modes, crop, train = ("reference", "exact"), config["crop"], subject.data.rows("train")
+    if config["maiou"] is None:
+        return dict.fromkeys(modes, config["THR"]) if config["THR"] >= 0 else {}
+    if not len(train):
+        raise UserError(f"maiou={config['maiou']}: {subject.data.root} has no training image to find THR on; give THR")
+    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
+    about = config["maiou"], subject.boxes[train], subject.data.image_sizes[train]
+    return {mode: maiou_to_thr(*about, mode=mode, **shape) for mode in modes}
+
+
+# --- crops --------------------------------------------------------------------------------------------------------
+
+
+def crops_picture(config: dict) -> tuple[Figure, str]:
+    """Return the picture of images and crops, and what it shows."""
+    subject, rng = read_subject(config), np.random.default_rng(config["seed"])
+    rows = choose_rows(config["visualize"], subject.data, rng)
+    images = [read_image(subject.data.paths[row]) for row in rows]
+    groups = image_panels(subject, rows, images) | crop_panels(config, subject, rows, images, rng)
+    found = "" if config["source"] == "gt" else f"box of {Path(config['source']).name}: orange; "
+    legend = f"true box: white dashes; {found}number on a crop: share of the true box that it keeps"
+    figure = panels_figure(groups, legend)
+    return figure, f"{len(rows)} images of {subject.data.root}"
+
+
+def choose_rows(wanted: dict, data: DataSet, rng: np.random.Generator) -> np.ndarray:
+    """Return the rows of the images that are named, or of a sample."""
+    if wanted["ids"]:
+        return named_rows(wanted["ids"], data)
+    rows = data.rows(wanted["split"])
+    if not len(rows):
+        raise UserError(f"visualize.split={wanted['split']}: {data.root} has no image in it")
+    return np.sort(rng.choice(rows, min(wanted["images"], len(rows)), replace=False))
+
+
+def named_rows(ids: list[str], data: DataSet) -> np.ndarray:
+    """Return the rows of images by their ids."""
+    row_of = {str(image_id): row for row, image_id in enumerate(data.ids.tolist())}
+    unknown = [image_id for image_id in ids if image_id not in row_of]
+    if unknown:
+        raise UserError(f"visualize.ids: {data.root} has no image {unknown[0]}, see its images.txt")
+    if len(ids) > MAX_IMAGES:
+        raise UserError(f"visualize.ids: names {len(ids)} images; {MAX_IMAGES} at most fit into a picture")
+    return np.array([row_of[image_id] for image_id in ids])
+
+
+def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image]) -> dict[str, list[list[Panel]]]:
+    """Return the whole images, with boxes, attention and candidate masks, by what stands over them."""
+    true, ids = subject.data.boxes, subject.data.ids.tolist()
+    pairs = list(zip(rows.tolist(), images, strict=True))
+    groups = {"image": [[boxes_panel(subject, row, image)] for row, image in pairs]}
+    if subject.maps is not None:
+        groups["attention"] = [[Panel(image, subject.maps.get(ids[row]))] for row, image in pairs]
+    if subject.candidates is not None:
+        shown = {row: subject.candidates.of(row) for row in rows.tolist()}
+        groups["candidates"] = [[Panel(image, true_xywh=true[row], **shown[row])] for row, image in pairs]
+    return groups
+
+
+def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
+    """Return an image with its true box and, where it is another, the source's."""
+    true, box, title = subject.data.boxes[row], subject.boxes[row], f"{subject.data.ids[row]}"
+    if np.array_equal(true, box):
+        return Panel(image, true_xywh=true, title=title)
+    return Panel(image, None, box, true, f"{title}, IoU {iou(box, true):.2f}")
+
+
+def crop_panels(
+    config: dict, subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image], rng: np.random.Generator
+) -> dict[str, list[list[Panel]]]:
+    """Return drawn crops as the training makes them (not flipped), by the method's name."""
+    about = {key: config[key] for key in ("augment", "augment_p", "use_augment_mix")}
+    transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **about)
+    groups = {}
+    for name, crops in crop_methods(config, subject, rows).items():
+        groups[name] = [[] for _ in rows]
+        for number in range(config["visualize"]["crops"]):
+            drawn = crops.draw(rng)
+            for place, row in enumerate(rows.tolist()):
+                image_id = int(subject.data.ids[row])
+                shown = transform(images[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
+                kept = coverage(crops_to_xywh(drawn[place]), subject.data.boxes[row])
+                groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=f"{kept:.0%}"))
+    return groups
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def boxes_picture(config: dict) -> tuple[Figure, str]:
+    """Return the histograms of boxes and of crops, and what they are of."""
+    subject, rng = read_subject(config), np.random.default_rng(config["seed"])
+    parts = {name: np.flatnonzero(np.isin(subject.data.split, members)) for name, members in SPLITS.items()}
+    histograms = {
+        f"{name}, {len(rows)} images": box_samples(config["source"], subject, rows)
+        | {CROPS_KEEP: crop_samples(crop_methods(config, subject, rows), subject.data.boxes[rows], rng)}
+        for name, rows in parts.items()
+        if len(rows)
+    }
+    lines = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
+    return histogram_figure(histograms, {CROPS_KEEP: lines}), f"{len(subject.data.ids)} images of {subject.data.root}"
+
+
+def box_samples(source: str, subject: Subject, rows: np.ndarray) -> dict[str, list[Sample]]:
+    """Return IoU and coverage of the trivial boxes and of the source's, unless it is one of these or the true boxes."""
+    true, sizes = subject.data.boxes[rows], subject.data.image_sizes[rows]
+    boxes = {
+        METHOD_NAMES["whole_image"]: (whole_image_boxes(sizes), "tab:blue"),
+        METHOD_NAMES["center"]: (center_boxes(sizes), "tab:green"),
+    }
+    if source not in ("gt", "center", "image"):
+        boxes[Path(source).name] = (subject.boxes[rows], "tab:orange")
     return {
-        "RandomResizedCrop": (-1.0, "exact"),
-        f"reference, THR={thr:g}": (thr, "reference"),
-        f"exact, THR={thr:g}": (thr, "exact"),
+        title: [Sample(name, measure(found, true), colour) for name, (found, colour) in boxes.items()]
+        for title, measure in (("IoU of the boxes", iou), ("share of the true box that boxes cover", coverage))
     }
 
 
-def draw_crops(data: DataSet, rows: np.ndarray, boxes: np.ndarray, config: dict, rng: np.random.Generator) -> Figure:
-    """Return a figure with a row per image: the image, then ``CROPS_EACH`` crops of each method.
+def crop_samples(methods: dict[str, Crops], true: np.ndarray, rng: np.random.Generator) -> list[Sample]:
+    """Return what the crops of each method keep of the true boxes (N, 4)."""
+    pairs = zip(methods.items(), CROP_COLOURS, strict=False)
+    return [Sample(name, kept_shares(crops, true, rng), colour) for (name, crops), colour in pairs]
 
-    Args:
-        data: the data set.
-        rows: which images.
-        boxes: (N, 4) x y width height of the whole data set: what crops are held to.
-        config: THR, crop.scale, crop.ratio, image_size.
-        rng: of the crops.
+
+def kept_shares(crops: Crops, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the shares of the true boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
+    shares = []
+    for _ in range(EPOCHS):
+        drawn = crops.draw(rng)
+        shares.append(coverage(crops_to_xywh(np.array([drawn[place] for place in range(len(true))])), true))
+    return np.concatenate(shares)
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def curves_picture(config: dict) -> tuple[Figure, str]:
+    """Return the curves of several runs, and what they are of."""
+    groups = group_runs(run_folders(config["visualize"]["runs"]))
+    logs = {label: [read_curves(folder) for folder in folders] for label, folders in groups.items()}
+    return run_curves_figure(logs, CURVES), f"{sum(map(len, groups.values()))} runs"
+
+
+def accuracy_picture(config: dict) -> tuple[Figure, str]:
+    """Return accuracy against maIoU of several runs, and what it is of."""
+    groups, view = group_runs(run_folders(config["visualize"]["runs"])), config["eval"]["views"][0]
+    points = {label: [read_point(folder, view) for folder in folders] for label, folders in groups.items()}
+    return accuracy_figure(points, f"view {view}"), f"{sum(map(len, groups.values()))} runs"
+
+
+def run_folders(names: list[str]) -> list[Path]:
+    """Return the run folders that are named; a folder of runs stands for all runs in it.
+
+    Raises:
+        UserError: if none is named, or one is no run and holds none.
     """
-    columns = 1 + CROPS_EACH * len(methods(config))
-    figure = Figure(figsize=(1.25 * columns + 0.6, 1.4 * len(rows) + 0.4), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False, width_ratios=[1.5, *[1] * (columns - 1)])
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for number, name in enumerate(methods(config)):
-        grid[0, 1 + number * CROPS_EACH + CROPS_EACH // 2].set_title(name, fontsize=9)
-    for line, row in zip(grid, rows, strict=True):
-        image = read_image(data.paths[row])
-        draw_boxes(line[0], image, data.boxes[row], boxes[row])
-        for number, (thr, mode) in enumerate(methods(config).values()):
-            first = 1 + number * CROPS_EACH
-            for axes in line[first : first + CROPS_EACH]:
-                crop = sample_crops(
-                    boxes[[row]],
-                    data.image_sizes[[row]],
-                    thr,
-                    mode,
-                    tuple(config["crop"]["scale"]),
-                    tuple(config["crop"]["ratio"]),
-                    rng,
-                )[0]
-                draw_crop(axes, image, crop, data.boxes[row], config["image_size"])
-    return figure
+    if not names:
+        raise UserError("visualize.runs: none given; name run folders: visualize.runs=runs/a,runs/b")
+    found = []
+    for folder in map(Path, names):
+        inside = (
+            [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
+        )
+        if not inside:
+            raise UserError(f"visualize.runs: {folder} is no run folder of train.py and holds none (no config.json)")
+        found += inside
+    return list(dict.fromkeys(found))
 
 
-def draw_boxes(axes: Axes, image: PIL.Image.Image, true_box: np.ndarray, box: np.ndarray) -> None:
-    """Draw an image with its true box (green) and, where it differs, the crop's box (orange)."""
-    axes.imshow(image)
-    for (x, y, width, height), colour in ((box, "tab:orange"), (true_box, "lime")):
-        axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour, linewidth=1.5))
+def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
+    """Return the runs that differ in their seed alone, by a label: the folder's name without its seed."""
+    groups = {}
+    for folder in folders:
+        with user_errors((KeyError, AttributeError), f"{folder / 'config.json'}: not of this version: "):
+            groups.setdefault(settings_key(load_json(folder / "config.json")), []).append(folder)
+    names = [re.sub(r"[,_-]*seed[=_]?\d+", "", members[0].name) for members in groups.values()]
+    if len(set(names)) < len(names):
+        names = [str(members[0]) for members in groups.values()]
+    counts = [f", n = {len(members)}" if len(members) > 1 else "" for members in groups.values()]
+    return {name + count: members for name, count, members in zip(names, counts, groups.values(), strict=True)}
 
 
-def draw_crop(axes: Axes, image: PIL.Image.Image, crop: np.ndarray, true_box: np.ndarray, size: int) -> None:
-    """Draw a crop (top left height width) as the network sees it, with the share of the true box that it keeps."""
-    top, left, height, width = crop.tolist()
-    axes.imshow(image.resize((size, size), box=(left, top, left + width, top + height)))
-    share = f"{coverage(crops_to_xywh(crop), true_box):.0%}"
-    axes.text(0.03, 0.04, share, transform=axes.transAxes, fontsize=7, color="white", backgroundcolor="#0008")
+def read_curves(folder: Path) -> dict[str, np.ndarray]:
+    """Return a run's log: the epochs, and a value for each by the keys of CURVES (accuracy in per cent).
 
+    Raises:
+        UserError: if no epoch was logged, or the log lacks a key.
+    """
+    records = load_log(folder / "log.jsonl")
+    if not records:
+        raise UserError(f"{folder}: no epoch was logged yet (no log.jsonl)")
+    with user_errors(KeyError, f"{folder / 'log.jsonl'}: not a log of train.py, a line lacks "):
+        log = {key: np.array([record[key] for record in records]) for key in ("epoch", *CURVES)}
+    return log | {"ema_top1": 100 * log["ema_top1"]}
+
+
+def read_point(folder: Path, view: str) -> dict[str, Any]:
+    """Return a run's maiou, top1 (of the EMA in this view) and held (whether its crops were held to boxes).
+
+    Raises:
+        UserError: if the training has not ended or was not tested in this view.
+    """
+    if not (folder / "summary.json").exists():
+        raise UserError(
+            f"{folder}: has not ended (no summary.json); go on: python train.py resume=true run_dir={folder}"
+        )
+    summary = load_json(folder / "summary.json")
+    with user_errors((KeyError, TypeError), f"{folder / 'summary.json'}: not a summary of train.py, it lacks "):
+        if view not in summary["top1"]:
+            raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
+        return {
+            "maiou": summary["maiou"],
+            "top1": summary["top1"][view]["ema"],
+            "held": summary["THR"] >= 0,
+        }
+
+
+PICTURES = {"crops": crops_picture, "boxes": boxes_picture, "curves": curves_picture, "accuracy": accuracy_picture}
 
 if __name__ == "__main__":
     run_script(main, load_config)

@@ -39,7 +39,7 @@ ALLOWED = {
     "segments": {"boxes", "mask_files"},
     "shared_work": {"records", "utils"},
     "attention_maps": {"attention", "datasets", "localizer", "map_boxes", "utils"},
-    "box_report": {"boxes", "datasets", "utils"},
+    "box_report": {"boxes", "datasets", "plots", "utils"},
     "localizer": {"attention", "models", "utils"},
     "dino_transform": {"attention", "boxes", "crops", "map_boxes", "utils"},
     "self_distillation": {"attention_maps", "datasets", "localizer", "map_cache"},
