@@ -6,6 +6,7 @@ them. Only the info is needed to choose boxes; the masks themselves may be left 
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ def load_masks(path: Path | str) -> torch.Tensor:
     """
     content = load_tensors(path)
     if torch.is_tensor(content):
-        if content.dtype != torch.bool or content.ndim != 3:
+        if content.dtype != torch.bool or content.ndim != 3 or not _is_whole(content):
             raise UserError(f"{path}: holds a {content.dtype} tensor of shape {tuple(content.shape)}, not masks")
         return content
     fault = _packed_fault(content)
@@ -89,9 +90,15 @@ def _packed_fault(content: Any) -> str | None:
     if math.prod(shape) > MAX_PIXELS:
         return f"declares {math.prod(shape):,} pixels"
     expected = (shape[0], -(-shape[1] * shape[2] // 8))
-    if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
+    if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected or not _is_whole(bits):
         return f"the packed bits are not {expected} bytes"
     return None
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's elements are all there: a damaged file may declare a few of them as a gigantic one."""
+    strided = tensor.layout == torch.strided
+    return strided and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -163,4 +170,4 @@ def _info_fault(content: Any) -> str | None:
 
 def _is_box(box: Any) -> bool:
     numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
-    return numbers and all(map(math.isfinite, box)) and min(box[2:]) >= 0
+    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # NaN is not
