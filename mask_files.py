@@ -20,6 +20,7 @@ from utils import UserError, load_json, load_tensors, save_json, save_tensors
 KIND, VERSION = "localized-crops masks", 1
 STORES = ("bool", "packed", "none")
 ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
+LONGEST_NAME = 250  # bytes, without the suffix: file systems take 255
 MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
 
 
@@ -160,12 +161,18 @@ def _info_fault(content: Any) -> str | None:
     for name, entries in content.items():
         if name == "setup":
             continue
-        if Path(name).name != name or not isinstance(entries, list):
+        if not _is_file_name(name) or not isinstance(entries, list):
             return f"image {name[:60]!r} has no list of masks"
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or not _is_box(entry.get("bbox")):
                 return f"image {name[:60]}, mask {number}: no bbox x y width height"
     return None
+
+
+def _is_file_name(name: str) -> bool:
+    """Tell whether ``name`` and a suffix can name a file in a folder."""
+    length = len(name.encode(errors="replace"))
+    return Path(name).name == name and name.isprintable() and length <= LONGEST_NAME
 
 
 def _is_box(box: Any) -> bool:
