@@ -1,5 +1,6 @@
 """Malformed input at every door: one clear line, status 2, nothing that existed is changed."""
 
+import ast
 import hashlib
 import importlib
 import json
@@ -22,13 +23,10 @@ import torch
 
 import image_cache
 import models
-import train
-from boxes import save_boxes
 from config import load_config
-from datasets import DataSet, read_dataset
+from datasets import read_dataset, read_image
 from localizer import build_localizer
-from map_cache import save_map_cache
-from mask_files import info_entry, load_masks, mask_names, save_masks, save_masks_info
+from mask_files import load_masks
 from utils import LONGEST_LINE, run_script
 
 ROOT = Path(__file__).parent.parent
@@ -41,41 +39,7 @@ HUGE = "1" + "0" * 400  # an int for Python and JSON, but no float
 TEXT_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt")
 
 
-# --- the folder that is damaged -----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def site(few_birds, tmp_path_factory) -> Path:
-    """Return a folder with one of everything that the scripts read, all of it sound."""
-    folder = tmp_path_factory.mktemp("site")
-    shutil.copytree(few_birds, folder / "birds")
-    data = read_dataset("cub", folder / "birds")
-    sizes = dict(zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True))
-    boxes = dict(zip(data.ids.tolist(), data.boxes.tolist(), strict=True))
-    save_boxes(folder / "boxes.json", boxes, sizes, made_by="test", settings={})
-    make_maps(folder, data)
-    make_masks(folder, data)
-    words = [word.format(folder=folder) for word in (*TRAIN, "dataset.val_fraction=0", "eval.views=full")]
-    train.train_run(load_config([*words, f"run_dir={folder}/run"]))
-    (folder / "run" / "curves.png").unlink()
-    return folder
-
-
-def make_maps(folder: Path, data: DataSet) -> None:
-    maps = [(image_id, np.full((3, 5), image_id, np.float16)) for image_id in data.ids.tolist()]
-    header = {"dataset": data.fingerprint(), "model": "test", "weights_sha256": "0", "settings": {}}
-    save_map_cache(folder / "boxes.json", maps, header)
-
-
-def make_masks(folder: Path, data: DataSet) -> None:
-    (folder / "masks").mkdir()
-    record = {"bbox": [1, 2, 9, 8], "area": 5, "predicted_iou": 1, "stability_score": 1}
-    entry = info_entry(record | {"point_coords": [], "crop_box": [0, 0, 9, 9]})
-    names = mask_names(data.ids.tolist(), data.paths)
-    for name in names:
-        save_masks(folder / "masks" / f"{name}.pt", torch.ones(1, 7, 9, dtype=torch.bool), "packed")
-    about = {"dataset": data.fingerprint(), "store": "packed"}
-    save_masks_info(folder / "masks", about, {name: [entry] for name in names})
+# --- ways to damage the sound folder ----------------------------------------------------------------------------------
 
 
 def fingerprint(folder: Path) -> str:
@@ -86,8 +50,6 @@ def fingerprint(folder: Path) -> str:
         digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"folder")
     return digest.hexdigest()
 
-
-# --- ways to damage it --------------------------------------------------------------------------------------------
 
 Damage = Callable[[Path], None]
 
@@ -644,15 +606,12 @@ TABLE = [
 
 
 @pytest.fixture
-def folder(site, tmp_path, monkeypatch):
+def folder(site_copy, monkeypatch):
     """Yield a copy of the sound folder, and put back what a script leaves changed in this process."""
-    copy = Path(shutil.copytree(site, tmp_path / "site"))
-    for path in (copy / "run" / "config.json", copy / "run" / "log.jsonl"):
-        path.write_text(path.read_text().replace(str(site), str(copy)))
-    shutil.copy(next((copy / "masks").glob("*.pt")), copy / "masks" / "x.pt")
-    monkeypatch.chdir(copy)
+    shutil.copy(next((site_copy / "masks").glob("*.pt")), site_copy / "masks" / "x.pt")
+    monkeypatch.chdir(site_copy)
     threads, before = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
-    yield copy
+    yield site_copy
     signal.signal(signal.SIGTERM, before)
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
@@ -694,3 +653,53 @@ def test_a_malformed_input_is_one_line_and_changes_nothing(row, folder, monkeypa
     assert line.startswith("error: ") and len(line) <= 7 + LONGEST_LINE and not more, printed
     assert all(part in line for part in row.told), line
     assert fingerprint(folder) == before
+
+
+# --- what is made again, not refused ------------------------------------------------------------------------------
+
+DECODED = "decoded_images"
+CACHES = {
+    "index-cut": cut(f"cache/{DECODED}.json", 0.5),
+    "index-nested": put(f"cache/{DECODED}.json", DEEP),
+    "index-list": put(f"cache/{DECODED}.json", "[]"),
+    "index-huge": content(f"cache/{DECODED}.json", lambda index: index.update(bytes=int(HUGE))),
+    "index-other": content(f"cache/{DECODED}.json", lambda index: index.update(key="0" * 64)),
+    "data-cut": cut(f"cache/{DECODED}.bin", 0.5),
+    "data-empty": put(f"cache/{DECODED}.bin", ""),
+    "data-missing": remove(f"cache/{DECODED}.bin"),
+    "data-other": lambda folder: (folder / "cache" / f"{DECODED}.bin").write_bytes(
+        bytes(len((folder / "cache" / f"{DECODED}.bin").read_bytes()))
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", CACHES.values(), ids=CACHES)
+def test_a_damaged_cache_of_decoded_images_is_made_again(damage, folder):
+    data = read_dataset("cub", folder / "birds")
+    about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes, read_image
+    image_cache.cached_images("disk", folder / "cache", *about)
+    sound = fingerprint(folder)
+    damage(folder)
+    assert fingerprint(folder) != sound
+    found = image_cache.cached_images("disk", folder / "cache", *about)
+    assert fingerprint(folder) == sound
+    for image_id, path in zip(data.ids.tolist(), data.paths, strict=True):
+        assert np.array_equal(found[image_id].permute(1, 2, 0), np.asarray(read_image(path)))
+
+
+# --- nothing that is read is run ----------------------------------------------------------------------------------
+
+
+def calls(module: Path) -> list[ast.Call]:
+    """Return all calls in a module."""
+    return [node for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.Call)]
+
+
+@pytest.mark.parametrize("module", sorted(ROOT.glob("*.py")), ids=lambda path: path.stem)
+def test_no_module_evaluates_text_or_loads_a_pickle_that_can_run_code(module):
+    for call in calls(module):
+        name = ast.unparse(call.func)
+        options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        assert name not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "yaml.load")
+        assert not name.endswith("torch.load") or options.get("weights_only") == "True"
+        assert not name.startswith("np.load") or "allow_pickle" not in options
