@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -179,11 +180,9 @@ def folder(site_copy, monkeypatch) -> Path:
     image = next((site_copy / "birds" / "images").rglob("*.jpg"))
     (site_copy / "bird.jpg").write_bytes(image.read_bytes())
     PIL.Image.open(image).save(site_copy / "bird.png")
-    next((site_copy / "masks").glob("*.pt")).rename(site_copy / "mask.pt")
-    (site_copy / "mask.pt").with_name("masks").joinpath("x.pt").touch()
-    torch.save(
-        {"ema": build_model("test_resnet", 3, image_size=32, patch_size=16).state_dict()}, site_copy / "small.pt"
-    )
+    shutil.copy(next((site_copy / "masks").glob("*.pt")), site_copy / "mask.pt")
+    network = build_model("test_resnet", 3, image_size=32, patch_size=16)
+    torch.save({"ema": network.state_dict()}, site_copy / "small.pt")
     safetensors.torch.save_file({"weight": torch.ones(3, 5)}, site_copy / "small.safetensors")
     about = {"kind": image_cache.KIND, "version": image_cache.VERSION, "key": "ab" * 32, "bytes": 64, "images": 0}
     (site_copy / "decoded_images.json").write_text(json.dumps(about))
