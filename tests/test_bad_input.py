@@ -557,6 +557,48 @@ RUNS = [
     saved("log-text", put("run/log.jsonl", '{"epoch": "one"}\n'), "log.jsonl:1"),
 ]
 
+# a sweep of one point, which lies in the folder sweep/ as a finished run
+SWEEP = (
+    *TRAIN,
+    "dataset.val_fraction=0",
+    "eval.views=full",
+    "sweeprun=true",
+    "sweep.values=1",
+    "run_dir={folder}/sweep",
+)
+POINT = "sweep/THR=1,seed=0"
+
+
+def point(name: str, damage: Damage, *told: str) -> Row:
+    """Return a row of a finished point of a sweep."""
+
+    def moved(folder: Path) -> None:
+        (folder / "sweep").mkdir()
+        (folder / "run").rename(folder / POINT)
+        damage(folder)
+
+    return row(f"sweep-{name}", moved, SWEEP, POINT, *told)
+
+
+def taken(name: str, script: str, words: tuple[str, ...], damage: Damage, *told: str) -> Row:
+    """Return a row of a file that lies already where a stage is to write."""
+    return row(f"out-{name}", damage, (*words, "out={folder}/boxes.json"), "boxes", *told, script=script)
+
+
+FINISHED = [
+    point("config-list", put(f"{POINT}/config.json", "[]"), "holds no config"),
+    point("config-other", content(f"{POINT}/config.json", lambda config: config.update(num_epochs=7)), "num_epochs=7"),
+    point("summary-cut", cut(f"{POINT}/summary.json", 0.5), "not a whole JSON file"),
+    point("summary-list", put(f"{POINT}/summary.json", "[]"), "not of a finished run"),
+    point("summary-text", content(f"{POINT}/summary.json", lambda found: found.update(maiou="x")), "finished run"),
+    taken("bbox-foreign", "generate_bbox", CHOOSE, nothing, "was not made by this script"),
+    taken("bbox-text", "generate_bbox", CHOOSE, put("boxes.json", "mine"), "was not made by this script"),
+    taken("bbox-list", "generate_bbox", CHOOSE, content("boxes.json", lambda file: file.update(settings=[])),
+          "was not made by this script"),
+    taken("dino-foreign", "generate_dino_boxes", DATA, remove(INDEX), "was not made by this script"),
+    taken("dino-other", "generate_dino_boxes", DATA, nothing, "made with model=test", "dino.again=true"),
+]  # fmt: skip
+
 IMAGES = [
     row("image-cut", image(lambda whole: whole[: len(whole) // 2]), (*TRAIN, "dataset.check=true"), "cannot be read"),
     row("image-text", image(lambda _: b"a bird"), TRAIN, ".jpg", "not an image"),
@@ -598,7 +640,7 @@ MASKS = [
 ]  # fmt: skip
 
 TABLE = [
-    *CONFIG, *CUB, *BOX_FILES, *MASKS_INFO, *MAP_CACHE, *CHECKPOINTS, *NETWORKS, *RUNS, *IMAGES, *MASKS,
+    *CONFIG, *CUB, *BOX_FILES, *MASKS_INFO, *MAP_CACHE, *CHECKPOINTS, *NETWORKS, *RUNS, *FINISHED, *IMAGES, *MASKS,
 ]  # fmt: skip
 
 
