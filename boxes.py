@@ -4,6 +4,7 @@ Boxes are (x, y, width, height) in pixels of the original image, in its stored p
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -229,18 +230,18 @@ def _first_fault(content: Any) -> str | None:
 
 def _entry_fault(image_id: str, content: dict) -> str | None:
     size, box = content["image_sizes"][image_id], content["boxes"][image_id]
-    if not (image_id.isascii() and image_id.isdigit()):
-        return f"image id {image_id!r} is not a number"
+    if not (image_id.isascii() and image_id.isdigit() and len(image_id) <= 18 and str(int(image_id)) == image_id):
+        return f"image id {image_id[:40]!r} is not a number"
     if size is None and box is None:
         return None
     if not _are_numbers(size, 2) or not all(isinstance(n, int) and n >= 1 for n in size):
-        return f"image {image_id}: size {size!r} is not [width, height]"
+        return f"image {image_id}: size {str(size)[:60]} is not [width, height]"
     if box is None:
         return None
     if not _are_numbers(box, 4) or min(box[2:]) <= 0 or min(box[:2]) < 0:
-        return f"image {image_id}: box {box!r} is not [x, y, width, height] with an area"
+        return f"image {image_id}: box {str(box)[:80]} is not [x, y, width, height] with an area"
     if box[0] + box[2] > size[0] + 1e-3 or box[1] + box[3] > size[1] + 1e-3:
-        return f"image {image_id}: box {box!r} reaches past the image, {size!r}"
+        return f"image {image_id}: box {str(box)[:80]} reaches past the image, {size}"
     return None
 
 
@@ -249,14 +250,14 @@ def _score_fault(content: dict) -> str | None:
     if not isinstance(scores, dict) or not scores.keys() <= content["boxes"].keys():
         return "scores name images without an entry in boxes"
     bad = [i for i, score in scores.items() if score is not None and not _are_numbers([score], 1)]
-    return f"image {bad[0]}: score {scores[bad[0]]!r} is not a number" if bad else None
+    return f"image {bad[0]}: score {str(scores[bad[0]])[:60]!r} is not a number" if bad else None
 
 
 def _are_numbers(values: Any, count: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == count
-        and all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in values)
+        and all(type(n) in (int, float) and abs(n) <= sys.float_info.max for n in values)  # not NaN, no longer int
     )
 
 

@@ -352,7 +352,7 @@ RANGES = {
     "eval.crop_pct": (0.05, 1.0),
     "eval.box_margin": (0.0, 10.0),
     "eval.batch_size": (1, math.inf),
-    "model.n_classes": (2, math.inf),
+    "model.n_classes": (2, 10_000_000),  # of more the head alone would fill the memory
     "model.freeze_bn_from": (0, math.inf),
     "model.ema_step": (1, math.inf),
     "patch_size": (1, 4096),
@@ -374,6 +374,9 @@ RANGES = {
     "num_workers": (0, 1024),
     "num_threads": (1, 1024),
 }
+
+
+LARGEST_INT = 2**53  # beyond it a float, which some of them become, no longer holds every whole number
 
 
 class ConfigError(ValueError):
@@ -475,8 +478,8 @@ def parse_value(key: str, text: str) -> Any:
         return None
     if leaf_type(key) is not list:
         return _parse_scalar(key, text, leaf_type(key))
-    element = type((get_key(config, key) or [""])[0])
-    return [_parse_scalar(key, part.strip(), element) for part in text.strip("[]").split(",") if part.strip()]
+    parts = text.strip("[]").split(",")
+    return [_parse_scalar(key, part.strip(), _element_type(key)) for part in parts if part.strip()]
 
 
 def _parse_scalar(key: str, text: str, kind: type) -> Any:
@@ -494,6 +497,13 @@ def _kind_name(kind: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", list: "a list", bool: "true or false"}[kind]
 
 
+def has_all_keys(tree: Any, schema: dict = config) -> bool:
+    """Tell whether ``tree`` is a dict with the sections and keys of this file's, and no others."""
+    if not isinstance(tree, dict) or tree.keys() != schema.keys():
+        return False
+    return all(has_all_keys(tree[key], value) for key, value in schema.items() if isinstance(value, dict))
+
+
 def check_config(resolved: dict) -> None:
     """Check every value by itself, then the values against each other.
 
@@ -501,28 +511,48 @@ def check_config(resolved: dict) -> None:
         ConfigError: on the first fault.
     """
     for key in leaves(config):
-        _check_leaf(key, get_key(resolved, key))
+        check_value(key, get_key(resolved, key))
     _check_together(resolved)
 
 
-def _check_leaf(key: str, value: Any) -> None:
+def check_value(key: str, value: Any) -> None:
+    """Check the value of one dotted key by itself.
+
+    Raises:
+        ConfigError: if it has the wrong type or is not allowed.
+    """
     if value is None:
         if key not in OPTIONAL:
             raise ConfigError(f"{key}=None: must have a value ({_kind_name(leaf_type(key))})")
         return
     kind = leaf_type(key)
-    right = isinstance(value, (int, float)) if kind is float else isinstance(value, kind)
-    if not right or (isinstance(value, bool) and kind is not bool):
+    if not _is_of(value, kind):
         raise ConfigError(f"{key}={value!r}: must be {_kind_name(kind)}")
+    if kind is str and not value:
+        raise ConfigError(f"{key}=: must not be empty")
     if key in CHOICES and value not in CHOICES[key]:
         raise ConfigError(f"{key}={value}: must be one of {', '.join(CHOICES[key])}")
-    for element in value if isinstance(value, list) else [value]:
+    for element in value if kind is list else [value]:
+        if kind is list and not _is_of(element, _element_type(key)):
+            raise ConfigError(f"{key}={value}: {element!r} must be {_kind_name(_element_type(key))}")
         _check_number(key, element)
+
+
+def _is_of(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)  # an int for a float is fine
+
+
+def _element_type(key: str) -> type:
+    return type((get_key(config, key) or [""])[0])
 
 
 def _check_number(key: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key}={value}: must be a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_INT:
+        raise ConfigError(f"{key}={value}: must lie between {-LARGEST_INT} and {LARGEST_INT}")
     if key not in RANGES:
         return
     low, high = RANGES[key]

@@ -231,7 +231,7 @@ def _ratios_that_reach(boxes, sizes, thr, scale_max):
     (w, h), (width, height) = boxes[:, 2:].T, sizes.T
     largest = scale_max * width * height
     low = np.maximum.reduce([thr * w / height, (thr * w) ** 2 / largest, thr * w * h / height**2])
-    with np.errstate(divide="ignore"):  # thr = 0: any ratio reaches it
+    with np.errstate(divide="ignore", over="ignore"):  # thr = 0, or hardly more: any ratio reaches it
         high = np.minimum.reduce([width / (thr * h), largest / (thr * h) ** 2, width**2 / (thr * w * h)])
     return low, high
 

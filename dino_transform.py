@@ -101,7 +101,8 @@ def _crop_around(
 def _cumulative_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
     """Return the running sum, (feat_h * feat_w,) float64, of what `map_to_density` is proportional to."""
     cells = attention_map.ravel().astype(np.float32)
-    weights = np.exp((cells - cells.max()) * np.float32(1 / temperature))
+    with np.errstate(invalid="ignore"):  # infinity less infinity is NaN
+        weights = np.exp((cells - cells.max()) * np.float32(1 / temperature))
     cumulative = np.cumsum(weights, dtype=np.float64)
     return cumulative if np.isfinite(cumulative[-1]) else np.arange(1.0, len(cells) + 1)  # NaN: uniform
 

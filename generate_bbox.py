@@ -31,14 +31,14 @@ from tqdm import tqdm
 
 from box_report import refuse_to_hide, report_boxes
 from boxes import clip_boxes, expand_boxes, load_boxes, save_boxes, whole_image_boxes
-from config import load_config, worker_count
+from config import ConfigError, check_value, get_key, load_config, worker_count
 from datasets import DataSet, build_loader, read_dataset, read_image
 from localizer import state_hash
 from mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from shared_work import SharedWork, choose_device, process_numbers
 from transforms import normalize
-from utils import UserError, load_json, load_tensors, run_script, timed, user_errors
+from utils import UserError, load_tensors, run_script, timed, user_errors
 
 
 def main(config: dict) -> None:
@@ -145,7 +145,10 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int]:
     about = load_tensors(path)
     about = about.get("config") if isinstance(about, dict) else None
     try:
-        wanted, image_size, patch_size = about["model"], int(about["image_size"]), int(about["patch_size"])
+        with user_errors(ConfigError, f"{path}: its config: "):
+            for key in ("model.type", "model.n_classes", "image_size", "patch_size"):
+                check_value(key, get_key(about, key))
+        wanted, image_size, patch_size = about["model"], about["image_size"], about["patch_size"]
         model = build_model(wanted["type"], wanted["n_classes"], image_size=image_size, patch_size=patch_size)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: is no checkpoint of train.py (it names no model and image_size)") from None
@@ -166,11 +169,11 @@ def claim_out(out: Path, work: SharedWork, again: bool) -> None:
         out.unlink(missing_ok=True)
         work.remove()
     if out.exists():
-        made = load_json(out)
-        identity = made.get("settings", {}).get("identity") if isinstance(made, dict) else None
-        if identity is None:
+        with user_errors(UserError, f"{out}: was not made by this script, give another out=FILE: "):
+            made = load_boxes(out)
+        if "identity" not in made.settings or made.scores.keys() != made.boxes.keys():
             raise UserError(f"{out}: was not made by this script; give another out=FILE")
-        work.check_identity(identity, f"{out}: made")
+        work.check_identity(made.settings["identity"], f"{out}: made")
     work.check()
 
 

@@ -148,7 +148,10 @@ def claim_out(stage: Stage) -> None:
             path.unlink(missing_ok=True)
         stage.work.remove()
     if index.exists():
-        stage.work.check_identity(MapCache.open(stage.out).header, f"{index}: made")
+        header = MapCache.open(stage.out).header
+        stage.work.check_identity(header, f"{index}: made")
+        if not isinstance(header.get("errors"), dict):
+            raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
     elif stage.out.exists():
         raise UserError(f"{stage.out}: was not made by this script (it has no maps beside it); give another out=FILE")
     stage.work.check()

@@ -15,9 +15,10 @@ from torch import nn
 
 from attention import last_attention
 from models import load_backbone, timm_name, weights_address
-from utils import UserError, load_tensors, torch_seed
+from utils import UNREADABLE, UserError, load_tensors, torch_seed
 
 TOY_WEIGHTS = Path(__file__).parent / "toy_localizer.pt"  # made by make_toy_localizer.py
+MAX_SIDE = 4096  # pixels, cells, layers: the largest number of an architecture that a file may ask for
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation, of train.py's networks too
 
 
@@ -153,9 +154,6 @@ def _load(model: nn.Module, path: str, key: str) -> None:
         load_backbone(model, path)
     except UserError as error:
         raise UserError(str(error).replace("model.type", key)) from None
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise UserError(f"{path}: of another architecture than {key} ({reason})") from None
 
 
 # --- files that say what they are ---------------------------------------------------------------------------------
@@ -165,7 +163,7 @@ def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) 
     """Build the network of a checkpoint of train.py, at the input size that it was trained at, with its EMA."""
     try:
         trained, image_size = timm_name(config["model"]["type"]), int(config["image_size"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: its config names no model.type and image_size; train it again") from None
     if model_type is not None and timm_name(model_type) != trained:
         raise UserError(
@@ -173,6 +171,8 @@ def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) 
         )
     if not timm.is_model(trained):
         raise UserError(f"{path}: of {trained}, which has no attention; a Vision Transformer is needed")
+    if not 1 <= image_size <= MAX_SIDE:
+        raise UserError(f"{path}: its image_size={image_size} must lie between 1 and {MAX_SIDE}; train it again")
     model = _create(trained, img_size=image_size)
     _load(model, path, "its own model.type")
     return as_localizer(model, trained, path, image_size=image_size)
@@ -203,10 +203,12 @@ def build_toy_vit(*, image_size: int, stride: int, width: int, depth: int, heads
 
 def _from_toy(path: str, content: dict[str, Any], about: dict[str, Any]) -> Localizer:
     try:
+        if not all(1 <= value <= MAX_SIDE for value in about["architecture"].values()):
+            raise ValueError(f"its architecture has a number outside of 1 to {MAX_SIDE}")
         model = build_toy_vit(**about["architecture"])
         model.load_state_dict({key: value.float() for key, value in content["model"].items()})
         image_size = int(about["architecture"]["image_size"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:80]
+    except UNREADABLE as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{path}: not a file of make_toy_localizer.py ({reason}); run it again") from None
     return as_localizer(model, "toy_localizer", path, image_size=image_size)

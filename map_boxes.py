@@ -116,10 +116,14 @@ def box_filter(maps: np.ndarray, filter_size: int) -> np.ndarray:
 
 
 def min_max(maps: np.ndarray) -> np.ndarray:
-    """Scale each map to [0, 1]; a constant map becomes all zeros, so that no threshold above 0 finds anything."""
+    """Scale each map to [0, 1]; a constant map becomes all zeros, so that no threshold above 0 finds anything.
+
+    A map with an infinite value comes back with NaN: `is_blank` tells.
+    """
     low = maps.min(axis=(-2, -1), keepdims=True)
-    spread = maps.max(axis=(-2, -1), keepdims=True) - low
-    return (maps - low) / np.where(spread == 0, 1, spread)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        spread = maps.max(axis=(-2, -1), keepdims=True) - low
+        return (maps - low) / np.where(spread == 0, 1, spread)
 
 
 def softmax_density(maps: np.ndarray, temperature: float) -> np.ndarray:

@@ -162,13 +162,13 @@ def _index_fault(content: Any) -> str | None:
 
 def _place_fault(item: tuple[str, Any], size: int) -> str | None:
     image_id, place = item
-    if not (image_id.isascii() and image_id.isdigit() and len(image_id) <= 18):
+    if not (image_id.isascii() and image_id.isdigit() and len(image_id) <= 18 and str(int(image_id)) == image_id):
         return f"image id {image_id[:40]!r} is not a number"
     whole = isinstance(place, list) and len(place) == 3 and all(type(n) is int for n in place)
     if not whole or not all(1 <= side <= MAX_SIDE for side in place[1:]):
         return f"image {image_id}: {str(place)[:60]} is not [offset, feat_h, feat_w]"
     if place[0] < HEAD_BYTES or place[0] + 2 * place[1] * place[2] > size:
-        return f"image {image_id}: its map at {place} lies outside the {size} bytes of the data"
+        return f"image {image_id}: its map at {str(place)[:60]} lies outside the {size} bytes of the data"
     return None
 
 

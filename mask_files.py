@@ -6,6 +6,7 @@ them. Only the info is needed to choose boxes; the masks themselves may be left 
 """
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from utils import UserError, load_json, load_tensors, save_json, save_tensors
 KIND, VERSION = "localized-crops masks", 1
 STORES = ("bool", "packed", "none")
 ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
+LONGEST_NAME = 250  # bytes, without the suffix: file systems take 255
 MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
 
 
@@ -71,7 +73,7 @@ def load_masks(path: Path | str) -> torch.Tensor:
     """
     content = load_tensors(path)
     if torch.is_tensor(content):
-        if content.dtype != torch.bool or content.ndim != 3:
+        if content.dtype != torch.bool or content.ndim != 3 or not _is_whole(content):
             raise UserError(f"{path}: holds a {content.dtype} tensor of shape {tuple(content.shape)}, not masks")
         return content
     fault = _packed_fault(content)
@@ -89,9 +91,15 @@ def _packed_fault(content: Any) -> str | None:
     if math.prod(shape) > MAX_PIXELS:
         return f"declares {math.prod(shape):,} pixels"
     expected = (shape[0], -(-shape[1] * shape[2] // 8))
-    if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
+    if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected or not _is_whole(bits):
         return f"the packed bits are not {expected} bytes"
     return None
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's elements are all there: a damaged file may declare a few of them as a gigantic one."""
+    strided = tensor.layout == torch.strided
+    return strided and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -161,7 +169,7 @@ def _info_fault(content: Any) -> str | None:
     for name, entries in content.items():
         if name == "setup":
             continue
-        if Path(name).name != name or not isinstance(entries, list):
+        if not _is_file_name(name) or not isinstance(entries, list):
             return f"image {name[:60]!r} has no list of masks"
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or not _is_box(entry.get("bbox")):
@@ -169,6 +177,12 @@ def _info_fault(content: Any) -> str | None:
     return None
 
 
+def _is_file_name(name: str) -> bool:
+    """Tell whether ``name`` and a suffix can name a file in a folder."""
+    length = len(name.encode(errors="replace"))
+    return Path(name).name == name and name.isprintable() and length <= LONGEST_NAME
+
+
 def _is_box(box: Any) -> bool:
     numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
-    return numbers and all(map(math.isfinite, box)) and min(box[2:]) >= 0
+    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # NaN is not

@@ -10,7 +10,7 @@ import torchvision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils import UserError, load_tensors
+from utils import UNREADABLE, UserError, load_tensors
 
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
@@ -234,7 +234,7 @@ def load_backbone(model: nn.Module, path: Path | str) -> None:
     state = {key: value for key, value in _state_dict(load_tensors(path), path, "ema").items()
              if not key.startswith(head)}  # fmt: skip
     own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
-    _load_strictly(model, _fit_vit(model, state) | own, path)
+    _load_strictly(model, state, path, kept=own)
 
 
 def load_trained(model: nn.Module, path: Path | str, *, ema: bool) -> None:
@@ -246,9 +246,9 @@ def load_trained(model: nn.Module, path: Path | str, *, ema: bool) -> None:
     state = _state_dict(load_tensors(path), path, "ema" if ema else "model")
     weight = f"{_head_prefix(model)}weight"
     own, found = model.state_dict().get(weight), state.get(weight)
-    if own is not None and found is not None and len(own) != len(found):
+    if own is not None and found is not None and found.ndim == own.ndim and len(own) != len(found):
         raise UserError(f"{path}: trained on {len(found)} classes, the data set has {len(own)}")
-    _load_strictly(model, _fit_vit(model, state), path)
+    _load_strictly(model, state, path)
 
 
 def _head_prefix(model: nn.Module) -> str:
@@ -262,7 +262,8 @@ def _state_dict(content: Any, path: Path | str, which: str) -> dict[str, torch.T
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
             break
-    if not isinstance(content, dict) or not content or not all(torch.is_tensor(v) for v in content.values()):
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not named or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); give a checkpoint of train.py or of timm")
     return content
 
@@ -281,10 +282,13 @@ def _same_shapes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     return all(key in own and own[key].shape == value.shape for key, value in state.items())
 
 
-def _load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: Path | str) -> None:
+def _load_strictly(
+    model: nn.Module, state: dict[str, torch.Tensor], path: Path | str, kept: dict[str, torch.Tensor] | None = None
+) -> None:
+    """Load a state dict that leaves nothing out but ``kept``, the model's own values."""
     try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
+        model.load_state_dict(_fit_vit(model, state) | (kept or {}), strict=True)
+    except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
         lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise UserError(
             f"{path}: of another architecture than model.type ({len(lines)} kinds of mismatch; first: "

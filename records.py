@@ -76,5 +76,5 @@ def _read_record(file: Any) -> Record | None:
         payload = file.read(min(sealed["bytes"], os.fstat(file.fileno()).st_size))
         whole = len(payload) == sealed["bytes"] and zlib.crc32(json.dumps(sealed).encode() + payload) == crc
         return Record(sealed["header"], payload) if whole else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

@@ -17,9 +17,9 @@ import numpy as np
 from config import apply_preset, check_config, load_config, set_key
 from evaluation import Comparison, compare
 from parallel import refuse_many
-from sweep import FolderInUseError, run_point
+from sweep import FolderInUseError, load_summary, run_point
 from train import train_run
-from utils import UserError, environment, load_json, run_script, save_json, save_text
+from utils import UNREADABLE, UserError, environment, load_json, run_script, save_json, save_text, user_errors
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,15 @@ def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> d
         place = folder / place_of(table, budget, row, seed)
         if not (place / "summary.json").exists():
             continue
-        summary = load_json(place / "summary.json")
+        summary = load_summary(place)
         cells["seeds"].append(seed)
         cells["maiou"].append(summary["maiou"])
         cells["validation"].append(summary["best_validation_top1"])
-        predictions = load_json(place / "predictions.json").values()
-        for view in summary["top1"]:
-            right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions]
-            cells["correct"].setdefault(view, []).append(right)
+        predictions = load_json(place / "predictions.json")
+        with user_errors(UNREADABLE, f"{place / 'predictions.json'}: not of a finished run, train it again: "):
+            for view in summary["top1"]:
+                right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions.values()]
+                cells["correct"].setdefault(view, []).append(right)
     cells["correct"] = {view: np.array(right) for view, right in cells["correct"].items()}
     return cells
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from plots import draw_sweep, fit_line
-from utils import UserError, load_json, new_folder, save_json, save_text
+from utils import UNREADABLE, UserError, load_json, new_folder, save_json, save_text, user_errors
 
 
 class FolderInUseError(UserError):
@@ -50,8 +50,23 @@ def run_point(config: dict, overrides: dict[str, Any], folder: Path, train: Trai
     if point["resume"]:
         _check_same(folder, point, overrides)
     if (folder / "summary.json").exists():
-        return load_json(folder / "summary.json")
+        return load_summary(folder)
     return train(point, wandb_run)
+
+
+def load_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Raises:
+        UserError: if summary.json lacks what tables are made of.
+    """
+    summary = load_json(folder / "summary.json")
+    with user_errors(UNREADABLE, f"{folder / 'summary.json'}: not of a finished run, train it again: "):
+        for number in (summary["THR"], summary["maiou"], summary["best_validation_top1"]):
+            float(number)
+        for both in summary["top1"].values():
+            float(both["ema"])
+    return summary
 
 
 # Keys that a finished training does not depend on: of the machine, of logging, of other stages.
@@ -67,6 +82,8 @@ def settings_key(config: dict) -> str:
 def _check_same(folder: Path, point: dict, overrides: dict[str, Any]) -> None:
     """Refuse a folder that was made with other settings than this point has."""
     saved = load_json(folder / "config.json")
+    if not isinstance(saved, dict):
+        raise UserError(f"{folder / 'config.json'}: holds no config; remove the folder or give another run_dir")
     derived = {"THR"} if "maiou" in overrides else set()
     for key in sorted((point.keys() & saved.keys()) - FREE_KEYS - derived):  # newer keys had no say then
         if not _agrees(point[key], saved[key]):
@@ -130,9 +147,9 @@ def write_summary(config: dict, folder: Path) -> None:
     """Write sweep.json, sweep.md and sweep.png of the points that are done."""
     rows = []
     for overrides in grid(config):
-        path = folder / point_name(overrides) / "summary.json"
-        if path.exists():
-            rows.append(_row(config, overrides, load_json(path)))
+        place = folder / point_name(overrides)
+        if (place / "summary.json").exists():
+            rows.append(_row(config, overrides, load_summary(place)))
     if not rows:
         return
     held = [row for row in rows if row["value"] >= 0]

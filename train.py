@@ -33,7 +33,7 @@ from tqdm import tqdm
 import models
 from attention import last_attention
 from boxes import maiou_to_thr
-from config import ConfigError, leaves, load_config, step_gamma, worker_count
+from config import ConfigError, check_config, has_all_keys, leaves, load_config, step_gamma, worker_count
 from crops import ratio_gives_way
 from datasets import (
     Batch,
@@ -70,6 +70,7 @@ from shared_work import choose_device
 from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize
 from utils import (
+    UNREADABLE,
     Terminated,
     UserError,
     environment,
@@ -89,6 +90,12 @@ from utils import (
 WORTH_A_WORKER = 2000  # images: fewer are read sooner than a spawn worker starts, some seconds
 # What may change between a run and its continuation: it does not change the numbers.
 RESUME_MAY_CHANGE = {"resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
+
+# The numbers that log.jsonl holds of every epoch that was validated.
+LOGGED = (
+    *("epoch", "train_loss", "train_top1", "maiou", "lr", "seconds", "images_per_second"),
+    *("loss", "top1", "ema_loss", "ema_top1"),
+)
 
 
 def main(config: dict) -> None:
@@ -129,8 +136,10 @@ def resumed_config(arguments: list[str], folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
     saved = load_json(folder / "config.json")
-    if not isinstance(saved, dict) or leaves(saved).keys() != leaves(load_config([])).keys():
+    if not has_all_keys(saved):
         raise ConfigError(f"{folder / 'config.json'}: of another version of config.py; start a new run")
+    with user_errors(ConfigError, f"{folder / 'config.json'}: "):
+        check_config(saved)
     config = load_config(arguments, base=saved) | {"run_dir": str(folder)}
     before, now = leaves(saved), leaves(config)
     for key in sorted(before.keys() - RESUME_MAY_CHANGE):
@@ -195,10 +204,10 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     run = build_run(folder, config, device)
     print(describe(config, run, data, device))
-    if rank() == 0:
-        save_json(folder / "config.json", config)
     if config["resume"]:
         load_run(run, device)
+    if rank() == 0:
+        save_json(folder / "config.json", config)  # not before: a run that cannot go on stays as it was
     own_wandb = wandb_run is None and config["wandb"] and rank() == 0
     if own_wandb:
         wandb_run = start_wandb(config, folder)
@@ -661,18 +670,21 @@ def load_run(run: Run, device: torch.device) -> None:
         print("no last.pt yet: starting from the first epoch")
         return
     state = load_tensors(run.folder / "last.pt")
-    with user_errors((RuntimeError, KeyError, ValueError), f"{run.folder / 'last.pt'}: not of this run: "):
+    with user_errors(UNREADABLE, f"{run.folder / 'last.pt'}: not of this run: "):
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dict")
         run.model.load_state_dict(state["model"])
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.copy_(state["ema_updates"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         run.scaler.load_state_dict(state["scaler"])
-        run.epoch, run.step, run.best_top1 = state["epoch"], state["step"], state["best_top1"]
+        run.epoch, run.step, run.best_top1 = int(state["epoch"]), int(state["step"]), float(state["best_top1"])
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
-    run.records = [record for record in load_log(run.folder / "log.jsonl") if record["epoch"] <= run.epoch]
+    records = load_log(run.folder / "log.jsonl", LOGGED)
+    run.records = [record for record in records if record["epoch"] <= run.epoch]
     print(f"going on after epoch {run.epoch}")
 
 

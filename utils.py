@@ -11,7 +11,8 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ class UserError(Exception):
         super().__init__(message.rpartition("UserError: ")[2].strip())
 
 
-# What torch.load and safetensors raise on files that are torn or something else.
-UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError)
-UNREADABLE += (safetensors.SafetensorError,)
+# What torch.load, safetensors and the networks that take the result raise on files that are torn or something else.
+UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
+UNREADABLE += (AssertionError, safetensors.SafetensorError)
+LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
 
 
 class Terminated(BaseException):
@@ -61,8 +63,11 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
 
 
 @contextlib.contextmanager
-def user_errors(kind: type[Exception], where: str = "") -> Iterator[None]:
-    """Turn exceptions of one kind, raised inside the with block, into UserError; ``where`` goes before the message."""
+def user_errors(kind: type[Exception] | tuple[type[Exception], ...], where: str = "") -> Iterator[None]:
+    """Turn exceptions of one kind (or several), raised inside the with block, into UserError.
+
+    ``where`` goes before the message.
+    """
     try:
         yield
     except kind as error:
@@ -74,9 +79,11 @@ def _raise_terminated(*_):
 
 
 def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename or 'unknown file'}"
-    return " ".join(str(error).split())
+        line = f"{error.strerror}: {error.filename or 'unknown file'}"
+    half = LONGEST_LINE // 2 - 4
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"
 
 
 def _exit(message: str, status: int) -> None:
@@ -114,20 +121,53 @@ def save_json(path: Path | str, value: Any) -> None:
     save_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def read_text(path: Path | str) -> str:
+    """Return what a UTF-8 text file holds.
+
+    Raises:
+        UserError: if there is no such file or it is no text.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: is a folder, a file was expected") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text file ({error.reason} at byte {error.start})") from None
+
+
+def parse_json(text: str) -> Any:
+    """Return what JSON holds; NaN passes, so that its reader can say where it stands.
+
+    Raises:
+        ValueError: if it is not JSON, an object has a key twice, or it is nested too deeply.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError("nested too deeply to be one of our files") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
+    return values
+
+
 def load_json(path: Path | str) -> Any:
     """Return what a JSON file holds.
 
     Raises:
         UserError: if there is no such file or it is not JSON.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file") from None
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be one of our files") from None
-    except ValueError as error:  # of the decoder or of UTF-8
-        raise UserError(f"{path}: not a whole JSON file ({error}); make it again") from None
+    with user_errors(ValueError, f"{path}: not a whole JSON file, make it again: "):
+        return parse_json(read_text(path))
 
 
 def save_tensors(path: Path | str, value: Any) -> None:
@@ -145,7 +185,9 @@ def load_tensors(path: Path | str) -> Any:
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch warns of what is refused here in one line
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -196,22 +238,34 @@ def locked(folder: Path | str) -> Iterator[bool]:
                 shutil.rmtree(folder)
 
 
-def load_log(path: Path | str) -> list[dict]:
+def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
     """Return the objects of a ``log.jsonl``; no file means no epoch yet.
 
+    Args:
+        path: the file.
+        numbers: keys under which every object holds a number.
+
     Raises:
-        UserError: if a line is not a JSON object.
+        UserError: if a line is not such a JSON object.
     """
     path = Path(path)
     if not path.exists():
         return []
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(f"{path}:{number}: not a JSON object; remove the line") from None
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        with user_errors(ValueError, f"{path}:{number}: not a JSON object, remove the line: "):
+            record = parse_json(line)
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: not a JSON object; remove the line")
+        lacking = next((key for key in numbers if not _is_finite(record.get(key))), None)
+        if lacking is not None:
+            raise UserError(f"{path}:{number}: has no number under {lacking!r}; remove the line")
+        records.append(record)
     return records
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # an int may be too long for math.isfinite
 
 
 def save_log(path: Path | str, records: list[dict]) -> None:

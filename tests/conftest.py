@@ -60,3 +60,22 @@ def few_birds(birds, tmp_path_factory) -> Path:
         lines = [line for line in (root / name).read_text().splitlines() if line.split()[0] in kept]
         (root / name).write_text("\n".join(lines) + "\n")
     return root
+
+
+@pytest.fixture(scope="session")
+def site(few_birds, tmp_path_factory) -> Path:
+    """Return a folder with one of everything that the scripts read, all of it sound: read only."""
+    from sound_files import make_sound_folder  # here: it imports all that trains, which few tests need
+
+    folder = tmp_path_factory.mktemp("site")
+    make_sound_folder(few_birds, folder)
+    return folder
+
+
+@pytest.fixture
+def site_copy(site, tmp_path) -> Path:
+    """Return a copy of the sound folder, to be damaged."""
+    copy = Path(shutil.copytree(site, tmp_path / "site"))
+    for path in (copy / "run" / "config.json", copy / "run" / "log.jsonl"):
+        path.write_text(path.read_text().replace(str(site), str(copy)))
+    return copy
