@@ -9,13 +9,12 @@ best.pt, predictions.json, summary.json, curves.png.
     python train.py sweeprun=true run_dir=runs/sweep           # the grid sweep.values, run after run
 """
 
-import contextlib
 import copy
 import math
 import platform
-import sys
+import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,9 +51,9 @@ from self_distillation import maps_path, refresh_epoch, refresh_maps
 from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize
 from utils import (
-    Terminated,
     UserError,
     environment,
+    going_on_with,
     load_json,
     load_log,
     load_tensors,
@@ -153,7 +152,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
             raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
         if (folder / "config.json").exists() and not config["resume"]:
             raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
-        with resume_hint(folder):
+        with going_on_with(lambda: resume_command(folder)):
             return _train_in(folder, copy.deepcopy(config), wandb_run)
 
 
@@ -187,15 +186,10 @@ def _train_in(folder: Path, config: dict, wandb_run: Any) -> dict:
     return summary
 
 
-@contextlib.contextmanager
-def resume_hint(folder: Path) -> Iterator[None]:
-    """Say how to go on when the run is interrupted."""
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated):
-        if (folder / "config.json").exists():
-            print(f"\nto go on with this run: python train.py resume=true run_dir={folder}", file=sys.stderr)
-        raise
+def resume_command(folder: Path) -> str | None:
+    """Return the command that goes on with the run in ``folder``, None before it has begun."""
+    begun = (folder / "config.json").exists()
+    return f"python train.py resume=true run_dir={shlex.quote(str(folder))}" if begun else None
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
