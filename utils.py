@@ -125,7 +125,7 @@ def _exit(message: str, error: BaseException, status: int) -> None:
 
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "what was finished before is kept; make room")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that you may write to")
-REMEDIES |= {errno.ENOTDIR: "a file lies where a folder is needed; name another"}
+REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file lies where a folder is needed; name another")
 SCRATCH = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # .NAME.PID.tmp.SUFFIX
 
 
