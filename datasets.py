@@ -8,8 +8,10 @@ names, in its order.
 import hashlib
 import json
 import math
+import multiprocessing.context
 import os
 import shutil
+import signal
 import tarfile
 import urllib.error
 import warnings
@@ -532,7 +534,7 @@ class ViewImages(Dataset):
 
 
 def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:
-    """Build a loader with spawn workers that live as long as it.
+    """Build a loader with spawn workers that live as long as it and end with it, never of Ctrl-C by themselves.
 
     Args:
         dataset: what to load.
@@ -545,10 +547,25 @@ def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batc
         num_workers=num_workers,
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=_WorkerContext() if num_workers else None,
         worker_init_fn=_use_one_thread,
         **batches,
     )
+
+
+class _Worker(multiprocessing.context.SpawnProcess):
+    """A spawned process to which Ctrl-C, sent to all processes of a terminal, is nothing: its parent ends it."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the new process inherits it
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _WorkerContext(multiprocessing.context.SpawnContext):
+    Process = _Worker
 
 
 def _use_one_thread(_worker: int) -> None:

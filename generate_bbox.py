@@ -38,17 +38,19 @@ from mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from shared_work import SharedWork, choose_device, process_numbers
 from transforms import normalize
-from utils import UserError, load_tensors, run_script, timed, user_errors
+from utils import UserError, going_on_with, load_tensors, run_script, same_command, timed, user_errors
 
 
 def main(config: dict) -> None:
     """Score the candidates, choose the boxes, evaluate; with several processes each scores its share."""
     with user_errors(ValueError):
         stage = prepare(config)
-    score_images(stage)
-    if stage.work.rank == 0:
-        scores, errors = gather_scores(stage)
-        report(stage, *choose_boxes(stage, scores), errors)
+    with going_on_with(same_command), stage.work.claimed():
+        claim_out(stage.out, stage.work, config["bbox"]["again"])
+        score_images(stage)
+        if stage.work.rank == 0:
+            scores, errors = gather_scores(stage)
+            report(stage, *choose_boxes(stage, scores), errors)
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -71,7 +73,7 @@ class Stage:
 
 
 def prepare(config: dict) -> Stage:
-    """Read data set, candidates and classifier, and check that ``out`` is free or ours."""
+    """Read data set, candidates and classifier."""
     wanted = config["bbox"]
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
@@ -97,7 +99,6 @@ def prepare(config: dict) -> Stage:
         f"python generate_bbox.py out={out} bbox.again=true",
         *process_numbers(),
     )
-    claim_out(out, work, wanted["again"])
     stage = Stage(
         config=config,
         out=out,
@@ -165,9 +166,8 @@ def claim_out(out: Path, work: SharedWork, again: bool) -> None:
         UserError: if it is of other settings, candidates or another classifier, or of another script.
     """
     if again:
-        work.refuse_again()
+        work.start_anew()
         out.unlink(missing_ok=True)
-        work.remove()
     if out.exists():
         with user_errors(UserError, f"{out}: was not made by this script, give another out=FILE: "):
             made = load_boxes(out)

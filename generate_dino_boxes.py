@@ -37,18 +37,20 @@ from datasets import DataSet, read_dataset
 from localizer import Localizer, build_localizer
 from map_cache import MapCache, cache_paths, save_map_cache
 from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, run_script, timed, user_errors
+from utils import UserError, going_on_with, run_script, same_command, timed, user_errors
 
 
 def main(config: dict) -> None:
     """Make maps, boxes and their evaluation; with several processes each makes its share of the maps."""
     with user_errors(ValueError):
         stage = prepare(config)
-    make_maps(stage, missing_batches(stage))
-    if stage.work.rank == 0:
-        cache = gather_maps(stage)
-        boxes = find_boxes(stage, cache)
-        report(stage, cache, boxes)
+    with going_on_with(same_command), stage.work.claimed():
+        claim_out(stage)
+        make_maps(stage, missing_batches(stage))
+        if stage.work.rank == 0:
+            cache = gather_maps(stage)
+            boxes = find_boxes(stage, cache)
+            report(stage, cache, boxes)
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ class Stage:
 
 
 def prepare(config: dict) -> Stage:
-    """Read the data set, build the network, plan the batches, and check that ``out`` is free or ours."""
+    """Read the data set, build the network, and plan the batches."""
     start = time.perf_counter()
     wanted = config["dino"]
     if config["num_threads"]:
@@ -99,7 +101,6 @@ def prepare(config: dict) -> Stage:
         batches=plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"]),
         seconds={"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)},
     )
-    claim_out(stage)
     if stage.work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
@@ -143,10 +144,9 @@ def claim_out(stage: Stage) -> None:
     """
     index, data_path = cache_paths(stage.out)
     if stage.config["dino"]["again"]:
-        stage.work.refuse_again()
+        stage.work.start_anew()
         for path in (index, data_path, stage.out):
             path.unlink(missing_ok=True)
-        stage.work.remove()
     if index.exists():
         header = MapCache.open(stage.out).header
         stage.work.check_identity(header, f"{index}: made")
@@ -212,7 +212,7 @@ def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[st
 def gather_maps(stage: Stage) -> MapCache:
     """Put all maps into the cache, in the order of the data set; the parts go once it is written."""
     index, _ = cache_paths(stage.out)
-    if stage.work.folder.exists() or not index.exists():
+    if stage.work.begun or not index.exists():
         stage.work.wait_for_others(lambda: {batch.number for batch in stage.batches} - finished_batches(stage))
         with timed(stage.seconds, "cache"):
             errors, maps = {}, {}

@@ -38,7 +38,7 @@ from sam_models import load_sam
 from sam_prompts import PromptedMasks
 from segments import SegmentGenerator
 from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, run_script, user_errors
+from utils import UserError, going_on_with, run_script, same_command, user_errors
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -50,12 +50,14 @@ def main(config: dict) -> None:
     """Make the masks; with several processes each makes its share, and the first writes the info."""
     with user_errors(ValueError):
         stage = prepare(config)
-    make_masks(stage)
-    if stage.work.rank == 0:
-        errors = gather_info(stage)
-        if config["mask"]["prompt"] == "dino":
-            write_boxes(stage, errors)
-        refuse_to_hide(errors, stage.folder / "errors.txt")
+    with going_on_with(lambda: same_command(f"mask.folder={stage.folder}")), stage.work.claimed():
+        claim_folder(stage.folder, stage.work)
+        make_masks(stage)
+        if stage.work.rank == 0:
+            errors = gather_info(stage)
+            if config["mask"]["prompt"] == "dino":
+                write_boxes(stage, errors)
+            refuse_to_hide(errors, stage.folder / "errors.txt")
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -76,7 +78,7 @@ class Stage:
 
 
 def prepare(config: dict) -> Stage:
-    """Read the data set, build the engine, and find or check the folder."""
+    """Read the data set, build the engine, and find the folder."""
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     rank, world_size = process_numbers()
@@ -88,7 +90,6 @@ def prepare(config: dict) -> Stage:
     folder = Path(config["mask"]["folder"] or new_mask_folder(data.root))
     again = f"remove {folder} and run the same command"
     work = SharedWork(folder / "unfinished", identity, "mask", again, rank, world_size)
-    claim_folder(folder, work)
     size = config["mask"]["image_batch"]
     rows = list(range(len(data.ids)))
     if rank == 0:
@@ -113,7 +114,7 @@ def claim_folder(folder: Path, work: SharedWork) -> None:
     """
     if (folder / "masks_info.json").exists():
         work.check_identity(load_masks_info(folder)[0], f"{folder}: made")
-    elif folder.exists() and any(folder.iterdir()) and not work.folder.exists():
+    elif not work.begun and any(path != work.folder for path in folder.iterdir()):
         raise UserError(f"{folder}: is no folder of this script (no masks_info.json); name another mask.folder")
     work.check()
 
@@ -269,7 +270,7 @@ def gather_info(stage: Stage) -> dict[int, str]:
     if finished:
         info = load_masks_info(stage.folder)[1]
     everything = set(range(len(stage.batches)))
-    if stage.work.folder.exists():
+    if stage.work.begun:
         stage.work.wait_for_others(lambda: everything - finished_batches(stage))
     errors = dict(stage.data.unreadable)
     for record in stage.work.records():
@@ -278,7 +279,7 @@ def gather_info(stage: Stage) -> dict[int, str]:
     ordered = {name: info[name] for name in stage.names if name in info}
     counts = [len(entries) for entries in ordered.values()]
     setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": stage.seconds}
-    if stage.work.folder.exists() or not finished:
+    if stage.work.begun or not finished:
         save_masks_info(stage.folder, setup, ordered)
         save_errors(stage.folder / "errors.txt", errors)
     stage.work.remove()

@@ -6,29 +6,30 @@ shared by all processes. It lies on disk (CUB: 6.3 GB), or, while runs use it, i
 """
 
 import atexit
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import PIL.Image
 import torch
 from tqdm import tqdm
 
-from utils import UserError, load_json, save_json, whole_file
+from utils import UserError, load_json, lock_file, remove_scratch, save_json, whole_file
 
 KIND, VERSION = "localized-crops decoded images", 1
 MAGIC, HEAD_BYTES, TOKEN_BYTES = b"lc-imgs1", 64, 16
-MAX_SIDE = 1 << 20  # pixels; a larger one is a damaged index
 ROUNDING = 1e-6  # pixels: what float arithmetic adds to a whole number does not cost a pixel
 RAM = Path("/dev/shm")
-INDEX, DATA, LOCK = "decoded_images.json", "decoded_images.bin", ".decoded_images.lock"
+INDEX, DATA = "decoded_images.json", "decoded_images.bin"
+LOCK, USED = ".decoded_images.lock", ".decoded_images.used"  # held by the one that builds; by all that use it
 
 
 class ImageCache:
@@ -101,17 +102,11 @@ def cached_images(
     key = content_key(fingerprint, paths, side)
     stored_sizes = shortened(image_sizes, side)
     if mode == "ram":
-        remove_stale()
-        folder = RAM / f"localized-crops-{os.getuid()}-{key[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / LOCK, "a")  # noqa: SIM115 - held for as long as this process uses the cache
-    _wait_for(lock, folder)
+        folder = ram_folder(key)
     places = plan(ids, stored_sizes)
-    if fault(folder, key) is not None:
-        build(folder, key, places, paths, image_sizes, read)
-    fcntl.flock(lock, fcntl.LOCK_SH)
-    if mode == "ram":
-        atexit.register(remove_if_unused, folder, lock)
+    with building(folder):
+        if fault(folder, key) is not None:
+            build(folder, key, places, paths, image_sizes, read)
     scales = np.asarray(stored_sizes) / np.asarray(image_sizes)
     smaller = {int(ids[row]): tuple(scales[row].tolist()) for row in np.flatnonzero((scales < 1).any(1))}
     return ImageCache(folder / DATA, places, smaller)
@@ -216,26 +211,33 @@ def _head(key: str) -> bytes:
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-def _wait_for(lock: Any, folder: Path) -> None:
-    """Take the lock of the cache; say so when another process builds it.
+@contextlib.contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """Be the only process that looks whether the cache is there and builds it; say so when another one does.
 
-    A process that only reads holds the lock shared, so this waits for builders and, to rebuild, never for readers:
-    the names of the files go, their content lives on for who has it open.
+    Readers are not waited for: the names of the files go, their content lives on for who has it open.
     """
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # readers only: the cache is there
-        except BlockingIOError:
-            print(f"another process decodes the images to {folder}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_SH)
+    lock = lock_file(folder / LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if lock is None:
+        print(f"another process decodes the images to {folder}: waiting for it", flush=True)
+        lock = lock_file(folder / LOCK, fcntl.LOCK_EX)
+    with lock:
+        remove_scratch(folder)
+        yield
 
 
-def remove_if_unused(folder: Path, lock: Any) -> None:
+def ram_folder(key: str) -> Path:
+    """Return the folder in memory of the images of ``key``; it goes when the last process that asked for it ends."""
+    remove_stale()
+    folder = RAM / f"localized-crops-{os.getuid()}-{key[:16]}"
+    atexit.register(remove_if_unused, folder, lock_file(folder / USED, fcntl.LOCK_SH))
+    return folder
+
+
+def remove_if_unused(folder: Path, used: IO) -> None:
     """Remove a cache in memory unless another process uses it."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(used, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return
     shutil.rmtree(folder, ignore_errors=True)
@@ -243,6 +245,6 @@ def remove_if_unused(folder: Path, lock: Any) -> None:
 
 def remove_stale() -> None:
     """Remove the caches in memory of processes that were killed."""
-    for path in RAM.glob(f"localized-crops-{os.getuid()}-*/{LOCK}"):
-        with open(path, "a") as lock:
-            remove_if_unused(path.parent, lock)
+    for path in RAM.glob(f"localized-crops-{os.getuid()}-*/{USED}"):
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as used:  # another process may have removed it
+            remove_if_unused(path.parent, used)

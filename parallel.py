@@ -68,7 +68,7 @@ def lost_process() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise LostProcessError(
                 f"another process of this run is gone (seen by rank {process_numbers()[0]}: {_brief(error)}); "
-                "its own message says why; start the same command with resume=true"
+                "its own message says why"
             ) from error
         raise
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import UserError
+from utils import DiskError, disk_errors, is_at
 
 
 class Record(NamedTuple):
@@ -36,16 +36,14 @@ class RecordFile:
         """Append one record and hand it to the system.
 
         Raises:
-            UserError: if the disk is full; the records before stay whole.
+            DiskError: if the disk is full, or the file was removed; the records before stay whole.
         """
+        if not is_at(self._file, self.path):
+            raise DiskError(f"{self.path}: was removed while it was in use, and what was finished with it")
         content = memoryview(_record_line(header, payload) + payload)
-        try:
+        with disk_errors(self.path):
             while content:
                 content = content[os.write(self._file, content) :]
-        except OSError as error:
-            raise UserError(
-                f"{self.path}: {error.strerror}; what was finished before is kept: make room and run the same command"
-            ) from None
 
     def close(self) -> None:
         """Close the file."""

@@ -19,7 +19,18 @@ from evaluation import Comparison, compare
 from parallel import refuse_many
 from sweep import FolderInUseError, load_summary, run_point
 from train import train_run
-from utils import UNREADABLE, UserError, environment, load_json, run_script, save_json, save_text, user_errors
+from utils import (
+    UNREADABLE,
+    UserError,
+    environment,
+    going_on_with,
+    load_json,
+    run_script,
+    same_command,
+    save_json,
+    save_text,
+    user_errors,
+)
 
 
 @dataclass(frozen=True)
@@ -120,14 +131,20 @@ def main(config: dict) -> None:
         raise UserError(f"{TABLES[name].needs}: missing; make it first, see the README's section on its stage")
     refuse_many("reproduce.py")
     folder = Path(config["run_dir"] or f"runs/{name}")
-    points = table_points(TABLES[name], config["reproduce"]["seeds"])
+    with going_on_with(same_command):
+        run_table(config, TABLES[name], folder)
+
+
+def run_table(config: dict, table: Table, folder: Path) -> None:
+    """Train the points of a table that are not done, and write it."""
+    points = table_points(table, config["reproduce"]["seeds"])
     for number, (label, overrides, place) in enumerate(points, 1):
         print(f"--- {number}/{len(points)} {label}", flush=True)
         try:
-            run_point(point_config(config, TABLES[name]), overrides, folder / place, train_run)
+            run_point(point_config(config, table), overrides, folder / place, train_run)
         except FolderInUseError:
             print("another process works on it")
-    write_table(TABLES[name], config["reproduce"]["seeds"], folder)
+    write_table(table, config["reproduce"]["seeds"], folder)
 
 
 def point_config(config: dict, table: Table) -> dict:

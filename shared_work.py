@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from records import Record, RecordFile, read_records
-from utils import UserError, load_json, locked, pick_device, save_json
+from utils import UserError, load_json, locked, pick_device, remove_scratch, save_json
 
 STALLED_SECONDS = 1800  # without a finished unit of any process, the others are taken for dead
 
@@ -54,9 +54,8 @@ class SharedWork:
 
     def check(self) -> None:
         """Raise UserError if what was begun in the folder is of another identity."""
-        saved = self.folder / "identity.json"
-        if saved.exists():
-            self.check_identity(load_json(saved), f"{self.folder}: begun")
+        if self.begun:
+            self.check_identity(load_json(self.folder / "identity.json"), f"{self.folder}: begun")
 
     def check_identity(self, found: Any, what: str) -> None:
         """Raise UserError if ``found``, the identity of ``what``, is not this work's."""
@@ -83,23 +82,41 @@ class SharedWork:
             yield from read_records(path)
 
     @contextmanager
-    def writing(self) -> Iterator[RecordFile]:
-        """Yield the record file of this process, which no other process may have open.
+    def claimed(self) -> Iterator[None]:
+        """Hold this process's part of the work, from before it is looked at to after it is put together.
 
         Raises:
-            UserError: if another one works there.
+            UserError: if another process holds it.
         """
-        folder = self.folder / f"process_{self.rank}"
-        with locked(folder) as free:
+        with locked(self._own_folder) as free:
             if not free:
-                raise UserError(f"{folder}: another process works there; wait for it, or give another out")
-            if not (self.folder / "identity.json").exists():
-                save_json(self.folder / "identity.json", self.identity)
-            records = RecordFile(folder / "units.records")
-            try:
-                yield records
-            finally:
-                records.close()
+                raise UserError(f"{self._own_folder}: another process works there; wait for it, or give another out")
+            if self.rank == 0:
+                remove_scratch(self.folder)
+                remove_scratch(self.folder.parent)
+            yield
+        with suppress(OSError):
+            self.folder.rmdir()  # nothing came of it
+
+    @property
+    def _own_folder(self) -> Path:
+        return self.folder / f"process_{self.rank}"
+
+    @property
+    def begun(self) -> bool:
+        """Whether there are finished units, or will be."""
+        return (self.folder / "identity.json").exists()
+
+    @contextmanager
+    def writing(self) -> Iterator[RecordFile]:
+        """Yield the record file of this process, which has claimed it."""
+        if not self.begun:
+            save_json(self.folder / "identity.json", self.identity)
+        records = RecordFile(self._own_folder / "units.records")
+        try:
+            yield records
+        finally:
+            records.close()
 
     def wait_for_others(self, missing: Callable[[], Collection[int]]) -> None:
         """Wait until the other processes have done the ``missing()`` units.
@@ -119,7 +136,14 @@ class SharedWork:
         """Remove the folder and all in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def refuse_again(self) -> None:
-        """Raise UserError if several processes would start anew: one would remove what another has begun."""
+    def start_anew(self) -> None:
+        """Remove the finished units, which this process has claimed.
+
+        Raises:
+            UserError: if several processes would: one would remove what another has begun.
+        """
         if self.world_size > 1:
             raise UserError(f"again=true is for one process: start anew with {self.again}")
+        (self.folder / "identity.json").unlink(missing_ok=True)
+        for path in self.folder.glob("process_*/units.records"):
+            path.unlink()

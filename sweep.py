@@ -5,6 +5,7 @@ process works on is left to it: the same command started twice shares the work.
 """
 
 import copy
+import fcntl
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from plots import draw_sweep, fit_line
-from utils import UNREADABLE, UserError, load_json, new_folder, save_json, save_text, user_errors
+from utils import (
+    UNREADABLE,
+    UserError,
+    going_on_with,
+    load_json,
+    lock_file,
+    new_folder,
+    remove_scratch,
+    same_command,
+    save_json,
+    save_text,
+    user_errors,
+)
 
 
 class FolderInUseError(UserError):
@@ -118,19 +131,25 @@ def point_name(overrides: dict[str, Any]) -> str:
 def run_sweep(config: dict, train: Train) -> None:
     """Run the sweep of ``config``: by wandb if it is on, else here, one run after the other."""
     folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", "sweep")
-    if config["wandb"]:
-        run_wandb_sweep(config, train, folder)
-    else:
-        for done, (overrides, place) in enumerate(_points_to_do(config, folder)):
-            if done >= config["sweep"]["count"]:
-                print(f"sweep.count={config['sweep']['count']} reached; the same command goes on")
-                break
-            print(f"--- {point_name(overrides)}", flush=True)
-            try:
-                run_point(config, overrides, place, train)
-            except FolderInUseError:
-                print("another process works on it")
-    write_summary(config, folder)
+    with going_on_with(lambda: same_command(f"run_dir={folder}")):
+        if config["wandb"]:
+            run_wandb_sweep(config, train, folder)
+        else:
+            run_local_sweep(config, train, folder)
+        write_summary(config, folder)
+
+
+def run_local_sweep(config: dict, train: Train, folder: Path) -> None:
+    """Train the points that are not done, one after the other, at most ``sweep.count`` of them."""
+    for done, (overrides, place) in enumerate(_points_to_do(config, folder)):
+        if done >= config["sweep"]["count"]:
+            print(f"sweep.count={config['sweep']['count']} reached; the same command goes on")
+            break
+        print(f"--- {point_name(overrides)}", flush=True)
+        try:
+            run_point(config, overrides, place, train)
+        except FolderInUseError:
+            print("another process works on it")
 
 
 def _points_to_do(config: dict, folder: Path) -> Iterator[tuple[dict, Path]]:
@@ -145,6 +164,14 @@ def _points_to_do(config: dict, folder: Path) -> Iterator[tuple[dict, Path]]:
 
 def write_summary(config: dict, folder: Path) -> None:
     """Write sweep.json, sweep.md and sweep.png of the points that are done."""
+    if not any((folder / point_name(overrides) / "summary.json").exists() for overrides in grid(config)):
+        return
+    with lock_file(folder / ".lock", fcntl.LOCK_EX):  # of two processes the later one finds at least as many points
+        remove_scratch(folder)
+        _write_summary(config, folder)
+
+
+def _write_summary(config: dict, folder: Path) -> None:
     rows = []
     for overrides in grid(config):
         place = folder / point_name(overrides)

@@ -15,7 +15,7 @@ import copy
 import math
 import os
 import platform
-import sys
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -71,9 +71,9 @@ from sweep import FolderInUseError, run_sweep, start_wandb
 from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize
 from utils import (
     UNREADABLE,
-    Terminated,
     UserError,
     environment,
+    going_on_with,
     load_json,
     load_log,
     load_tensors,
@@ -178,7 +178,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
     device = choose_device(config["device"])
     with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
         folder = on_rank_0(lambda: claim_folder(config, held))
-        with resume_hint(folder), lost_process():
+        with going_on_with(lambda: resume_command(folder) if rank() == 0 else None), others_may_die(folder):
             return _train_in(folder, copy.deepcopy(config), device, wandb_run)
 
 
@@ -222,17 +222,21 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     return summary
 
 
+def resume_command(folder: Path) -> str | None:
+    """Return the command that goes on with the run in ``folder``, None before it has begun."""
+    many = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    begun = (folder / "config.json").exists()
+    return f"{many} train.py resume=true run_dir={shlex.quote(str(folder))}" if begun else None
+
+
 @contextlib.contextmanager
-def resume_hint(folder: Path) -> Iterator[None]:
-    """Say how to go on when the run is interrupted, or another of its processes is gone."""
+def others_may_die(folder: Path) -> Iterator[None]:
+    """Say how to go on when another process of the run is gone."""
     try:
-        yield
-    except (KeyboardInterrupt, Terminated, LostProcessError) as reason:
-        speaks = rank() == 0 or isinstance(reason, LostProcessError)
-        if speaks and (folder / "config.json").exists():
-            many = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
-            print(f"\nto go on with this run: {many} train.py resume=true run_dir={folder}", file=sys.stderr)
-        raise
+        with lost_process():
+            yield
+    except LostProcessError as error:
+        raise UserError(f"{error}; to go on with this run: {resume_command(folder)}") from error
 
 
 # --- data ---------------------------------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
 """What every script needs: the user's error and the guard that reports it, whole-file writes, run folders, seeds."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import pickle
 import platform
 import random
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -14,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -35,6 +38,10 @@ UNREADABLE += (AssertionError, safetensors.SafetensorError)
 LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
 
 
+class DiskError(UserError):
+    """What was to be written could not be; what was finished before is whole."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that nothing but the guard catches it (as with KeyboardInterrupt)."""
 
@@ -42,24 +49,48 @@ class Terminated(BaseException):
 def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], dict | None]) -> None:
     """Run a script from the command line: load its config, call ``main``, end with the right exit status.
 
-    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM.
+    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM. Where `going_on_with`
+    was told a command, the line ends with it.
 
     Args:
         main: the script, given the resolved config.
         load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
     """
-    signal.signal(signal.SIGTERM, _raise_terminated)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _stop)
     try:
         with user_errors(ValueError):
             config = load_config(sys.argv[1:])
         if config is not None:
             main(config)
     except (UserError, OSError) as error:
-        _exit(_one_line(error), 2)
-    except KeyboardInterrupt:
-        _exit("interrupted", 130)
-    except Terminated:
-        _exit("terminated", 143)
+        _exit(f"error: {_one_line(error)}", error, 2)
+    except KeyboardInterrupt as error:
+        _exit("interrupted", error, 130)
+    except Terminated as error:
+        _exit("terminated", error, 143)
+
+
+@contextlib.contextmanager
+def going_on_with(command: Callable[[], str | None]) -> Iterator[None]:
+    """Let an interruption or a full disk inside the with block tell the command that goes on; None: there is none.
+
+    Of several blocks the outermost has the say: a sweep knows better than the training that it is at.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated, DiskError) as error:
+        error.command = command()
+        raise
+
+
+def same_command(*words: str) -> str:
+    """Return the command line of this process with ``words`` added, without those that start anew."""
+    script, *given = sys.argv
+    kept = [word for word in given if not word.endswith(".again=true")]
+    start = ["torchrun", "...", script] if "WORLD_SIZE" in os.environ else ["python", script]
+    return shlex.join([*start, *kept, *(word for word in words if word not in kept)])
 
 
 @contextlib.contextmanager
@@ -74,40 +105,87 @@ def user_errors(kind: type[Exception] | tuple[type[Exception], ...], where: str 
         raise UserError(f"{where}{error}") from error
 
 
-def _raise_terminated(*_):
-    raise Terminated
+def _stop(number: int, _frame: Any) -> None:
+    """End the script in order; of a second signal it dies at once, which leaves no file half either."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes loader workers that die of the same signal for a fault
+    raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
 
 
 def _one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        line = f"{error.strerror}: {error.filename or 'unknown file'}"
+        line = f"{error.strerror}: {error.filename or 'unknown file'}{_remedy(error)}"
     half = LONGEST_LINE // 2 - 4
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"
 
 
-def _exit(message: str, status: int) -> None:
-    sys.stdout.flush()
-    print(f"error: {message}" if status == 2 else message, file=sys.stderr, flush=True)
+def _exit(message: str, error: BaseException, status: int) -> None:
+    command = getattr(error, "command", None)
+    with contextlib.suppress(OSError):  # of a full disk or a reader that has gone
+        sys.stdout.flush()
+    print(f"{message}; to go on: {command}" if command else message, file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 # --- files, written whole or not at all ---------------------------------------------------------------------------
 
+REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "what was finished before is kept; make room")
+REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that you may write to")
+REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file lies where a folder is needed; name another")
+SCRATCH = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # .NAME.PID.tmp.SUFFIX
+
+
+def _remedy(error: OSError) -> str:
+    return f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+
 
 @contextlib.contextmanager
-def whole_file(path: Path | str) -> Iterator[Path]:
-    """Yield a scratch path in the folder of ``path``; on leaving without an error it takes the place of ``path``."""
+def disk_errors(path: Path | str) -> Iterator[None]:
+    """Turn system errors, raised while ``path`` is written, into a DiskError that names it and says what to do."""
+    try:
+        yield
+    except OSError as error:
+        gone = "; its folder was removed" if error.errno == errno.ENOENT else ""
+        raise DiskError(f"{path}: {error.strerror or error}{gone or _remedy(error)}") from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path | str, *, new_folder: bool = True) -> Iterator[Path]:
+    """Yield a scratch path in the folder of ``path``; on leaving without an error it takes the place of ``path``.
+
+    Args:
+        path: the file to write.
+        new_folder: make its folder where there is none; false: that is an error, for a folder that was there before.
+
+    Raises:
+        DiskError: if it cannot be written; then ``path`` is as it was.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield scratch
-        with open(scratch, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with disk_errors(path):
+            if new_folder:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            with open(scratch, "wb") as held:
+                with contextlib.suppress(OSError):  # a file system without locks: remove_scratch() is not safe there
+                    fcntl.flock(held, fcntl.LOCK_EX)
+                yield scratch
+            with open(scratch, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+
+
+def remove_scratch(folder: Path | str) -> None:
+    """Remove what killed writers left in ``folder``; a living one holds its scratch file."""
+    for path in Path(folder).glob(".*.tmp*"):
+        if SCRATCH.fullmatch(path.name):
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def save_text(path: Path | str, text: str) -> None:
@@ -171,9 +249,24 @@ def load_json(path: Path | str) -> Any:
 
 
 def save_tensors(path: Path | str, value: Any) -> None:
-    """Write a checkpoint (tensors in dicts, lists, plain values), whole or not at all."""
-    with whole_file(path) as scratch:
-        torch.save(value, scratch)
+    """Write a checkpoint (tensors in dicts, lists, plain values), whole or not at all, into a folder that exists.
+
+    Raises:
+        DiskError: if it cannot be written.
+    """
+    with whole_file(path, new_folder=False) as scratch, _system_error_of_torch(), open(scratch, "wb") as file:
+        torch.save(value, file)  # to a path, its error on a full disk would tell no reason
+
+
+@contextlib.contextmanager
+def _system_error_of_torch() -> Iterator[None]:
+    """Raise the system's error in place of torch's own about its archive, which came of it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def load_tensors(path: Path | str) -> Any:
@@ -220,21 +313,52 @@ def new_folder(parent: Path | str, stem: str) -> Path:
             number += 1
 
 
+def lock_file(path: Path, how: int) -> IO | None:
+    """Open and lock a file, made where there is none; None if ``how`` has LOCK_NB and another holds it.
+
+    Args:
+        path: the file; the lock ends when it is closed, at the latest with the process.
+        how: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
+    """
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = open(path, "a")  # noqa: SIM115 - the caller closes it
+        except FileNotFoundError:  # its folder was removed since
+            continue
+        try:
+            fcntl.flock(file, how)
+        except BlockingIOError:
+            file.close()
+            return None
+        if is_at(file.fileno(), path):
+            return file
+        file.close()  # its last holder removed it: locking a file without a name keeps nobody out
+
+
+def is_at(file: int, path: Path) -> bool:
+    """Tell whether an open file is still the one at ``path``."""
+    try:
+        return os.path.samestat(os.fstat(file), os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 @contextlib.contextmanager
 def locked(folder: Path | str) -> Iterator[bool]:
     """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+    file = lock_file(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if file is None:
+        yield False
+        return
+    with file:
+        remove_scratch(folder)
         try:
             yield True
         finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it: leave nothing behind
+            own = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed
+            if own and [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
                 shutil.rmtree(folder)
 
 
@@ -269,8 +393,10 @@ def _is_finite(value: Any) -> bool:
 
 
 def save_log(path: Path | str, records: list[dict]) -> None:
-    """Write a ``log.jsonl``, whole or not at all (a run has a few hundred lines)."""
-    save_text(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    """Write a ``log.jsonl``, whole or not at all (a run has a few hundred lines), into a folder that exists."""
+    with whole_file(path, new_folder=False) as scratch:
+        lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+        scratch.write_text("".join(lines), encoding="utf-8")
 
 
 def cpu_name() -> str:

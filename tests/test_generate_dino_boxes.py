@@ -359,8 +359,9 @@ def test_what_the_user_can_mend_is_one_line_and_leaves_nothing(birds, tiny, tmp_
 
 def test_two_runs_do_not_work_in_one_place(birds, tiny, tmp_path):
     prepared = stage.prepare(load_config(words(birds, tiny, tmp_path / "boxes.json")))
-    with prepared.work.writing(), pytest.raises(UserError, match="another process works there"):
-        stage.make_maps(prepared, prepared.batches)
+    with prepared.work.claimed(), pytest.raises(UserError, match="another process works there"):
+        run(birds, tiny, tmp_path / "boxes.json")
+    assert list(tmp_path.iterdir()) == []  # nothing came of it
 
 
 def test_a_file_that_is_no_image_is_listed_and_the_rest_goes_on(birds_copy, tiny, tmp_path):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
@@ -133,8 +134,8 @@ def _build_on_a_full_disk(folder, photos, queue):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes: writing further fails as on a full disk
     try:
         build(folder, photos)
-    except OSError as error:
-        queue.put(error.strerror)
+    except UserError as error:
+        queue.put(str(error))
 
 
 def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
@@ -142,7 +143,7 @@ def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
     queue = context.Queue()
     process = context.Process(target=_build_on_a_full_disk, args=(tmp_path / "cache", photos, queue))
     process.start()
-    assert queue.get(timeout=30)
+    assert re.search(r"decoded_images\.bin: File too large; .*make room", queue.get(timeout=30))
     process.join()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
 

@@ -1,0 +1,253 @@
+"""The stages as processes that tests kill, stop, starve of disk space and start twice; and what they leave on disk."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+
+from datasets import read_dataset
+from map_cache import MapCache
+from records import read_records
+from utils import SCRATCH, load_json, load_log, load_tensors
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 300  # seconds: a process that takes longer hangs
+# What differs between two runs that did the same: clocks, places, and how a run was begun.
+FREE = {"seconds", "environment", "images_mapped", "maps_per_second", "images_per_second", "run_dir", "out", "folder"}
+FREE |= {"resume", "training_seconds_of_logged_epochs", "cache_folder", "num_workers"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage on small data."""
+
+    script: str
+    words: list[str]
+    place: str  # the key that says where it writes
+    name: str = ""  # of the file or folder there, in the folder of the test; nothing: that folder
+    more: Callable[[Path], list[str]] = lambda folder: []  # further words that name the folder
+
+    def command(self, folder: Path, *more: str) -> list[str]:
+        """Return the command line that writes to ``folder``, or goes on there."""
+        where = f"{self.place}={folder / self.name}"
+        resume = ["resume=true"] if self.script == "train.py" and (folder / "config.json").exists() else []
+        return [sys.executable, str(ROOT / self.script), *self.words, where, *self.more(folder), *resume, *more]
+
+
+def train_stage(root: Path, *more: str) -> Stage:
+    """Return a short training."""
+    small = ["num_epochs=4", "log_interval=1", "image_size=32", "batch_size=8", "opt.warmup_epochs=1"]
+    return Stage("train.py", [*_common(root), *small, "num_workers=0", *more], "run_dir")
+
+
+def cache_stage(root: Path) -> Stage:
+    """Return a training of one epoch that first builds the cache of decoded images."""
+    stage = train_stage(root, "num_epochs=1", "cache=disk")
+    return Stage(stage.script, stage.words, "run_dir", more=lambda folder: [f"cache_folder={folder / 'cache'}"])
+
+
+def sweep_stage(root: Path) -> Stage:
+    """Return a local sweep over three short trainings."""
+    stage = train_stage(root, "num_epochs=2", "sweeprun=true", "sweep.values=-1,0.5,1")
+    return Stage(stage.script, stage.words, "run_dir")
+
+
+def mask_stage(root: Path) -> Stage:
+    """Return classical segments, an image a batch."""
+    return Stage("generate_mask.py", [*_common(root), "num_workers=0", "mask.image_batch=1"], "mask.folder", "masks_0")
+
+
+def bbox_stage(root: Path, masks: Path, classifier: Path) -> Stage:
+    """Return the choice among candidates, an image or two a unit."""
+    words = [*_common(root), "num_workers=0", f"masks={masks}", f"bbox.classifier={classifier}", "bbox.batch_size=1"]
+    return Stage("generate_bbox.py", words, "out", "boxes.json")
+
+
+def dino_stage(root: Path) -> Stage:
+    """Return maps and boxes by the built-in localizer, an image a batch."""
+    words = [*_common(root), "num_workers=0", "dino.batch_size=1"]
+    return Stage("generate_dino_boxes.py", words, "out", "boxes.json")
+
+
+def _common(root: Path) -> list[str]:
+    return ["dataset.name=cub", f"dataset.root={root}", "num_threads=1"]
+
+
+# --- processes ----------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A stage that runs in a process group of its own, so that a signal to the group reaches its workers too."""
+
+    def __init__(self, command: list[str], log: Path, before: Callable[[], None] | None = None, **env: str) -> None:
+        """Start it; what it prints goes to ``log``.out and ``log``.err, so that a kill loses nothing."""
+        self.paths = log.with_suffix(".out"), log.with_suffix(".err")
+        with open(self.paths[0], "w") as out, open(self.paths[1], "w") as err:
+            self.process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=err,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | env,
+                start_new_session=True,
+                preexec_fn=before or allow_interrupt,
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.process.poll() is None
+
+    def printed(self) -> str:
+        """Return its standard output so far."""
+        return self.paths[0].read_text()
+
+    def told(self) -> str:
+        """Return its standard error so far."""
+        return self.paths[1].read_text()
+
+    def send(self, number: int, *, group: bool) -> None:
+        """Send a signal to the process or to its whole group."""
+        if self.running:
+            (os.killpg if group else os.kill)(self.process.pid, number)
+
+    def end(self) -> int:
+        """Wait for its end; return the status, negative for a signal."""
+        return self.process.wait(timeout=LIMIT)
+
+    def kill(self) -> None:
+        """Kill the whole group."""
+        self.send(signal.SIGKILL, group=True)
+        self.end()
+
+    def wait_until(self, reached: Callable[[], Any]) -> bool:
+        """Wait for something to happen; return False if the process ended before."""
+        stop = time.monotonic() + LIMIT
+        while self.running:
+            if reached():
+                return True
+            assert time.monotonic() < stop, f"not reached: {self.printed()}{self.told()}"
+            time.sleep(0.002)
+        return False
+
+
+def allow_interrupt() -> None:
+    """Let SIGINT through (shells let background jobs ignore it)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def started(stage: Stage, folder: Path, log: Path, *more: str, **options: Any) -> Iterator[Process]:
+    """Start a stage, and leave nothing of it running."""
+    process = Process(stage.command(folder, *more), log, **options)
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def finish(stage: Stage, folder: Path, log: Path, *more: str, **options: Any) -> str:
+    """Run a stage to its end, which must be good; return what it printed."""
+    with started(stage, folder, log, *more, **options) as process:
+        assert process.end() == 0, process.told()
+        return process.printed()
+
+
+# --- what lies on disk --------------------------------------------------------------------------------------------
+
+
+def state(folder: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of all files, scratch files too, but no locks: another state is progress."""
+    found = {}
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and not path.name.endswith((".lock", ".used")):
+                found[str(path)] = (path.stat().st_size, path.stat().st_mtime_ns)
+        except FileNotFoundError:  # it went meanwhile
+            continue
+    return found
+
+
+def scratch_files(folder: Path) -> list[str]:
+    """Return the scratch files that are left."""
+    return [path.name for path in folder.rglob(".*") if SCRATCH.fullmatch(path.name)]
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """Return all files under their final names."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith("."))
+
+
+def check_whole(folder: Path) -> None:
+    """Check that every file under its final name can be read to its end."""
+    for path in visible_files(folder):
+        if path.suffix == ".json":
+            load_json(path)
+        elif path.suffix == ".jsonl":
+            load_log(path)
+        elif path.suffix == ".pt":
+            load_tensors(path)
+        elif path.suffix == ".png":
+            PIL.Image.open(path).load()
+        elif path.name.endswith(".maps.bin") and path.with_suffix(".json").exists():
+            MapCache.open(path.with_suffix(".json"))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Return what all files of finished work hold, by name, without clocks and places."""
+    return {str(path.relative_to(folder)): _content(path, folder) for path in visible_files(folder)}
+
+
+def _content(path: Path, folder: Path) -> Any:
+    if path.suffix == ".json":
+        value = load_json(path)
+    elif path.suffix == ".jsonl":
+        value = load_log(path)
+    elif path.suffix == ".pt":
+        value = load_tensors(path)
+    else:
+        return path.read_bytes()
+    return _plain(value, str(folder))
+
+
+def _plain(value: Any, folder: str) -> Any:
+    """Return a value that == compares: tensors as bytes, without what is free to differ."""
+    if isinstance(value, torch.Tensor):
+        return str(value.dtype), list(value.shape), value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: _plain(one, folder) for key, one in value.items() if key not in FREE}
+    if isinstance(value, list | tuple):
+        return [_plain(one, folder) for one in value]
+    return value.replace(folder, "") if isinstance(value, str) else value
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Check that two finished stages left the same, bit for bit."""
+    a, b = contents(one), contents(other)
+    assert list(a) == list(b)
+    assert [name for name in a if a[name] != b[name]] == []
+
+
+def units_done(folder: Path) -> int:
+    """Return how many images of a generator that was broken off need not be done again."""
+    counts = {"images": len, "scores": len, "ids": len}
+    records = [r.header for path in folder.rglob("units.records") for r in read_records(path)]
+    return sum(counts[key](header[key]) for header in records for key in counts if key in header)
+
+
+def image_count(root: Path) -> int:
+    """Return how many images a data set has."""
+    return len(read_dataset("cub", root).ids)
+
+
+def last_line(text: str) -> str:
+    """Return the last line of a text, the one that tells what happened."""
+    return (text.strip().splitlines() or [""])[-1]
