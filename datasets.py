@@ -549,6 +549,8 @@ def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batc
         persistent_workers=num_workers > 0,
         multiprocessing_context=_WorkerContext() if num_workers else None,
         worker_init_fn=_use_one_thread,
+        generator=torch.Generator().manual_seed(0),  # else it draws from the model's random numbers, once or every
+        # epoch, as there are workers or not: a resumed run would drop out other features than an unbroken one
         **batches,
     )
 
