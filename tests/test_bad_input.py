@@ -235,7 +235,6 @@ CONFIG = [
     override("empty-key", "=1", "no such key"),
     override("empty-number", "num_epochs=", "num_epochs=", "whole number"),
     override("empty-text", "source=", "source=", "empty"),
-    override("empty-file-name", "visualize.out=", "visualize.out=", "empty", script="visualize"),
     override("no-equals", "wandb", "key=value"),
     override("dashes", "--num_epochs=1", "without dashes"),
     override("unknown-model", "model.type=resnet5000", "model.type=resnet5000", "no such model"),
@@ -611,7 +610,7 @@ IMAGES = [
     row("image-cut-checked", image(lambda whole: whole[:900]), DATA, "1 of 7 images", script="check_dataset"),
     row("image-cached", image(lambda whole: whole[:900]), (*TRAIN, "cache=disk", "cache_folder={folder}/birds"),
         ".jpg", "damaged"),
-    row("image-drawn", image(lambda whole: whole[:900]), (*DATA, "visualize.images=9"), ".jpg", "damaged",
+    row("image-drawn", image(lambda whole: whole[:900]), (*DATA, "visualize.images=9", "visualize.split=train"), ".jpg", "damaged",
         script="visualize"),
 ]  # fmt: skip
 
