@@ -610,8 +610,8 @@ IMAGES = [
     row("image-cut-checked", image(lambda whole: whole[:900]), DATA, "1 of 7 images", script="check_dataset"),
     row("image-cached", image(lambda whole: whole[:900]), (*TRAIN, "cache=disk", "cache_folder={folder}/birds"),
         ".jpg", "damaged"),
-    row("image-drawn", image(lambda whole: whole[:900]), (*DATA, "visualize.images=9", "visualize.split=train"), ".jpg", "damaged",
-        script="visualize"),
+    row("image-drawn", image(lambda whole: whole[:900]), (*DATA, "visualize.images=9", "visualize.split=train"), ".jpg",
+        "damaged", script="visualize"),
 ]  # fmt: skip
 
 
