@@ -595,6 +595,7 @@ def _fetch(url: str, path: Path) -> None:
     """Fetch a file, whole or not at all."""
     with whole_file(path) as scratch:
         try:
+            scratch.unlink(missing_ok=True)  # torchvision leaves a file that is there as it is
             download_url(url, str(scratch.parent), scratch.name)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand to {path}") from None

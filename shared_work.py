@@ -88,15 +88,19 @@ class SharedWork:
         Raises:
             UserError: if another process holds it.
         """
-        with locked(self._own_folder) as free:
-            if not free:
-                raise UserError(f"{self._own_folder}: another process works there; wait for it, or give another out")
-            if self.rank == 0:
-                remove_scratch(self.folder)
-                remove_scratch(self.folder.parent)
-            yield
-        with suppress(OSError):
-            self.folder.rmdir()  # nothing came of it
+        try:
+            with locked(self._own_folder) as free:
+                if not free:
+                    raise UserError(
+                        f"{self._own_folder}: another process works there; wait for it, or give another out"
+                    )
+                if self.rank == 0:
+                    remove_scratch(self.folder)
+                    remove_scratch(self.folder.parent)
+                yield
+        finally:
+            with suppress(OSError):
+                self.folder.rmdir()  # nothing came of it
 
     @property
     def _own_folder(self) -> Path:
