@@ -560,6 +560,7 @@ def _fetch(url: str, path: Path) -> None:
     """Fetch a file, whole or not at all."""
     with whole_file(path) as scratch:
         try:
+            scratch.unlink()  # a file that is there would be taken for the archive
             download_url(url, str(scratch.parent), scratch.name)
         except (urllib.error.URLError, OSError, RuntimeError) as error:
             raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand to {path}") from None
