@@ -108,7 +108,8 @@ def user_errors(kind: type[Exception] | tuple[type[Exception], ...], where: str 
 def _stop(number: int, _frame: Any) -> None:
     """End the script in order; of a second signal it dies at once, which leaves no file half either."""
     signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes loader workers that die of the same signal for a fault
+    # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
+    signal.signal(signal.SIGCHLD, lambda *_: None)
     raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
 
 
