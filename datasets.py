@@ -8,6 +8,7 @@ names, in its order.
 import hashlib
 import json
 import math
+import multiprocessing.connection
 import multiprocessing.context
 import os
 import shutil
@@ -533,6 +534,31 @@ class ViewImages(Dataset):
         return tuple(view(image, box) for view in self.views), int(self.labels[row])
 
 
+class Loader(DataLoader):
+    """A DataLoader that always says so when a worker died, in the words that ``utils.DEAD_WORKER`` knows."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches.
+
+        Raises:
+            RuntimeError: if a worker died.
+        """
+        batches = super().__iter__()
+        try:
+            yield from batches
+        except (OSError, EOFError) as error:  # a broken connection: it died while it handed a batch over
+            dead = _ended(getattr(batches, "_workers", []))
+            if not dead:
+                raise
+            raise RuntimeError(f"DataLoader worker (pid(s) {', '.join(dead)}) exited unexpectedly") from error
+
+
+def _ended(workers: list[Any]) -> list[str]:
+    """Return the pids of the processes that have ended; one whose connection broke ends within the second."""
+    ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1.0)
+    return [str(worker.pid) for worker in workers if worker.sentinel in ended]
+
+
 def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:
     """Build a loader with spawn workers that live as long as it and end with it, never of Ctrl-C by themselves.
 
@@ -542,7 +568,7 @@ def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batc
         pin_memory: for copies to a GPU.
         **batches: batch_size; or None and a sampler whose items are batches.
     """
-    return DataLoader(
+    return Loader(
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -38,7 +38,7 @@ from sam_models import load_sam
 from sam_prompts import PromptedMasks
 from segments import SegmentGenerator
 from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, going_on_with, run_script, same_command, user_errors
+from utils import DEAD_WORKER, UserError, going_on_with, run_script, same_command, user_errors
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -234,18 +234,26 @@ def masks_of_batch(
     readable = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
     try:
         made = list(zip(readable, generated(stage, readable), strict=True))
-    except Exception:  # one of them fails: each by itself, so that the others go on
+    except Exception as error:  # one of them fails: each by itself, so that the others go on
+        _unless_a_worker_died(error)
         made = []
         for one in readable:
             try:
                 made.append((one, generated(stage, [one])[0]))
             except Exception as error:  # whatever it is, the other images go on
+                _unless_a_worker_died(error)
                 errors[str(stage.data.ids[one[0]])] = " ".join(str(error).split())[:300] or type(error).__name__
     store = stage.config["mask"]["store"]
     for (row, image), records in made:
         if store != "none":
             save_masks(stage.folder / f"{stage.names[row]}.pt", stacked(records, image.shape[:2]), store)
     return {stage.names[row]: [info_entry(record) for record in records] for (row, _), records in made}
+
+
+def _unless_a_worker_died(error: Exception) -> None:
+    """Raise the error again if torch's signal handler threw it into the work on an image, which is not at fault."""
+    if DEAD_WORKER.search(str(error)):
+        raise error
 
 
 def generated(stage: Stage, readable: list[tuple[int, np.ndarray]]) -> list[Records]:

@@ -42,6 +42,14 @@ class DiskError(UserError):
     """What was to be written could not be; what was finished before is whole."""
 
 
+class DeadWorkerError(UserError):
+    """A process that loads images died; what was finished before is whole."""
+
+
+# What torch says then: the pid and, where it is known, the signal.
+DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
+
+
 class Terminated(BaseException):
     """SIGTERM arrived. Not an Exception, so that nothing but the guard catches it (as with KeyboardInterrupt)."""
 
@@ -74,15 +82,31 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
 
 @contextlib.contextmanager
 def going_on_with(command: Callable[[], str | None]) -> Iterator[None]:
-    """Let an interruption or a full disk inside the with block tell the command that goes on; None: there is none.
+    """Let what stops the with block from outside tell the command that goes on; None: there is none.
+
+    That is an interruption, a full disk, or the death of a loader's worker.
 
     Of several blocks the outermost has the say: a sweep knows better than the training that it is at.
     """
     try:
-        yield
-    except (KeyboardInterrupt, Terminated, DiskError) as error:
+        with _dead_workers():
+            yield
+    except (KeyboardInterrupt, Terminated, DiskError, DeadWorkerError) as error:
         error.command = command()
         raise
+
+
+@contextlib.contextmanager
+def _dead_workers() -> Iterator[None]:
+    """Turn what torch says of a dead worker, from a signal handler and so at any point, into DeadWorkerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        dead = DEAD_WORKER.search(str(error))
+        if not dead:
+            raise
+        words = f"{dead[0].strip()}; if memory ran out (see dmesg) lower num_workers"
+        raise DeadWorkerError(words) from None
 
 
 def same_command(*words: str) -> str:

@@ -1,0 +1,136 @@
+"""A process that loads images and is killed: one line, status 2, nothing left behind, in every script that has such."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from datasets import Loader
+from utils import DeadWorkerError, going_on_with
+
+ROOT = Path(__file__).parent.parent
+SHARED_MEMORY = Path("/dev/shm")
+
+
+def children(pid):
+    """Return the living processes that a process has started: pid -> command line."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent = (path / "stat").read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == pid and state != "Z":
+                found[int(path.name)] = (path / "cmdline").read_text()
+        except (OSError, ValueError):  # it has ended meanwhile
+            continue
+    return found
+
+
+def workers(process):
+    return [pid for pid, line in children(process.pid).items() if "spawn_main" in line]
+
+
+def wait_until(process, condition):
+    """Wait for a process's state; fail with its words if it ends before."""
+    until = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=5)
+        time.sleep(0.02)
+
+
+def kill_a_worker(script, words, begun):
+    """Run a script until ``begun()``, kill one of its two workers; return its pid, the status, and what stderr says."""
+    before = set(SHARED_MEMORY.iterdir())
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), "dataset.name=cub", "num_workers=2", "num_threads=1", *words],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        wait_until(process, lambda: begun() and len(workers(process)) == 2)
+        family = list(children(process.pid))
+        killed = workers(process)[0]
+        os.kill(killed, signal.SIGKILL)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    gone_by = time.monotonic() + 5
+    while (left := [pid for pid in family if is_alive(pid)]) and time.monotonic() < gone_by:
+        time.sleep(0.05)
+    assert not left and set(SHARED_MEMORY.iterdir()) <= before
+    return killed, process.returncode, error
+
+
+def is_alive(pid):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+def test_a_training_whose_worker_is_killed_ends_with_the_command_that_goes_on(birds, tmp_path):
+    folder = tmp_path / "run"
+    small = ["num_epochs=9999", "image_size=32", "batch_size=8", "log_interval=9999", "save=false"]
+    words = [f"dataset.root={birds}", f"run_dir={folder}", *small, "cache=ram"]
+    killed, status, error = kill_a_worker("train.py", words, (folder / "config.json").exists)
+    assert status == 2 and "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert f"{killed})" in line and line.endswith(f"to go on: python train.py resume=true run_dir={folder}")
+
+
+def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
+    folder = tmp_path / "masks"
+    records = folder / "unfinished" / "process_0" / "units.records"
+    words = [f"dataset.root={birds_copy}", f"mask.folder={folder}", "mask.image_batch=1", "mask.store=none"]
+    killed, status, error = kill_a_worker("generate_mask.py", words, records.exists)
+    assert status == 2 and "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert f"{killed})" in line and line.split("; to go on: ")[1].endswith(
+        f"mask.folder={folder} mask.image_batch=1 mask.store=none"
+    )
+    assert records.exists() and not (folder / "masks_info.json").exists()
+
+
+class BrokenConnection:
+    """A data set that fails as a loader does when its connection to a worker breaks."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, _):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def test_a_broken_connection_without_a_dead_worker_stays_what_it_is():
+    with pytest.raises(ConnectionResetError):
+        list(Loader(BrokenConnection()))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "DataLoader worker (pid 17) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 17, 18) exited unexpectedly",
+        "DataLoader worker (pid 17) exited unexpectedly with exit code 1. Details are lost due to multiprocessing.",
+        "DataLoader worker (pid 17) is killed by signal: Bus error. It is possible that workers are out of memory",
+    ],
+)
+def test_what_torch_says_of_a_dead_worker_becomes_one_line_with_the_remedy(words):
+    with pytest.raises(DeadWorkerError) as error, going_on_with(lambda: "start again"):
+        raise RuntimeError(words)
+    assert re.fullmatch(r"DataLoader worker \(.*17.*\) [\w :]+; .*num_workers", str(error.value))
+    assert error.value.command == "start again"
+
+
+def test_of_two_blocks_the_outer_one_names_the_command_after_a_dead_worker():
+    with pytest.raises(DeadWorkerError) as error, going_on_with(lambda: "outer"), going_on_with(lambda: "inner"):
+        raise RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. ")
+    assert error.value.command == "outer"
+
+
+def test_another_error_is_not_taken_for_a_dead_worker():
+    with pytest.raises(RuntimeError, match="shapes differ"), going_on_with(lambda: "start again"):
+        raise RuntimeError("shapes differ")
