@@ -23,6 +23,8 @@ from transforms import IMAGENET_MEAN, IMAGENET_STD, BoxCrops, build_train_transf
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 7, 256, 32
+SEED = 0
+DRAWN_BEFORE = ", cache, drawn before"
 
 
 def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -> None:
@@ -36,6 +38,7 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
     for name, crops in crops_of(data, rows).items():
         for kind, images in (("files", None), ("cache", decoded)):
             ways[f"{name}, {kind}"] = ours(data, rows, crops, int(size), images)
+        ways[name + DRAWN_BEFORE] = ours(data, rows, DrawnBefore(crops), int(size), decoded)
     times = {name: [] for name in ways}
     for number in range(ROUNDS + 1):
         for name, way in ways.items():
@@ -44,6 +47,7 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
             if number:  # the first round warms up
                 times[name].append(time.process_time() - start)
     print_table(times, len(rows))
+    print_cost_of_drawing(times)
     print(f"\n{len(rows)} images, {size} px, {ROUNDS} rounds, one thread; {environment()['processor']}, torch "
           f"{environment()['torch']}")  # fmt: skip
 
@@ -58,6 +62,20 @@ def crops_of(data, rows) -> dict:
         "exact, thr .5": BoxCrops(boxes, sizes, thr=0.5),
         "density map": MapCrops(maps, data.ids[rows], sizes, temperature=0.1),
     }
+
+
+class DrawnBefore:
+    """The crops that others draw in each round, ready: what loading the same pixels costs without drawing."""
+
+    def __init__(self, crops) -> None:
+        """Draw the crops of every round, of the random numbers that ``TrainImages`` gives."""
+        rngs = [np.random.default_rng([SEED, number]).spawn(2)[0] for number in range(ROUNDS + 1)]
+        drawn = [crops.draw(rng) for rng in rngs]
+        self.drawn = iter([[tuple(map(int, epoch[row])) for row in range(len(crops.image_sizes))] for epoch in drawn])
+
+    def draw(self, _rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
+        """Return the next round's crops."""
+        return next(self.drawn)
 
 
 def usual(paths: list[Path], size: int):
@@ -81,7 +99,7 @@ def usual(paths: list[Path], size: int):
 def ours(data, rows, crops, size: int, decoded):
     """Return our loading over the images."""
     transform = build_train_transform(size, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
-    images = TrainImages(data, rows, crops, transform, flip=0.5, seed=0, decoded=decoded)
+    images = TrainImages(data, rows, crops, transform, flip=0.5, seed=SEED, decoded=decoded)
 
     def run(epoch: int) -> None:
         for start in range(0, len(images), BATCH):
@@ -98,6 +116,17 @@ def print_table(times: dict[str, list[float]], count: int) -> None:
     for name, seconds in times.items():
         low, middle, high = np.quantile(base / seconds, (0.25, 0.5, 0.75))
         print(f"| {name} | {count / np.median(seconds):.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
+
+
+def print_cost_of_drawing(times: dict[str, list[float]]) -> None:
+    """Print each crop's loading over that of the same crops drawn before."""
+    print("\n| crop, cache | over the same crops drawn before (quartiles) |\n|---|---|")
+    for name in times:
+        if name.endswith(DRAWN_BEFORE):
+            crop = name.removesuffix(DRAWN_BEFORE)
+            ratios = np.array(times[f"{crop}, cache"]) / times[name]
+            low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+            print(f"| {crop} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
 
 
 if __name__ == "__main__":
