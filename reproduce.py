@@ -50,30 +50,56 @@ class Table:
 PLAIN = {"use_box": False}
 TOY_BOXES = "runs/dino_boxes_toybirds/boxes.json"  # where generate_dino_boxes.py writes by default
 MASK_BOXES = "runs/mask_boxes_toybirds/boxes.json"  # where generate_bbox.py writes by default
+# Plain crops: the controls of every table, of which the one that validates best is compared with.
+SCALES = {
+    f"RandomResizedCrop, scale {least:g}".replace("0.", "."): PLAIN | {"crop.scale": [least, 1.0]}
+    for least in (0.08, 0.2, 0.35, 0.5)
+}
+EMA_10 = {"other.ema_decay": 0.99}  # averages over 100 of ToyBirds' 1,000 steps
 TABLES = {
     "toybirds_crops": Table(
         title="Training crops on ToyBirds",
         preset="toybirds",
         rows={
-            "RandomResizedCrop, scale .08": PLAIN,
-            "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
+            **SCALES,
             "reference, true boxes, thr 1": {"crop.mode": "reference"},
-            "exact, true boxes, thr 1": {"crop.mode": "exact"},
-            "exact, centred boxes, thr 1": {"crop.mode": "exact", "source": "center"},
+            "exact, true boxes, maIoU .9": {"maiou": 0.9},
+            "exact, true boxes, thr 1": {},
+            "exact, centred boxes, thr 1": {"source": "center"},
+            "whole image": {"source": "image"},
+            "RandomResizedCrop, scale .35, EMA over 10%": SCALES["RandomResizedCrop, scale .35"] | EMA_10,
+            "exact, true boxes, thr 1, EMA over 10%": EMA_10,
+        },
+        controls=tuple(SCALES),
+        common={"eval.views": ["full", "center", "full@80", "full@96"], "eval_box": "gt", "log_interval": 10},
+        oracles=("box", "average"),
+    ),
+    "toybirds_crops_long": Table(
+        title="Training crops on ToyBirds, 120 epochs",
+        preset="toybirds",
+        rows={
+            "RandomResizedCrop, scale .08": SCALES["RandomResizedCrop, scale .08"],
+            "RandomResizedCrop, scale .35": SCALES["RandomResizedCrop, scale .35"],
+            "reference, true boxes, thr 1": {"crop.mode": "reference"},
+            "exact, true boxes, thr 1": {},
+            "exact, centred boxes, thr 1": {"source": "center"},
         },
         controls=("RandomResizedCrop, scale .08", "RandomResizedCrop, scale .35"),
-        budgets={"default budget, 40 epochs": {}, "three times the budget, 120 epochs": {"num_epochs": 120}},
-        common={"eval.views": ["full", "center", "full@96"], "eval_box": "gt", "log_interval": 10},
+        common={
+            "num_epochs": 120,
+            "eval.views": ["full", "center", "full@96"],
+            "eval_box": "gt",
+            "log_interval": 10,
+        },
         oracles=("box", "average"),
     ),
     "small_photos": Table(
         title="Training crops on photographs, a small network from scratch",
         preset="toybirds",
         rows={
-            "RandomResizedCrop, scale .08": PLAIN,
-            "RandomResizedCrop, scale .2": PLAIN | {"crop.scale": [0.2, 1.0]},
-            "RandomResizedCrop, scale .35": PLAIN | {"crop.scale": [0.35, 1.0]},
-            "RandomResizedCrop, scale .5": PLAIN | {"crop.scale": [0.5, 1.0]},
+            **SCALES,
+            "reference, true boxes, maIoU .8": {"crop.mode": "reference", "maiou": 0.8},
+            "reference, true boxes, maIoU .9": {"crop.mode": "reference", "maiou": 0.9},
             "reference, true boxes, thr 1": {"crop.mode": "reference"},
             "exact, true boxes, maIoU .8": {"maiou": 0.8},
             "exact, true boxes, maIoU .9": {"maiou": 0.9},
@@ -81,7 +107,7 @@ TABLES = {
             "exact, centred boxes, thr 1": {"source": "center"},
             "whole image": {"source": "image"},
         },
-        controls=tuple(f"RandomResizedCrop, scale {scale}" for scale in (".08", ".2", ".35", ".5")),
+        controls=tuple(SCALES),
         common={
             "dataset.name": "cub",
             "dataset.val_fraction": 0.2,

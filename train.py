@@ -465,9 +465,9 @@ def build_run(folder: Path, config: dict, device: torch.device) -> Run:
     models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
     if wanted["sync_bn"]:
         model = models.sync_bn(model, device)
-    model = model.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
+    model = model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)
     groups = models.parameter_groups(model, config["opt"]["weight_decay"])
-    optimizer = build_optimizer(groups, config["opt"], fused=device.type == "cuda")
+    optimizer = build_optimizer(groups, config["opt"])
     net = models.compiled(model, device) if config["compile"] else model
     return Run(
         folder=folder,
@@ -482,14 +482,12 @@ def build_run(folder: Path, config: dict, device: torch.device) -> Run:
     )
 
 
-def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = True) -> torch.optim.Optimizer:
     """Build sgd, adam or adamw over parameter groups that carry their own weight decay; ``fused``: in one kernel."""
-    # None, not False, leaves torch its foreach kernels
+    how = {"lr": opt["lr"], "fused": fused or None}  # None, not False, leaves torch its foreach kernels
     if opt["type"] == "sgd":
-        return torch.optim.SGD(groups, lr=opt["lr"], momentum=opt["momentum"], fused=fused or None)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](
-        groups, lr=opt["lr"], fused=fused or None
-    )
+        return torch.optim.SGD(groups, momentum=opt["momentum"], **how)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, **how)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int) -> lr_scheduler.LRScheduler:

@@ -105,7 +105,7 @@ def start_up(images: TrainImages) -> float:
 
 
 def anonymous_memory() -> float:
-    """Return the MiB of this process that are not files: pages of the cache belong to the system, which takes them back."""
+    """Return the MiB of this process without its mapped files, whose pages the system can take back."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssAnon"))
 
