@@ -592,8 +592,27 @@ class _Worker(multiprocessing.context.SpawnProcess):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+class _Flag:
+    """A multiprocessing.Event without its lock, which a worker that is killed may hold for ever.
+
+    torch's loader sets one to end its workers; none waits for it.
+    """
+
+    def __init__(self, context: multiprocessing.context.SpawnContext) -> None:
+        self._value = context.RawValue("b", 0)
+
+    def set(self) -> None:
+        self._value.value = 1
+
+    def is_set(self) -> bool:
+        return bool(self._value.value)
+
+
 class _WorkerContext(multiprocessing.context.SpawnContext):
     Process = _Worker
+
+    def Event(self) -> _Flag:  # noqa: N802 - multiprocessing's name
+        return _Flag(self)
 
 
 def _use_one_thread(_worker: int) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import pickle
 import platform
@@ -46,6 +47,7 @@ class DeadWorkerError(UserError):
     """A process that loads images died; what was finished before is whole."""
 
 
+LONGEST_END = 10  # seconds of a process's own end after a worker died
 # What torch says then: the pid and, where it is known, the signal.
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
 
@@ -73,6 +75,8 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         if config is not None:
             main(config)
     except (UserError, OSError) as error:
+        if isinstance(error, DeadWorkerError):
+            _end_within(LONGEST_END, 2)
         _exit(f"error: {_one_line(error)}", error, 2)
     except KeyboardInterrupt as error:
         _exit("interrupted", error, 130)
@@ -135,6 +139,18 @@ def _stop(number: int, _frame: Any) -> None:
     # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
     signal.signal(signal.SIGCHLD, lambda *_: None)
     raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
+
+
+def _end_within(seconds: int, status: int) -> None:
+    """Kill the other workers, and this process too if its end takes longer than ``seconds``.
+
+    A worker that was killed may have held what another one, for whose end this process waits, waits for.
+    """
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise once more
+    for child in multiprocessing.active_children():
+        child.kill()
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(status))
+    signal.alarm(seconds)
 
 
 def _one_line(error: Exception) -> str:

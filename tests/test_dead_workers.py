@@ -94,6 +94,50 @@ def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
     assert records.exists() and not (folder / "masks_info.json").exists()
 
 
+BAD_WORKERS = """
+import os, signal, sys, time
+from torch.utils.data import Dataset
+from datasets import build_loader
+from utils import going_on_with, run_script
+
+class BadWorkers(Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, number):
+        if number == 2:  # the other worker, at its first image
+            WHAT_THE_OTHER_DOES
+        if number == 3:
+            frame = sys._getframe()
+            while "done_event" not in frame.f_locals:
+                frame = frame.f_back
+            if hasattr(frame.f_locals["done_event"], "_cond"):  # torch's shutdown of the workers needs this lock
+                frame.f_locals["done_event"]._cond.acquire()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+def main(_config):
+    with going_on_with(lambda: "start again"):
+        list(build_loader(BadWorkers(), num_workers=2, pin_memory=False, batch_size=1))
+
+if __name__ == "__main__":
+    run_script(main, lambda _words: {})
+"""
+
+
+@pytest.mark.parametrize("other", ["pass", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(1000)"])
+def test_the_end_waits_neither_for_a_lock_of_the_dead_worker_nor_for_one_that_does_not_end(other, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(BAD_WORKERS.replace("WHAT_THE_OTHER_DOES", other))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    before = set(SHARED_MEMORY.iterdir())
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: DataLoader worker (pid") and line.endswith("; to go on: start again")
+    assert set(SHARED_MEMORY.iterdir()) <= before
+
+
 class BrokenConnection:
     """A data set that fails as a loader does when its connection to a worker breaks."""
 
