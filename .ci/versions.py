@@ -6,6 +6,7 @@ Each set is installed in a fresh virtual environment (about 5 GB, removed afterw
     .ci/versions.py oldest newest                                   # with the Python that runs this
     .ci/versions.py newest --python python3.12 -- tests/test_train.py
     .ci/versions.py newest --lock                                   # if the tests pass, write requirements-lock.txt
+    .venv/bin/python .ci/versions.py licences                       # of the packages that this Python has
 """
 
 import argparse
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import distribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +30,9 @@ LOCK_HEAD = """\
 def main() -> int:
     """Install and test the sets that the command line names; return 1 if tests failed in one of them."""
     words = parse(sys.argv[1:])
+    if words.sets == ["licences"]:
+        print_licences()
+        return 0
     results = [test_set(which, words) for which in words.sets]
     names = [*SHOWN, "seconds", "tests"]
     print("\n| set | Python | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 2))
@@ -40,11 +45,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """Return the command line; what follows -- is for pytest."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sets", nargs="+", choices=("oldest", "newest"))
+    parser.add_argument("sets", nargs="+", choices=("oldest", "newest", "licences"))
     parser.add_argument("--python", default=sys.executable, help="the interpreter of the environments")
     parser.add_argument("--lock", action="store_true", help="write requirements-lock.txt from the newest set")
     words = parser.parse_args(arguments[:end])
     words.pytest = arguments[end + 1 :]
+    if "licences" in words.sets and len(words.sets) > 1:
+        parser.error("licences stands alone")
     return words
 
 
@@ -89,6 +96,28 @@ def frozen(python: str) -> dict[str, str]:
     """Return the version of every package by name."""
     done = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True)
     return dict(line.split("==") for line in done.stdout.split())
+
+
+def print_licences() -> None:
+    """Print a table of the installed requirements and their licences."""
+    lines = [
+        line
+        for name in ("requirements.txt", "requirements-dev.txt")
+        for line in requirements((ROOT / name).read_text())
+    ]
+    print("| package | version | licence |\n|---|---|---|")
+    for name in (re.split("[<>=]", line)[0] for line in lines):
+        print(f"| {name} | {distribution(name).version} | {licence(name)} |")
+
+
+def licence(name: str) -> str:
+    """Return the licence that an installed package's metadata states, or the head of the one that it brings."""
+    package = distribution(name)
+    classes = [c for c in package.metadata.get_all("Classifier") or [] if c.startswith("License :: ")]
+    stated = package.metadata.get("License-Expression") or ", ".join(c.rpartition(" :: ")[2] for c in classes)
+    text = stated or package.metadata.get("License") or package.read_text("LICENSE") or "not stated"
+    head = [line.strip() for line in text.splitlines() if line.strip()][:2]
+    return " ".join(head)
 
 
 def write_lock(packages: dict[str, str], python: str) -> None:
