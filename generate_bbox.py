@@ -196,10 +196,10 @@ def score_images(stage: Stage) -> None:
     """Score this process's share of the candidates; a finished unit is a record."""
     done = finished_units(stage)
     mine = [n for n in range(len(stage.units)) if n not in done and stage.work.is_mine(n)]
-    if not mine:
-        return
     if done and stage.work.rank == 0:
         print(f"{sum(len(stage.units[n]) for n in done)} of {len(stage.data.ids)} images are done already")
+    if not mine:
+        return
     with timed(stage.seconds, "class_means"):
         means = class_means(stage) if stage.config["bbox"]["score"] == "ncm" else None
     total = sum(len(stage.candidates[row]) for n in mine for row in stage.units[n])

@@ -134,7 +134,7 @@ def test_the_box_with_the_best_score_wins(birds, masks, classifier, tmp_path, sc
     assert scores["seconds"]["scores"] > 0 and {"whole_image", "center", "median_train"} <= scores.keys()
 
 
-def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, tmp_path, monkeypatch, capsys):
     whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
     out = tmp_path / "killed" / "boxes.json"
     process = command(birds, masks, classifier, out)
@@ -158,8 +158,10 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, t
     assert done and sorted(scored) == sorted(set(range(len(prepared.units))) - done)
     assert load_boxes(out).boxes == load_boxes(whole).boxes and load_boxes(out).scores == load_boxes(whole).scores
     scored.clear()
+    capsys.readouterr()
     run(birds, masks, classifier, out)
     assert scored == [] and load_boxes(out).boxes == load_boxes(whole).boxes
+    assert "72 of 72 images are done already" in capsys.readouterr().out
     run(birds, masks, classifier, out, "bbox.again=true")
     assert len(scored) == len(prepared.units)
 
