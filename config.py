@@ -218,6 +218,15 @@ _CUB = {
     "deterministic": False,
     "num_threads": None,
 }
+_CUB_SECOND = {
+    **_CUB,
+    "model.resumed_model": "runs/cub_first_training/best.pt",
+    "num_epochs": 200,
+    "opt.lr": 2e-4,
+    "opt.target_lr": 1e-5,
+    "opt.scheduler": "step",
+    "opt.step_size": 10,
+}
 presets = {
     "toybirds": {},
     "cub_first_training": {
@@ -226,8 +235,15 @@ presets = {
         "use_box": False,
         "num_epochs": 90,  # not published: choose by the validation curve
     },
-    "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
-    "cub_sam_masks_0": {  # generate_mask.py on CUB, as published
+    "cub_second_training": _CUB_SECOND,  # held to the true boxes
+    "cub_second_plain": {**_CUB_SECOND, "use_box": False},
+    "cub_thr_sweep": {
+        **_CUB_SECOND,
+        "sweeprun": True,
+        "sweep.values": [-1.0, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0],
+        "sweep.seeds": 3,
+    },
+    "cub_sam_masks_0": {  # generate_mask.py and generate_bbox.py on CUB, as published
         **_CUB,
         "mask.engine": "sam",
         "sam.points_per_side": 10,
@@ -239,14 +255,24 @@ presets = {
         "sam.points_per_side": 3,
         "sam.stability_score_thresh": 0.3,
     },
-    "cub_second_training": {
+    "cub_sam_boxes": {**_CUB_SECOND, "source": "runs/mask_boxes_cub/boxes.json"},
+    "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
+    "cub_dino_boxes": {**_CUB_SECOND, "source": "runs/dino_boxes_cub/boxes.json"},
+    "cub_cls": {  # fine-tunes DINOv2's CLS token, whose attention then makes boxes
         **_CUB,
-        "model.resumed_model": "runs/cub_first_training/best.pt",
-        "num_epochs": 200,
-        "opt.lr": 2e-4,
-        "opt.target_lr": 1e-5,
-        "opt.scheduler": "step",
-        "opt.step_size": 10,
+        "model.type": "dinov2_vits14",
+        "model.weights": "hub",
+        "model.train_cls": True,
+        "model.freeze_bn_from": None,
+        "use_box": False,
+        "num_epochs": 30,  # not published: choose by the validation curve
+    },
+    "cub_cls_boxes": {**_CUB_SECOND, "source": "runs/cub_cls/boxes.json"},
+    "cub_density_maps": {
+        **_CUB_SECOND,
+        "use_box": False,
+        "use_dino_maps": True,
+        "dino_maps": "runs/dino_boxes_cub/boxes.json",
     },
 }
 
@@ -495,6 +521,19 @@ def _parse_scalar(key: str, text: str, kind: type) -> Any:
 
 def _kind_name(kind: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", list: "a list", bool: "true or false"}[kind]
+
+
+def word_of(key: str, value: Any) -> str:
+    """Return the word of the command line that gives a dotted key this value."""
+    if isinstance(value, list):
+        return f"{key}={','.join(map(str, value))}"
+    return f"{key}={'none' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+
+
+def changed_leaves(resolved: dict) -> dict[str, Any]:
+    """Return the dotted keys whose values are not this file's."""
+    own = leaves(config)
+    return {key: value for key, value in leaves(resolved).items() if value != own[key]}
 
 
 def has_all_keys(tree: Any, schema: dict = config) -> bool:

@@ -15,6 +15,7 @@ from parallel import all_rows
 from transforms import normalize
 
 AVERAGE = "average"  # of the softmax over all views
+LEVEL, POWER = 0.05, 0.8  # of the tests: chance of a false alarm, and of finding the difference that is told as seen
 
 
 @torch.inference_mode()
@@ -76,6 +77,8 @@ class Comparison(NamedTuple):
     p_images: float  # exact McNemar test over (seed, image) pairs
     only_a: int  # pairs that only a gets right
     only_b: int
+    seen_seeds: float  # difference that the t-test would have found in four of five such experiments; nan as p_seeds
+    seen_images: float  # the same of McNemar's test
 
 
 def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
@@ -89,4 +92,23 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
     p_seeds = float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
     p_images = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return Comparison(float((a - b).mean()), p_seeds, float(p_images), only_a, only_b)
+    return Comparison(
+        difference=float((a - b).mean()),
+        p_seeds=p_seeds,
+        p_images=float(p_images),
+        only_a=only_a,
+        only_b=only_b,
+        seen_seeds=detectable(float((a - b).std(ddof=1)), len(a)) if not math.isnan(p_seeds) else math.nan,
+        seen_images=float((stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)) * math.sqrt(only_a + only_b))
+        / correct_a.size,
+    )
+
+
+def detectable(spread: float, n: int) -> float:
+    """Return the mean of n paired differences that a t-test finds at LEVEL in the share POWER of experiments.
+
+    Args:
+        spread: standard deviation of the differences.
+        n: how many there are, at least 2.
+    """
+    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * spread / math.sqrt(n)

@@ -4,7 +4,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from evaluation import AVERAGE, compare, loss_and_top1, predict
+from evaluation import AVERAGE, compare, detectable, loss_and_top1, predict
 from plots import draw_curves, draw_sweep, fit_line
 from transforms import normalize
 
@@ -73,3 +73,23 @@ def test_pictures_are_drawn(tmp_path):
     draw_sweep(rows, tmp_path / "sweep.png", "title")
     for name in ("curves.png", "sweep.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG") and (tmp_path / name).stat().st_size > 10_000
+
+
+def test_the_difference_that_is_told_as_seen_is_found_in_four_of_five_experiments():
+    rng, n, spread = np.random.default_rng(0), 5, 0.03
+    differences = rng.normal(detectable(spread, n), spread, (4000, n))
+    found = stats.ttest_1samp(differences, 0, axis=1).pvalue < 0.05
+    assert found.mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_mcnemar_finds_the_difference_that_is_told_as_seen_in_four_of_five_experiments():
+    rng, n, discordant = np.random.default_rng(1), 600, 0.2
+    a, b = np.zeros((1, n), bool), np.zeros((1, n), bool)
+    a[0, :60], b[0, 60:120] = True, True  # as many pairs on either side: no difference, 20% of pairs differ
+    shift = compare(a, b).seen_images
+    found = 0
+    for _ in range(400):
+        u = rng.random(n)
+        only_a, only_b = u < (discordant + shift) / 2, u > 1 - (discordant - shift) / 2
+        found += compare(only_a[None], only_b[None]).p_images < 0.05
+    assert found / 400 == pytest.approx(0.8, abs=0.08)

@@ -3,7 +3,10 @@ import pytest
 
 import config
 import reproduce
-from utils import UserError, load_json
+from boxes import coverage, whole_image_boxes
+from datasets import read_dataset
+from tables import TABLES, Step, Table
+from utils import UserError, load_json, save_json
 
 SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset.name=cub"]
 
@@ -11,7 +14,7 @@ SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset
 @pytest.fixture
 def small_table(monkeypatch):
     """Put a table of two rows and one epoch beside the real ones."""
-    table = reproduce.Table(
+    table = Table(
         title="Small",
         preset="toybirds",
         rows={"plain": {"use_box": False}, "held": {"THR": 1.0}},
@@ -19,8 +22,10 @@ def small_table(monkeypatch):
         budgets={"one epoch": {"num_epochs": 1}},
         common={"image_size": 32, "eval_box": "gt", "dataset.name": "cub"},
         oracles=("box",),
+        published={"held": "99.9"},
     )
-    monkeypatch.setitem(reproduce.TABLES, "small", table)
+    monkeypatch.setitem(TABLES, "small", table)
+    return table
 
 
 def make(birds, folder, *more):
@@ -29,14 +34,29 @@ def make(birds, folder, *more):
 
 def test_a_table_is_made_once_from_its_runs(birds, small_table, tmp_path, monkeypatch):
     make(birds, tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    found = load_json(tmp_path / "table.json")["one epoch"]
+    text = (tmp_path / "small.md").read_text()
+    found = load_json(tmp_path / "small.json")["one epoch"]
     assert found["held"]["maiou"] == [1.0, 1.0] and found["plain"]["seeds"] == [0, 1]
     mean = 100 * np.mean(found["held"]["top1"]["full"])
     assert f"| held | 1.000 | {mean:.1f} ± " in text and "view box (oracle)" in text and "against plain" in text
+    assert "| 2 | 99.9 |" in text and "published (quoted)" in text
+    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(reproduce, "train_run", None)  # nothing is left to train
     make(birds, tmp_path)
-    assert (tmp_path / "table.md").read_text() == text
+    assert (tmp_path / "small.md").read_text() == text
+
+
+def test_accuracy_by_the_size_of_the_object_is_that_of_the_thirds(birds, small_table, tmp_path):
+    make(birds, tmp_path, "reproduce.seeds=1")
+    data = read_dataset("cub", birds, val_fraction=0.3333)
+    rows = data.rows("test")
+    share = coverage(data.boxes, whole_image_boxes(data.image_sizes))[rows]
+    predictions = load_json(tmp_path / "0_held_seed_0" / "predictions.json")
+    right = np.array([predictions[str(i)]["ema"] == predictions[str(i)]["label"] for i in data.ids[rows]])
+    third = np.digitize(share, np.quantile(share, (1 / 3, 2 / 3)))
+    tops = [f"{100 * right[third == number].mean():.1f}" for number in range(3)]
+    line = (tmp_path / "small.md").read_text().splitlines()[-3]
+    assert [cell.split()[0] for cell in line.split("|")[2:5]] == tops
 
 
 def test_runs_with_other_settings_are_not_taken_for_these(birds, small_table, tmp_path):
@@ -48,3 +68,75 @@ def test_runs_with_other_settings_are_not_taken_for_these(birds, small_table, tm
 def test_an_unknown_table_is_one_line(tmp_path):
     with pytest.raises(UserError, match="toybirds_crops"):
         make("none", tmp_path, "reproduce.table=cifar")
+
+
+def test_a_step_is_done_once_with_the_words_of_the_command_line(birds, tmp_path, capfd):
+    out = tmp_path / "boxes.json"
+    step = Step(str(out), "generate_dino_boxes.py", ("dataset.name=cub", f"out={out}"))
+    own = {"dataset.root": str(birds), "num_workers": 0, "dino.steps": ["heads", "min_max"]}
+    reproduce.run_step(step, own)
+    assert f"dataset.root={birds} num_workers=0 dino.steps=heads,min_max" in capfd.readouterr().out
+    before = out.stat().st_mtime_ns
+    reproduce.run_step(step, own)
+    assert out.stat().st_mtime_ns == before
+
+
+def test_a_training_that_a_table_needs_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    asked = []
+
+    class Done:
+        returncode = 0
+
+    def run(words):
+        asked.append(words)
+        save_json(tmp_path / "summary.json", {})
+        return Done
+
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    step = Step(str(tmp_path / "summary.json"), "train.py", (f"run_dir={tmp_path}",))
+    reproduce.run_step(step, {})
+    (tmp_path / "summary.json").unlink()
+    save_json(tmp_path / "config.json", {})
+    reproduce.run_step(step, {})
+    assert [words[-1] for words in asked] == [f"run_dir={tmp_path}", "resume=true"]
+
+
+def test_a_step_that_fails_ends_the_table_with_its_name(tmp_path):
+    step = Step(str(tmp_path / "none.json"), "generate_dino_boxes.py", (f"dataset.root={tmp_path / 'none'}",))
+    with pytest.raises(UserError, match=r"generate_dino_boxes.py ended with status 2 and did not make .*none.json"):
+        reproduce.run_step(step, {"dataset.name": "cub"})
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_can_be_trained(name):
+    table = TABLES[name]
+    shared = reproduce.point_config(table, {})
+    assert set(table.controls) | set(table.published) <= set(table.rows)
+    places = [place for _, _, place in reproduce.table_points(table, 2)]
+    assert len(set(places)) == 2 * len(table.rows) * len(table.budgets)
+    for overrides in table.rows.values():
+        config.check_config(reproduce.point_config(table, overrides))
+    for step in table.steps:
+        config.check_config(config.load_config([word for word in step.words]))
+    assert shared["num_epochs"] > 1
+
+
+def test_tables_on_disk_that_share_a_folder_share_trainings():
+    shared = [table for table in TABLES.values() if table.folder == "cub_second"]
+    assert len(shared) == 4
+    settings = [(reproduce.point_config(table, {}), table.budgets) for table in shared]
+    assert all(one == settings[0] for one in settings)
+
+
+def test_words_give_back_the_values_that_they_were_made_of():
+    given = [
+        "crop.scale=0.3,1.0",
+        "maiou=0.7",
+        "save=false",
+        "eval.views=full,whole",
+        "num_workers=none",
+        "run_dir=a b",
+    ]
+    changed = config.changed_leaves(config.load_config(given))
+    again = config.load_config([config.word_of(*one) for one in changed.items()])
+    assert config.changed_leaves(again) == changed and changed["crop.scale"] == [0.3, 1.0]
