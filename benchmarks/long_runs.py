@@ -203,7 +203,8 @@ def group_size(group: int) -> int:
     count = 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
-            count += int(path.read_text().rpartition(")")[2].split()[2]) == group
+            state, _, of, *_ = path.read_text().rpartition(")")[2].split()
+            count += int(of) == group and state != "Z"  # a zombie has ended, and waits for its parent's look
         except OSError:  # it has ended
             continue
     return count
