@@ -530,12 +530,6 @@ def word_of(key: str, value: Any) -> str:
     return f"{key}={'none' if value is None else str(value).lower() if isinstance(value, bool) else value}"
 
 
-def changed_leaves(resolved: dict) -> dict[str, Any]:
-    """Return the dotted keys whose values are not this file's."""
-    own = leaves(config)
-    return {key: value for key, value in leaves(resolved).items() if value != own[key]}
-
-
 def has_all_keys(tree: Any, schema: dict = config) -> bool:
     """Tell whether ``tree`` is a dict with the sections and keys of this file's, and no others."""
     if not isinstance(tree, dict) or tree.keys() != schema.keys():

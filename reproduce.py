@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import config as settings
-from config import apply_preset, changed_leaves, check_config, load_config, set_key, word_of
+from config import ConfigError, apply_preset, check_config, load_config, parse_value, set_key, split_word, word_of
 from datasets import read_dataset
 from parallel import refuse_many
 from sweep import FolderInUseError, run_point
@@ -31,15 +31,30 @@ from utils import UserError, going_on_with, run_script, same_command
 OWN_KEYS = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
 
 
-def main(config: dict) -> None:
+def load_request(arguments: list[str]) -> dict | None:
+    """Return what the command line asks for: table, seeds, run_dir, and ``own``, its other words by key.
+
+    Raises:
+        ConfigError: as load_config does; on preset=, which the table names.
+    """
+    config = load_config(arguments)
+    if config is None:
+        return None
+    words = dict(map(split_word, arguments))
+    if "preset" in words:
+        raise ConfigError(f"preset={words['preset']}: each table has its own preset; leave this word out")
+    own = {key: parse_value(key, text) for key, text in words.items() if key not in OWN_KEYS}
+    return config["reproduce"] | {"run_dir": config["run_dir"], "own": own}
+
+
+def main(request: dict) -> None:
     """Run what is missing of the table, then write it."""
-    name, seeds = config["reproduce"]["table"], config["reproduce"]["seeds"]
+    name, seeds, own = request["table"], request["seeds"], request["own"]
     if name not in TABLES:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
     refuse_many("reproduce.py")
     table = TABLES[name]
-    folder = Path(config["run_dir"] or f"runs/{table.folder or name}")
-    own = {key: value for key, value in changed_leaves(config).items() if key not in OWN_KEYS}
+    folder = Path(request["run_dir"] or f"runs/{table.folder or name}")
     shared = point_config(table, own)
     with going_on_with(same_command):
         for step in table.steps:
@@ -56,7 +71,7 @@ def run_step(step: Step, own: dict) -> None:
     """
     if Path(step.makes).exists():
         return
-    words = [*step.words, *(word_of(key, value) for key, value in own.items())]
+    words = [*(word_of(key, value) for key, value in own.items()), *step.words]  # the later one holds
     if step.script == "train.py" and (Path(step.makes).parent / "config.json").exists():
         words.append("resume=true")
     print(f"--- python {step.script} {shlex.join(words)}", flush=True)
@@ -101,4 +116,4 @@ def table_points(table: Table, seeds: int) -> list[tuple[str, dict, str]]:
 
 
 if __name__ == "__main__":
-    run_script(main, load_config)
+    run_script(main, load_request)

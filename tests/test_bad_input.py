@@ -23,7 +23,6 @@ import torch
 
 import image_cache
 import models
-from config import load_config
 from datasets import read_dataset, read_image
 from localizer import build_localizer
 from mask_files import load_masks
@@ -674,7 +673,8 @@ def end_of_main(row: Row, folder: Path, words: list[str], monkeypatch, capsys) -
         main, load = lambda _: row.read(folder), lambda _: {}
     else:
         module = importlib.import_module(row.script)
-        main, load = module.main, getattr(module, "load_run_config", load_config)
+        own_load = {"train": "load_run_config", "reproduce": "load_request"}
+        main, load = module.main, getattr(module, own_load.get(row.script, "load_config"))
     with pytest.raises(SystemExit) as end:
         run_script(main, load)
     return end.value.code, capsys.readouterr().err

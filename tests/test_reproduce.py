@@ -29,7 +29,7 @@ def small_table(monkeypatch):
 
 
 def make(birds, folder, *more):
-    reproduce.main(config.load_config([*SMALL, f"dataset.root={birds}", f"run_dir={folder}", *more]))
+    reproduce.main(reproduce.load_request([*SMALL, f"dataset.root={birds}", f"run_dir={folder}", *more]))
 
 
 def test_a_table_is_made_once_from_its_runs(birds, small_table, tmp_path, monkeypatch):
@@ -75,7 +75,8 @@ def test_a_step_is_done_once_with_the_words_of_the_command_line(birds, tmp_path,
     step = Step(str(out), "generate_dino_boxes.py", ("dataset.name=cub", f"out={out}"))
     own = {"dataset.root": str(birds), "num_workers": 0, "dino.steps": ["heads", "min_max"]}
     reproduce.run_step(step, own)
-    assert f"dataset.root={birds} num_workers=0 dino.steps=heads,min_max" in capfd.readouterr().out
+    words = f"dataset.root={birds} num_workers=0 dino.steps=heads,min_max dataset.name=cub out="
+    assert words in capfd.readouterr().out
     before = out.stat().st_mtime_ns
     reproduce.run_step(step, own)
     assert out.stat().st_mtime_ns == before
@@ -129,14 +130,12 @@ def test_tables_on_disk_that_share_a_folder_share_trainings():
 
 
 def test_words_give_back_the_values_that_they_were_made_of():
-    given = [
-        "crop.scale=0.3,1.0",
-        "maiou=0.7",
-        "save=false",
-        "eval.views=full,whole",
-        "num_workers=none",
-        "run_dir=a b",
-    ]
-    changed = config.changed_leaves(config.load_config(given))
-    again = config.load_config([config.word_of(*one) for one in changed.items()])
-    assert config.changed_leaves(again) == changed and changed["crop.scale"] == [0.3, 1.0]
+    given = ["crop.scale=0.3,1.0", "maiou=0.7", "save=false", "eval.views=full,whole", "num_workers=none", "out=a b"]
+    own = reproduce.load_request(given)["own"]
+    assert own["crop.scale"] == [0.3, 1.0] and own["num_workers"] is None and own["out"] == "a b"
+    assert reproduce.load_request([config.word_of(*one) for one in own.items()])["own"] == own
+
+
+def test_the_preset_is_the_tables():
+    with pytest.raises(config.ConfigError, match="leave this word out"):
+        reproduce.load_request(["preset=toybirds"])
