@@ -23,8 +23,15 @@ STALLED_SECONDS = 1800  # without a finished unit of any process, the others are
 
 
 def process_numbers() -> tuple[int, int]:
-    """Return (rank, world size), as torchrun sets them; (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """Return (rank, world size), as torchrun sets them; (0, 1) without it.
+
+    Raises:
+        UserError: if these variables hold something else.
+    """
+    rank, world_size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
+        raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: not as torchrun sets them; unset both")
+    return int(rank), int(world_size)
 
 
 def choose_device(device: str | None) -> torch.device:

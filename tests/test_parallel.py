@@ -19,6 +19,7 @@ import parallel
 import train
 from config import ConfigError
 from datasets import EpochBatches
+from shared_work import process_numbers
 from utils import UserError, load_json, load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +186,14 @@ def test_a_sweep_is_not_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start the plain command several times"):
         parallel.refuse_many("sweeprun=true")
+
+
+@pytest.mark.parametrize(("rank", "world_size"), [("x", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "")])
+def test_process_numbers_that_torchrun_never_sets_are_one_line(rank, world_size, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    with pytest.raises(UserError, match="not as torchrun sets them; unset both"):
+        process_numbers()
 
 
 def test_more_parts_than_images_are_refused():
