@@ -7,6 +7,7 @@ process works on is left to it: the same command started twice shares the work.
 import copy
 import fcntl
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def start_wandb(config: dict, folder: Path) -> Any:
         return wandb.init(
             project=config["sweep"]["project"],
             name=folder.name,
-            id=folder.name.replace("=", "_").replace(",", "_"),
+            id=re.sub(r"\W", "_", f"{folder.resolve().parent.name}_{folder.name}"),  # tables share row names
             resume="allow" if config["resume"] else None,
             dir=str(folder),
             config=config,
