@@ -465,7 +465,7 @@ def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> PIL.Ima
 
 def draw_seed(seed: int, epoch: int, image_id: int) -> int:
     """Return the seed of the colours of one image in one epoch."""
-    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0]) >> 1
 
 
 BatchKey = tuple[int, list[int], int, int]  # epoch, rows, how many of them count, images of the whole step
