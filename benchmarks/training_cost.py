@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from crop_cost import one_epoch, ratio, timed
+from loader_cost import random_maps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -22,20 +23,24 @@ import models
 import train
 from config import load_config
 from datasets import Batch
+from dino_transform import MapCrops
 from utils import environment
 
 ROUNDS, STEPS = 5, 12
-OTHER_KERNEL = "cache=disk, the other optimizer kernel (CPU: fused, GPU: foreach)"
-OTHER_LAYOUT = "cache=disk, the other memory layout (CPU: channels last, GPU: contiguous)"
+DENSITY = "cache=disk, density-map crops"
+FOREACH = "cache=disk, optimizer not fused"
+CONTIGUOUS = "cache=disk, weights not channels last"
 WAYS = {  # what of the config differs
     "files": {"use_box": False},
     "cache=disk": {"use_box": False, "cache": "disk"},
+    "cache=ram": {"use_box": False, "cache": "ram"},
     "cache=disk, exact crops": {"cache": "disk"},
+    DENSITY: {"use_box": False, "cache": "disk"},
     "cache=disk, in 2 parts": {"use_box": False, "cache": "disk", "opt.accumulate": 2},
     "cache=disk, clipped": {"use_box": False, "cache": "disk", "opt.clip": 1.0},
-    "compile": {"use_box": False, "cache": "disk", "compile": True},
-    OTHER_KERNEL: {"use_box": False, "cache": "disk"},
-    OTHER_LAYOUT: {"use_box": False, "cache": "disk"},
+    "cache=disk, compile": {"use_box": False, "cache": "disk", "compile": True},
+    FOREACH: {"use_box": False, "cache": "disk"},
+    CONTIGUOUS: {"use_box": False, "cache": "disk"},
 }
 
 
@@ -56,8 +61,9 @@ def main(words: list[str]) -> None:
     """Measure and print the table."""
     device = train.choose_device(None)
     runs = {name: prepare(words, changes, device) for name, changes in WAYS.items()}
-    use_other_kernel(*runs[OTHER_KERNEL][:2], device)
-    use_other_layout(runs[OTHER_LAYOUT][0], device)
+    use_maps(*runs[DENSITY][1:])
+    use_foreach_kernels(*runs[FOREACH][:2])
+    runs[CONTIGUOUS][0].model.to(memory_format=torch.contiguous_format)
     run, config, loader = runs["cache=disk"]
     runs = {"synthetic": (run, config, [on_device(batch, device) for batch in loader])} | runs
     times = {name: [] for name in runs}
@@ -90,15 +96,18 @@ def prepare(words: list[str], changes: dict, device: torch.device, workers: int 
     return train.build_run(folder, config, device), config, Steps(loader, STEPS * config["opt"]["accumulate"])
 
 
-def use_other_kernel(run: train.Run, config: dict, device: torch.device) -> None:
-    """Step with the fused optimizer where training does not, and the other way round."""
+def use_maps(config: dict, steps: Steps) -> None:
+    """Crop by density maps, of random numbers: their cost does not depend on what they show."""
+    images = steps.loader.dataset
+    images.crops = MapCrops(
+        random_maps(images.ids), images.ids, images.crops.image_sizes, temperature=config["crop"]["temperature"]
+    )
+
+
+def use_foreach_kernels(run: train.Run, config: dict) -> None:
+    """Step with torch's optimizer kernels for lists of weights in place of the fused one."""
     groups = models.parameter_groups(run.model, config["opt"]["weight_decay"])
-    run.optimizer = train.build_optimizer(groups, config["opt"], fused=device.type != "cuda")
-
-
-def use_other_layout(run: train.Run, device: torch.device) -> None:
-    """Lay the weights out channels last where training does not, and the other way round."""
-    run.model.to(memory_format=torch.contiguous_format if device.type == "cuda" else torch.channels_last)
+    run.optimizer = train.build_optimizer(groups, config["opt"], fused=False)
 
 
 def peak_memory(device: torch.device) -> str:
