@@ -661,7 +661,7 @@ def end_of_process(row: Row, words: list[str]) -> tuple[int, str]:
     """Run the script as a user would; return its status and what it wrote to stderr."""
     command = [sys.executable, "-B", str(ROOT / f"{row.script}.py"), *words]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     return done.returncode, done.stderr
 

@@ -143,7 +143,7 @@ def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
     queue = context.Queue()
     process = context.Process(target=_build_on_a_full_disk, args=(tmp_path / "cache", photos, queue))
     process.start()
-    assert re.search(r"decoded_images\.bin: File too large; .*make room", queue.get(timeout=30))
+    assert re.search(r"decoded_images\.bin: File too large; .*make room", queue.get(timeout=300))
     process.join()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
 

@@ -64,7 +64,7 @@ def test_a_spawned_worker_reads_the_same(cache_path):
     queue = context.Queue()
     worker = context.Process(target=read_in_worker, args=(cache, 43, queue))
     worker.start()
-    assert np.array_equal(queue.get(timeout=60), some_maps()[43])
+    assert np.array_equal(queue.get(timeout=300), some_maps()[43])
     worker.join()
 
 

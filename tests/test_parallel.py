@@ -141,7 +141,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_goes_on(birds,
     while not (folder / "last.pt").exists() and first.poll() is None:
         time.sleep(0.02)
     second.send_signal(signal.SIGKILL)
-    _, told = first.communicate(timeout=60)
+    _, told = first.communicate(timeout=300)
     second.communicate()
     assert first.returncode == 2 and "Traceback" not in told
     lines = [line for line in told.splitlines() if line.strip()]
@@ -153,13 +153,13 @@ def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_goes_on(birds,
         time.sleep(0.05)
     for one in ranks:
         one.terminate()
-    assert "going on after epoch" in ranks[0].communicate(timeout=60)[0]
-    ranks[1].communicate(timeout=60)
+    assert "going on after epoch" in ranks[0].communicate(timeout=300)[0]
+    ranks[1].communicate(timeout=300)
 
 
 def test_a_fault_of_rank_0_is_told_once(birds, plain):
     ranks = start_ranks([*SMALL, f"dataset.root={birds}", f"run_dir={plain}"])
-    told = [one.communicate(timeout=60)[1] for one in ranks]
+    told = [one.communicate(timeout=300)[1] for one in ranks]
     assert [one.returncode for one in ranks] == [2, 2]
     assert "holds a run already" in told[0] and "Traceback" not in told[0] + told[1]
     assert "error" not in told[1]

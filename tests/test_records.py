@@ -78,7 +78,7 @@ def test_a_full_disk_keeps_the_finished_records(tmp_path):
     queue = context.Queue()
     worker = context.Process(target=full_disk, args=(path, queue))
     worker.start()
-    assert "make room" in queue.get(timeout=30)
+    assert "make room" in queue.get(timeout=300)
     worker.join()
     assert len(numbers(path)) >= 2
     write_records(path, 1)

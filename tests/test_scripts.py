@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 def run(script, *words, cwd=None):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *words], capture_output=True, text=True, cwd=cwd, env=env, timeout=200
+        [sys.executable, str(ROOT / script), *words], capture_output=True, text=True, cwd=cwd, env=env, timeout=300
     )
     return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1:] or [""]
 

@@ -148,7 +148,7 @@ def test_an_interrupted_run_says_how_to_go_on(birds, tmp_path):
     while not (folder / "last.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 143
     assert f"python train.py resume=true run_dir={folder}" in error and "Traceback" not in error
 
@@ -307,7 +307,7 @@ def test_wandb_logs_offline(birds, tmp_path):
     # in a process of its own: wandb reads its environment once a process
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     process = command(birds, tmp_path / "run", "num_epochs=1", "wandb=true", env=env)
-    _, error = process.communicate(timeout=120)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
@@ -386,7 +386,7 @@ def test_two_processes_do_not_work_in_one_folder(birds, tmp_path):
 
 def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "THRR=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        [sys.executable, str(ROOT / "train.py"), "THRR=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: THRR: there is no such key; did you mean THR? (python train.py --help lists all)\n"

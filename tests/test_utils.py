@@ -123,7 +123,7 @@ def run(body, config="{}"):
 )
 def test_the_guard_gives_one_line_and_the_right_status(body, config, status, told):
     process = run(body, config)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == status and told in error
     assert status == 1 or "Traceback" not in error
 
@@ -134,5 +134,5 @@ def test_an_interrupted_script_ends_with_its_status(sent, status):
     assert process.stdout.readline() == "on\n"
     time.sleep(0.1)
     process.send_signal(sent)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == status and "Traceback" not in error
