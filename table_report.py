@@ -91,7 +91,7 @@ def block_text(table: Table, budget: str, found: dict[str, Row]) -> str:
     heads = [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
     heads = ["crops", "maIoU", *heads, f"{views[0]}, without EMA", f"{views[0]}: against {control}", "seen from"]
     heads += ["seeds"] + ["published (quoted)"] * bool(table.published)
-    lines = [f"**{budget}**" if budget else "", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+    lines = [f"**{budget}**", ""] * bool(budget) + [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row, cells in found.items():
         result = None if row == control else against(cells, found.get(control), views[0])
         line = [
