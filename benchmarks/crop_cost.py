@@ -1,7 +1,8 @@
 """Print what localized and density-map crops cost: loading and an epoch, as ratios to RandomResizedCrop's.
 
-Uses the maps that generate_dino_boxes.py wrote. One process, one thread, no workers; all kinds of crop alternately in
-one run; median and quartiles over rounds of the ratio within a round. Takes the config's words, ToyBirds by default.
+Uses the maps that generate_dino_boxes.py wrote. One process, one thread, CPU time, no workers; all kinds of crop
+alternately in one run; median and quartiles over rounds of the ratio within a round. Takes the config's words, ToyBirds
+by default.
 
     python generate_dino_boxes.py
     python benchmarks/crop_cost.py dino_maps=runs/dino_boxes_toybirds/boxes.json
@@ -9,6 +10,7 @@ one run; median and quartiles over rounds of the ratio within a round. Takes the
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from config import load_config
+from datasets import Batch
 from utils import environment
 
-ROUNDS = 9
+ROUNDS, CPU = 9, torch.device("cpu")
 KINDS = {
     "RandomResizedCrop": {"use_box": False},
     "exact, thr 1": {"use_box": True},
@@ -54,22 +57,21 @@ def prepare(config: dict, changes: dict) -> tuple:
     data = train.load_data(config)
     boxes, _ = train.crop_boxes(config, data)
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
-    device = torch.device("cpu")
     crops, decoded = train.build_crops(config, data, boxes), train.decoded_images(config, data)
-    loader = train.build_train_loader(config, data, crops, device, decoded)
-    return train.build_run(Path("runs/crop_cost"), config, torch.device("cpu")), config, loader
+    loader = train.build_train_loader(config, data, crops, CPU, decoded)
+    return train.build_run(Path("runs/crop_cost"), config, CPU), config, loader
 
 
-def one_epoch(run: train.Run, config: dict, loader: torch.utils.data.DataLoader) -> None:
+def one_epoch(run: train.Run, config: dict, loader: Iterable[Batch], device: torch.device = CPU) -> None:
     """Train one epoch."""
-    train.train_one_epoch(run, config, loader, torch.device("cpu"))
+    train.train_one_epoch(run, config, loader, device)
 
 
-def timed(work) -> float:
-    """Return the seconds that ``work()`` takes."""
-    start = time.perf_counter()
+def timed(work, clock=time.process_time) -> float:
+    """Return the seconds that ``work()`` takes; by default those of the processor, as machines are shared."""
+    start = clock()
     work()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def table(times: dict, images: int) -> str:
