@@ -47,7 +47,7 @@ class DeadWorkerError(UserError):
     """A process that loads images died; what was finished before is whole."""
 
 
-LONGEST_END = 10  # seconds of a process's own end after a worker died
+LONGEST_END = 60  # seconds of a process's own end after a worker died
 # What torch says then: the pid and, where it is known, the signal.
 DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
 

@@ -57,11 +57,16 @@ def kill_a_worker(script, words, begun):
         _, error = process.communicate(timeout=300)
     finally:
         process.kill()
-    gone_by = time.monotonic() + 60
-    while (left := [pid for pid in family if is_alive(pid)]) and time.monotonic() < gone_by:
-        time.sleep(0.05)
-    assert not left and set(SHARED_MEMORY.iterdir()) <= before
+    assert soon(lambda: not any(map(is_alive, family))) and soon(lambda: set(SHARED_MEMORY.iterdir()) <= before)
     return killed, process.returncode, error
+
+
+def soon(reached):
+    """Wait for something that happens within a minute; return whether it did."""
+    until = time.monotonic() + 60
+    while not reached() and time.monotonic() < until:
+        time.sleep(0.05)
+    return reached()
 
 
 def is_alive(pid):
@@ -135,7 +140,7 @@ def test_the_end_waits_neither_for_a_lock_of_the_dead_worker_nor_for_one_that_do
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: DataLoader worker (pid") and line.endswith("; to go on: start again")
-    assert set(SHARED_MEMORY.iterdir()) <= before
+    assert soon(lambda: set(SHARED_MEMORY.iterdir()) <= before)
 
 
 class BrokenConnection:
