@@ -1,6 +1,6 @@
 """Print the page of ratios that docs/benchmarks.md holds: loading, an epoch of training, growth with the data set.
 
-python benchmarks/speed.py FOLDER_IN_CUB_FORMAT [CACHE_FOLDER]     # quarter of an hour, two cores
+python benchmarks/speed.py FOLDER_IN_CUB_FORMAT [CACHE_FOLDER]     # ten minutes on two cores
 """
 
 import sys
