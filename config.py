@@ -255,6 +255,7 @@ presets = {
         "sam.points_per_side": 3,
         "sam.stability_score_thresh": 0.3,
     },
+    # with boxes of SAM or DINO the THR is not published: 1, as with true boxes
     "cub_sam_boxes": {**_CUB_SECOND, "source": "runs/mask_boxes_cub/boxes.json"},
     "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
     "cub_dino_boxes": {**_CUB_SECOND, "source": "runs/dino_boxes_cub/boxes.json"},

@@ -4,7 +4,7 @@ First the stages that the table needs (boxes, maps, a classifier), each only if 
 trainings. Writes ``run_dir`` (default runs/TABLE): one run folder per training, TABLE.md, TABLE.json, TABLE.png. What
 is done is not repeated; the same command started twice shares the trainings (one per core: num_workers=0).
 
-    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 55 trainings, an hour of one core
+    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 55 trainings
     python reproduce.py reproduce.table=toybirds_boxes num_workers=0    # 20 trainings
     python reproduce.py reproduce.table=small_photos reproduce.seeds=3 dataset.root=FOLDER num_workers=0
     python reproduce.py reproduce.table=cub_dino_boxes dataset.root=CUB_200_2011    # a GPU, weights from the hub

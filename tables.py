@@ -221,6 +221,7 @@ TABLES["cub_first_training"] = Table(
     common=CUB_VIEWS,
     oracles=("box", "average"),
     published={"70/30 split": "84.97", "official split": "84.32 (DINOv2's split)"},
+    folder="cub_first",  # beside the run that the other tables start from
 )
 TABLES["cub_thr"] = second_training(
     "Accuracy against the maIoU of the crops, true boxes",
