@@ -28,6 +28,7 @@ import PIL.Image
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 import toybirds
@@ -451,16 +452,21 @@ class TrainImages(Dataset):
         images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
         kept = coverage(crops_to_xywh(np.array(crops)), self.true_boxes[rows])
         about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
-        return Batch(torch.stack(images), *about, real, whole)
+        return Batch(stack_images(images), *about, real, whole)
 
     def _draw(self, epoch: int) -> None:
         crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
         self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
 
 
-def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> PIL.Image.Image | torch.Tensor:
-    """Return an image from its file, or (3, H, W) uint8 from the cache of decoded images where there is one."""
-    return read_image(path) if decoded is None else decoded[image_id]
+def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> torch.Tensor:
+    """Return an image, (3, H, W) uint8 in channels-last order, from the cache of decoded images or from its file."""
+    return pil_to_tensor(read_image(path)) if decoded is None else decoded[image_id]
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Return images (3, H, W) as one batch (B, 3, H, W), in channels-last order as they are."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def draw_seed(seed: int, epoch: int, image_id: int) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
@@ -161,28 +162,32 @@ class TrainTransform:
     """
 
     def __init__(self, size: int, interpolation: str = "bilinear", colour: v2.Transform | None = None) -> None:
-        self.size, self.interpolation, self.colour = [size, size], v2.InterpolationMode(interpolation), colour
+        self.size, self.interpolation, self.colour = size, interpolation, colour
 
-    def __call__(
-        self, image: PIL.Image.Image | torch.Tensor, crop: Sequence[int], seed: Callable[[], int]
-    ) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, crop: Sequence[int], seed: Callable[[], int]) -> torch.Tensor:
         """Return the crop as (3, size, size) uint8.
 
         Args:
-            image: the whole image; a tensor is (3, H, W) uint8.
+            image: the whole image, (3, H, W) uint8.
             crop: top, left, height, width in its pixels.
             seed: gives the seed of the colours, asked for only where there are any to draw.
         """
-        image = F.resized_crop(image, *crop, self.size, self.interpolation, antialias=True)
+        image = resized_crop(image, crop, self.size, self.interpolation)
         if self.colour is not None:
             with torch_seed(seed()):
-                image = self.colour(image)
-        return as_tensor(image)
+                image = self.colour(image.contiguous())  # 1.5 times as fast as channels last
+        return image
 
 
-def as_tensor(image: PIL.Image.Image | torch.Tensor) -> torch.Tensor:
-    """Return an image as (3, H, W) uint8."""
-    return image if isinstance(image, torch.Tensor) else F.pil_to_tensor(image)
+def resized_crop(image: torch.Tensor, crop: Sequence[int], size: int, interpolation: str = "bilinear") -> torch.Tensor:
+    """Return a crop (top, left, height, width) of an image (3, H, W) uint8, resized to a square of ``size`` pixels.
+
+    The pixels of torchvision's ``resized_crop``, antialiased, which loses the channels-last order on its way to the
+    kernel and so takes 1.5 times as long.
+    """
+    top, left, height, width = crop
+    cut = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
+    return interpolate(cut, (size, size), mode=interpolation, antialias=True)[0]
 
 
 def build_train_transform(
@@ -214,17 +219,15 @@ class View:
     crop_pct: float = 0.875
     box_margin: float = 0.1  # on each side, as a share of the box's side
 
-    def __call__(self, image: PIL.Image.Image | torch.Tensor, box_xywh: np.ndarray) -> torch.Tensor:
-        """Return the view, (3, size, size) uint8, of a PIL image or a (3, H, W) uint8 tensor."""
+    def __call__(self, image: torch.Tensor, box_xywh: np.ndarray) -> torch.Tensor:
+        """Return the view, (3, size, size) uint8, of an image (3, H, W) uint8."""
+        _, height, width = image.shape
         if self.kind == "whole":
-            image = F.resize(image, [self.size, self.size], antialias=True)
-        elif self.kind == "box":
-            top, left, height, width = square_crop(box_xywh, F.get_size(image)[::-1], self.box_margin)
-            image = F.resized_crop(image, top, left, height, width, [self.size, self.size], antialias=True)
-        else:
-            short = self.size if self.kind == "full" else round(self.size / self.crop_pct)
-            image = F.center_crop(F.resize(image, [short], antialias=True), [self.size, self.size])
-        return as_tensor(image)
+            return resized_crop(image, (0, 0, height, width), self.size)
+        if self.kind == "box":
+            return resized_crop(image, square_crop(box_xywh, (width, height), self.box_margin), self.size)
+        short = self.size if self.kind == "full" else round(self.size / self.crop_pct)
+        return F.center_crop(F.resize(image, [short], antialias=True), [self.size, self.size])
 
 
 def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:

@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 from matplotlib.figure import Figure
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from box_report import METHOD_NAMES, SPLITS
 from boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
@@ -196,14 +197,14 @@ def crop_panels(
     """Return drawn crops as the training makes them (not flipped), by the method's name."""
     about = {key: config[key] for key in ("augment", "augment_p", "use_augment_mix")}
     transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **about)
-    groups = {}
+    groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]
         for number in range(config["visualize"]["crops"]):
             drawn = crops.draw(rng)
             for place, row in enumerate(rows.tolist()):
                 image_id = int(subject.data.ids[row])
-                shown = transform(images[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
+                shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
                 kept = coverage(crops_to_xywh(drawn[place]), subject.data.boxes[row])
                 groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=f"{kept:.0%}"))
     return groups

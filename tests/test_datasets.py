@@ -236,7 +236,8 @@ def test_loading_leaves_torchs_generator_as_it_was(birds):
     images = train_images(read(birds))
     torch.manual_seed(1)
     before = torch.get_rng_state()
-    images[0, [0, 3], 2, 2]
+    batch = images[0, [0, 3], 2, 2]
+    assert batch.images.shape == (2, 3, 24, 24) and batch.images.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(before, torch.get_rng_state())
 
 

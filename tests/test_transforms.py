@@ -27,6 +27,10 @@ def picture(width=WIDTH, height=HEIGHT, seed=0) -> PIL.Image.Image:
     return PIL.Image.fromarray(coarse).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
 
+def tensor(width=WIDTH, height=HEIGHT) -> torch.Tensor:
+    return v2.functional.pil_to_tensor(picture(width, height))
+
+
 def tv_box(box=BOX, box_format="XYWH"):
     return tv_tensors.BoundingBoxes([box], format=box_format, canvas_size=(HEIGHT, WIDTH))
 
@@ -99,9 +103,16 @@ def test_it_stands_in_a_compose_and_needs_exactly_one_box():
 def test_the_training_transform_is_torchvisions_resized_crop():
     transform = build_train_transform(24, "bicubic", augment=False, augment_p=1.0, use_augment_mix=False)
     bicubic = v2.InterpolationMode.BICUBIC
-    expected = v2.functional.resized_crop(picture(), *CROP, [24, 24], interpolation=bicubic, antialias=True)
-    image = transform(picture(), CROP, seed=None)  # nothing is drawn: no seed is asked for
-    assert image.dtype == torch.uint8 and torch.equal(image, v2.functional.pil_to_tensor(expected))
+    about = {"size": [24, 24], "interpolation": bicubic, "antialias": True}
+    image = transform(tensor(), CROP, seed=None)  # nothing is drawn: no seed is asked for
+    assert image.dtype == torch.uint8 and torch.equal(image, v2.functional.resized_crop(tensor(), *CROP, **about))
+    assert_close_to_pillow(image, v2.functional.resized_crop(picture(), *CROP, **about))
+
+
+def assert_close_to_pillow(image, expected):
+    """Torch rounds otherwise than Pillow between the two passes of a resizing: 2 grey levels, under .5 on average."""
+    difference = (image.int() - v2.functional.pil_to_tensor(expected).int()).abs()
+    assert difference.max() <= 2 and difference.float().mean() < 0.5
 
 
 def test_the_crops_of_an_epoch_are_those_of_one_image_after_the_other():
@@ -120,14 +131,14 @@ def test_flips_are_torchvisions():
 def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
     transform = build_train_transform(24, "bilinear", **COLOUR | change)
     before = torch.get_rng_state()
-    seen = [transform(picture(), CROP, lambda seed=seed: seed) for seed in (0, 0, 1, 2, 3)]
+    seen = [transform(tensor(), CROP, lambda seed=seed: seed) for seed in (0, 0, 1, 2, 3)]
     assert all(image.shape == (3, 24, 24) and image.dtype == torch.uint8 for image in seen)
     assert torch.equal(seen[0], seen[1]) and not all(torch.equal(seen[1], image) for image in seen[2:])
     assert torch.equal(before, torch.get_rng_state())
 
 
 def test_colour_augmentation_changes_colours_and_moves_nothing():
-    flat = PIL.Image.new("RGB", (WIDTH, HEIGHT), (200, 90, 40))
+    flat = torch.tensor([200, 90, 40], dtype=torch.uint8)[:, None, None].expand(3, HEIGHT, WIDTH)
     transform = build_train_transform(24, "bilinear", **COLOUR)
     colours = set()
     for seed in range(40):
@@ -140,17 +151,20 @@ def test_colour_augmentation_changes_colours_and_moves_nothing():
 # --- test views ---------------------------------------------------------------------------------------------------
 
 
-def test_views_against_torchvision():
-    image = picture(61, 40)
+@pytest.mark.parametrize("size", [(61, 40), (400, 301)])
+def test_views_are_torchvisions_and_close_to_pillows(size):
     views = build_views(["full", "center", "whole@30", "box@20"], 28, 0.875, 0.0)
-    full = v2.Compose([v2.Resize(28), v2.CenterCrop(28), v2.PILToTensor()])(image)
-    center = v2.Compose([v2.Resize(32), v2.CenterCrop(28), v2.PILToTensor()])(image)
-    assert torch.equal(views["full"](image, np.array(BOX)), full)
-    assert torch.equal(views["center"](image, np.array(BOX)), center)
-    assert torch.equal(views["whole@30"](image, np.array(BOX)), v2.PILToTensor()(v2.Resize([30, 30])(image)))
-    top, left, height, width = square_crop(BOX, image.size, 0.0)
-    box = v2.functional.resized_crop(image, top, left, height, width, [20, 20], antialias=True)
-    assert torch.equal(views["box@20"](image, np.array(BOX)), v2.functional.pil_to_tensor(box))
+    top, left, height, width = square_crop(BOX, size, 0.0)
+    expected = {
+        "full": v2.Compose([v2.Resize(28), v2.CenterCrop(28)]),
+        "center": v2.Compose([v2.Resize(32), v2.CenterCrop(28)]),
+        "whole@30": v2.Resize([30, 30]),
+        "box@20": lambda image: v2.functional.resized_crop(image, top, left, height, width, [20, 20], antialias=True),
+    }
+    for name, view in views.items():
+        image = view(tensor(*size), np.array(BOX))
+        assert torch.equal(image, expected[name](tensor(*size)))
+        assert_close_to_pillow(image, expected[name](picture(*size)))
 
 
 @pytest.mark.parametrize(
