@@ -88,15 +88,17 @@ def block_text(table: Table, budget: str, found: dict[str, Row]) -> str:
     """Return one budget's rows as Markdown."""
     views = list(next(iter(found.values())).correct)
     control = chosen_control(table, found)
-    heads = [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
-    heads = ["crops", "maIoU", *heads, f"{views[0]}, without EMA", f"{views[0]}: against {control}", "seen from"]
-    heads += ["seeds"] + ["published (quoted)"] * bool(table.published)
+    heads = ["crops", "maIoU", "validation"]
+    heads += [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
+    heads += [f"{views[0]}, without EMA", f"{views[0]}: against {control}", "seen from", "seeds"]
+    heads += ["published (quoted)"] * bool(table.published)
     lines = [f"**{budget}**", ""] * bool(budget) + [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for row, cells in found.items():
         result = None if row == control else against(cells, found.get(control), views[0])
         line = [
             row,
             f"{np.mean(cells.maiou):.3f}",
+            spread(np.array(cells.validation)),
             *(spread(cells.correct[view].mean(1)) for view in views),
             spread(np.array(cells.without_ema)),
             difference_text(result),
@@ -172,9 +174,10 @@ def machine_line() -> str:
     about = environment()
     gpu = f", {about['gpu']}" if about["gpu"] else ", no GPU"
     return (
-        "Test top-1 of the EMA in %, mean ± standard deviation over seeds. Seen from: the difference in points that "
-        "the t-test over seeds / McNemar's test over (seed, image) pairs would have found at the 5% level in four of "
-        f"five such experiments. {about['processor']}{gpu}; torch {about['torch']}, Python {about['python']}."
+        "Top-1 of the EMA in %, mean ± standard deviation over seeds, on the test images; validation: the best of a "
+        "run's epochs. Seen from: the difference in points that the t-test over seeds / McNemar's test over (seed, "
+        "image) pairs would have found at the 5% level in four of five such experiments. "
+        f"{about['processor']}{gpu}; torch {about['torch']}, Python {about['python']}."
     )
 
 
@@ -184,7 +187,7 @@ def machine_line() -> str:
 def numbers_of(cells: Row) -> dict[str, Any]:
     """Return what the JSON keeps of a row."""
     top1 = {view: right.mean(1).tolist() for view, right in cells.correct.items()}
-    return {"seeds": cells.seeds, "maiou": cells.maiou, "top1": top1}
+    return {"seeds": cells.seeds, "maiou": cells.maiou, "validation": cells.validation, "top1": top1}
 
 
 def points_of(blocks: dict[str, dict[str, Row]]) -> dict[str, list[dict[str, Any]]]:

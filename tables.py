@@ -176,6 +176,16 @@ TABLES["photos_by_size"] = Table(
     oracles=("box", "average"),
 )
 
+TABLES["photos_learning_rate"] = Table(
+    title="Photographs: the learning rate, chosen on the validation images",
+    preset="toybirds",
+    rows={BEST_SCALE: SCALES[BEST_SCALE], "exact, true boxes, maIoU .9": {"maiou": 0.9}},
+    controls=(BEST_SCALE,),
+    budgets={f"learning rate {rate:g}": {"opt.lr": rate} for rate in (0.002, 0.004, 0.008)},
+    common=PHOTOS,
+    oracles=("box", "average"),
+)
+
 # --- the published rows, on all of CUB-200-2011 -------------------------------------------------------------------
 
 FIRST = Step(

@@ -37,8 +37,12 @@ def test_a_table_is_made_once_from_its_runs(birds, small_table, tmp_path, monkey
     text = (tmp_path / "small.md").read_text()
     found = load_json(tmp_path / "small.json")["one epoch"]
     assert found["held"]["maiou"] == [1.0, 1.0] and found["plain"]["seeds"] == [0, 1]
-    mean = 100 * np.mean(found["held"]["top1"]["full"])
-    assert f"| held | 1.000 | {mean:.1f} ± " in text and "view box (oracle)" in text and "against plain" in text
+    summaries = [load_json(tmp_path / f"0_held_seed_{seed}" / "summary.json") for seed in range(2)]
+    assert found["held"]["validation"] == [summary["best_validation_top1"] for summary in summaries]
+    validation, test = (100 * np.mean(one) for one in (found["held"]["validation"], found["held"]["top1"]["full"]))
+    line = next(line for line in text.splitlines() if line.startswith("| held | 1.000 |"))
+    assert [float(cell.split()[0]) for cell in line.split("|")[3:5]] == pytest.approx([validation, test], abs=0.05)
+    assert "view box (oracle)" in text and "against plain" in text
     assert "| 2 | 99.9 |" in text and "published (quoted)" in text
     assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(reproduce, "train_run", None)  # nothing is left to train
