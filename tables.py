@@ -186,6 +186,23 @@ TABLES["photos_learning_rate"] = Table(
     oracles=("box", "average"),
 )
 
+SALIENCY = "runs/saliency_boxes/boxes.json"  # benchmarks/saliency_boxes.py writes it
+BY_MAPS = PLAIN | {"use_dino_maps": True, "dino_maps": SALIENCY}
+TABLES["photos_pseudo_boxes"] = Table(
+    title="Photographs: boxes and maps of a saliency network",
+    preset="toybirds",
+    rows={
+        BEST_SCALE: SCALES[BEST_SCALE],
+        "exact, true boxes, maIoU .9": {"maiou": 0.9},
+        "exact, saliency boxes, maIoU .9": {"source": SALIENCY, "maiou": 0.9},
+        "reference, saliency boxes, maIoU .9": REFERENCE | {"source": SALIENCY, "maiou": 0.9},
+        "centred by saliency maps, temperature .1": BY_MAPS | {"crop.temperature": 0.1},
+        "centred by saliency maps, temperature .5": BY_MAPS | {"crop.temperature": 0.5},
+    },
+    controls=(BEST_SCALE,),
+    common=PHOTOS | {"eval_box": SALIENCY},
+)
+
 # --- the published rows, on all of CUB-200-2011 -------------------------------------------------------------------
 
 FIRST = Step(
