@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
+import train_data
 from config import load_config
 from datasets import Batch
 from utils import environment
@@ -54,11 +55,11 @@ def prepare(config: dict, changes: dict) -> tuple:
     """Build the training of one kind of crop; return its run, config and loader."""
     crop = config["crop"] | changes.get("crop", {})
     config = config | changes | {"crop": crop}
-    data = train.load_data(config)
-    boxes, _ = train.crop_boxes(config, data)
+    data = train_data.load_data(config)
+    boxes, _ = train_data.crop_boxes(config, data)
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
-    crops, decoded = train.build_crops(config, data, boxes), train.decoded_images(config, data)
-    loader = train.build_train_loader(config, data, crops, CPU, decoded)
+    crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
+    loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
     return train.build_run(Path("runs/crop_cost"), config, CPU), config, loader
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models
 import train
+import train_data
 from config import load_config
 from datasets import Batch
 from dino_transform import MapCrops
@@ -93,11 +94,11 @@ def prepare(words: list[str], changes: dict, device: torch.device, workers: int 
     more = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     config = load_config([*words, *more, f"num_workers={workers}"])
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
-    folder, data = Path("runs/training_cost"), train.load_data(config)
-    boxes, _ = train.crop_boxes(config, data)
+    folder, data = Path("runs/training_cost"), train_data.load_data(config)
+    boxes, _ = train_data.crop_boxes(config, data)
     train.resolve(config, folder, data, boxes)
-    crops, decoded = train.build_crops(config, data, boxes), train.decoded_images(config, data)
-    loader = train.build_train_loader(config, data, crops, device, decoded)
+    crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
+    loader = train_data.build_train_loader(config, data, crops, device, decoded)
     return train.build_run(folder, config, device), config, Steps(loader, STEPS * config["opt"]["accumulate"])
 
 
