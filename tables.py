@@ -49,6 +49,14 @@ TOY_BOXES = "runs/dino_boxes_toybirds/boxes.json"
 MASK_BOXES = "runs/mask_boxes_toybirds/boxes.json"
 TOY_MASKS = "runs/toybirds_masks_0"
 TOY_CLASSIFIER = "runs/toybirds_classifier"
+TOY_LOCALIZER = Step(TOY_BOXES, "generate_dino_boxes.py", (f"out={TOY_BOXES}",))
+TOY_CONTROLS = {
+    **SCALES,
+    "held to centred boxes": CENTER,
+    "whole image": WHOLE,
+    "held to true boxes": {},
+}
+BY_LOCALIZER = {"eval.views": ["full"], "eval_box": TOY_BOXES, "log_interval": 10}  # a test view without test labels
 
 TABLES = {
     "toybirds_crops": Table(
@@ -90,27 +98,24 @@ TABLES = {
     "toybirds_boxes": Table(
         title="Boxes and maps of the built-in localizer on ToyBirds",
         preset="toybirds",
-        rows={
-            "RandomResizedCrop, scale .35": SCALES["RandomResizedCrop, scale .35"],
-            "held to true boxes": {},
+        rows=TOY_CONTROLS
+        | {
             "held to the localizer's boxes": {"source": TOY_BOXES},
             "centred by the localizer's maps": PLAIN
             | {"use_dino_maps": True, "dino_maps": TOY_BOXES, "crop.temperature": 0.1},
         },
-        controls=("RandomResizedCrop, scale .35",),
-        common={"eval.views": ["full"], "eval_box": TOY_BOXES, "log_interval": 10},
-        steps=(Step(TOY_BOXES, "generate_dino_boxes.py", (f"out={TOY_BOXES}",)),),
+        controls=tuple(SCALES),
+        common=BY_LOCALIZER,
+        steps=(TOY_LOCALIZER,),
     ),
     "toybirds_masks": Table(
         title="Boxes of candidate masks on ToyBirds",
         preset="toybirds",
-        rows={
-            "RandomResizedCrop, scale .35": SCALES["RandomResizedCrop, scale .35"],
-            "held to the boxes of generate_bbox.py": {"source": MASK_BOXES},
-        },
-        controls=("RandomResizedCrop, scale .35",),
-        common={"eval.views": ["full"], "log_interval": 10},
+        rows=TOY_CONTROLS | {"held to the boxes of generate_bbox.py": {"source": MASK_BOXES}},
+        controls=tuple(SCALES),
+        common=BY_LOCALIZER,
         steps=(
+            TOY_LOCALIZER,
             Step(f"{TOY_MASKS}/masks_info.json", "generate_mask.py", ("mask.store=none", f"mask.folder={TOY_MASKS}")),
             Step(
                 f"{TOY_CLASSIFIER}/summary.json",
@@ -128,6 +133,7 @@ TABLES = {
                 ),
             ),
         ),
+        folder="toybirds_boxes",  # where its controls are trained already
     ),
 }
 
@@ -162,20 +168,6 @@ TABLES["small_photos"] = Table(
     oracles=("box", "average"),
 )
 BEST_SCALE = "RandomResizedCrop, scale .2"  # of small_photos, by validation
-TABLES["photos_by_size"] = Table(
-    title="Photographs: where crops held to the object pay, by its size",
-    preset="toybirds",
-    rows={
-        BEST_SCALE: SCALES[BEST_SCALE],
-        "reference, true boxes, maIoU .9": REFERENCE | {"maiou": 0.9},
-        "exact, true boxes, maIoU .9": {"maiou": 0.9},
-        "exact, true boxes, thr 1": {},
-    },
-    controls=(BEST_SCALE,),
-    common=PHOTOS,
-    oracles=("box", "average"),
-)
-
 TABLES["photos_learning_rate"] = Table(
     title="Photographs: the learning rate, chosen on the validation images",
     preset="toybirds",
