@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,8 @@ TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
 FOUND_BOX = {"edgecolor": "orange"}
 CELL = 1.3  # inches, both sides of a panel in a picture of images
 BINS = 50  # of a histogram over [0, 1]
+MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
+COLOURS = matplotlib.colormaps["tab20"]
 LEGEND_COLUMNS = 2  # folder names are long
 MAIOU = "mean asymmetric IoU of the training crops"
 
@@ -88,21 +90,21 @@ def draw_sweep(rows: list[dict], path: Path | str, title: str) -> None:
     held = [row for row in rows if row["value"] >= 0]
     for some, label, style in ((held, "held to the boxes", "o"), (plain, "RandomResizedCrop", "s")):
         axes.plot([r["maiou"] for r in some], [100 * r["top1"] for r in some], style, alpha=0.7, label=label)
-    _draw_fit(axes, held)
+    _draw_fit(axes, held, "held")
     axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 (%)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save_figure(figure, path)
 
 
-def _draw_fit(axes: Axes, rows: list[dict]) -> None:
+def _draw_fit(axes: Axes, rows: list[dict], name: str, style: str = "--", colour: str = "black") -> None:
     """Draw the line through runs' top1 against their maiou, if they have more than one maiou."""
     maiou = np.array([row["maiou"] for row in rows])
     fit = fit_line(maiou.tolist(), [row["top1"] for row in rows])
     if fit:
         x = np.array([maiou.min(), maiou.max()])
-        label = f"{100 * fit['slope']:+.1f} points per unit of maIoU, R² = {fit['r2']:.2f}, n = {fit['n']}"
-        axes.plot(x, 100 * (fit["slope"] * x + fit["intercept"]), "k--", label=label)
+        label = f"{name}: {100 * fit['slope']:+.1f} points per unit of maIoU, R² = {fit['r2']:.2f}, n = {fit['n']}"
+        axes.plot(x, 100 * (fit["slope"] * x + fit["intercept"]), style, color=colour, label=label)
 
 
 # --- several runs over each other ---------------------------------------------------------------------------------
@@ -142,18 +144,23 @@ def accuracy_figure(groups: dict[str, list[dict]], title: str) -> Figure:
     """Return a figure of accuracy against maIoU: the mean of each group of runs, with bars of a standard deviation.
 
     Args:
-        groups: label -> runs that differ in their seed alone: maiou and top1 (fractions), held (bool, whether the
-            crops were held to boxes). The fitted line goes through the runs that were.
+        groups: label -> runs that differ in their seed alone: maiou and top1 (fractions), and family, the name of
+            the kind of crop. A line is fitted through the runs of each family that has more than one group.
         title: over the picture.
     """
     figure = Figure(figsize=(8, 4.2 + 0.2 * _legend_lines(groups)), layout="constrained")
     axes = figure.subplots()
+    families = {}
     for number, (label, runs) in enumerate(groups.items()):
+        families.setdefault(runs[0]["family"], []).append(runs)
         points = np.array([[run["maiou"], 100 * run["top1"]] for run in runs])
         bars = points.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
-        style = {"color": f"C{number}", "fmt": "o" if runs[0]["held"] else "s", "capsize": 3, "label": label}
+        marker = MARKERS[list(families).index(runs[0]["family"]) % len(MARKERS)]
+        style = {"color": COLOURS(number % COLOURS.N), "fmt": marker, "capsize": 3, "label": label}
         axes.errorbar(*points.mean(axis=0), xerr=bars[0], yerr=bars[1], **style)
-    _draw_fit(axes, [run for runs in groups.values() for run in runs if run["held"]])
+    drawn = {family: members for family, members in families.items() if len(members) > 1}
+    for (family, members), style in zip(drawn.items(), cycle(LINE_STYLES), strict=False):
+        _draw_fit(axes, [run for runs in members for run in runs], family, style, "grey")
     axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 of the EMA (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)

@@ -88,6 +88,15 @@ FREE_KEYS = {"run_dir", "resume", "A_machine", "num_workers", "device", "wandb",
 FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
 
 
+def crop_family(config: dict) -> str:
+    """Return the kind of a training's crops, whatever the share of the box that they keep."""
+    if config["use_dino_maps"]:
+        return "density maps"
+    if not config["use_box"] or config["THR"] < 0:
+        return "RandomResizedCrop"
+    return f"{config['crop']['mode']}, {Path(config['source']).name}"
+
+
 def settings_key(config: dict) -> str:
     """Return what two trainings share if they are the same but for their seed, as text."""
     return json.dumps({key: config[key] for key in sorted(config.keys() - FREE_KEYS - {"seed"})}, sort_keys=True)

@@ -9,7 +9,7 @@ from boxes import coverage, whole_image_boxes
 from datasets import DataSet
 from evaluation import Comparison, compare
 from plots import accuracy_figure, save_figure
-from sweep import load_summary
+from sweep import crop_family, load_summary
 from tables import Table
 from utils import UNREADABLE, environment, load_json, save_json, save_text, user_errors
 
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     without_ema: list[float]  # top-1 of the model itself, first view
     maiou: list[float]
     validation: list[float]  # best top-1
-    held: bool  # crops are held to boxes
+    family: str  # kind of crop
     ids: list[int]  # of the test images
 
 
@@ -56,7 +56,7 @@ def write_table(table: Table, name: str, seeds: int, folder: Path, data: DataSet
 
 def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> Row:
     """Read the finished trainings of one row."""
-    cells, correct = Row([], {}, [], [], [], False, []), {}
+    cells, correct = Row([], {}, [], [], [], "", []), {}
     for seed in range(seeds):
         place = folder / place_of(table, budget, row, seed)
         if not (place / "summary.json").exists():
@@ -71,7 +71,9 @@ def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> R
             for view in summary["top1"]:
                 right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions.values()]
                 correct.setdefault(view, []).append(right)
-        cells = cells._replace(held=summary["THR"] >= 0, ids=[int(image_id) for image_id in predictions])
+        with user_errors(UNREADABLE, f"{place / 'config.json'}: not of a finished run, train it again: "):
+            family = crop_family(load_json(place / "config.json"))
+        cells = cells._replace(family=family, ids=[int(image_id) for image_id in predictions])
     return cells._replace(correct={view: np.array(right) for view, right in correct.items()})
 
 
@@ -196,7 +198,7 @@ def points_of(blocks: dict[str, dict[str, Row]]) -> dict[str, list[dict[str, Any
     for budget, found in blocks.items():
         for row, cells in found.items():
             top1 = next(iter(cells.correct.values())).mean(1)
-            label = f"{row}, {budget}" if budget else row
+            label, family = (", ".join(filter(None, (name, budget))) for name in (row, cells.family))
             runs = zip(cells.maiou, top1, strict=True)
-            points[label] = [{"maiou": maiou, "top1": float(one), "held": cells.held} for maiou, one in runs]
+            points[label] = [{"maiou": maiou, "top1": float(one), "family": family} for maiou, one in runs]
     return points

@@ -42,7 +42,7 @@ from dino_transform import MapCrops
 from map_cache import MapCache
 from mask_files import load_masks, load_masks_info, mask_names
 from plots import Panel, Sample, accuracy_figure, histogram_figure, panels_figure, run_curves_figure, save_figure
-from sweep import settings_key
+from sweep import crop_family, settings_key
 from transforms import BoxCrops, build_train_transform
 from utils import UserError, load_json, load_log, run_script, user_errors
 
@@ -321,7 +321,7 @@ def read_curves(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_point(folder: Path, view: str) -> dict[str, Any]:
-    """Return a run's maiou, top1 (of the EMA in this view) and held (whether its crops were held to boxes).
+    """Return a run's maiou, top1 (of the EMA in this view) and family (kind of crop).
 
     Raises:
         UserError: if the training has not ended or was not tested in this view.
@@ -334,11 +334,9 @@ def read_point(folder: Path, view: str) -> dict[str, Any]:
     with user_errors((KeyError, TypeError), f"{folder / 'summary.json'}: not a summary of train.py, it lacks "):
         if view not in summary["top1"]:
             raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
-        return {
-            "maiou": summary["maiou"],
-            "top1": summary["top1"][view]["ema"],
-            "held": summary["THR"] >= 0,
-        }
+        point = {"maiou": summary["maiou"], "top1": summary["top1"][view]["ema"]}
+    with user_errors((KeyError, TypeError), f"{folder / 'config.json'}: not of this version: "):
+        return point | {"family": crop_family(load_json(folder / "config.json"))}
 
 
 PICTURES = {"crops": crops_picture, "boxes": boxes_picture, "curves": curves_picture, "accuracy": accuracy_picture}

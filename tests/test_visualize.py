@@ -180,7 +180,16 @@ def test_accuracy_against_maiou(few_birds, runs):
     (axes,) = figure.axes
     assert len(axes.containers) == 2  # a point with bars for each threshold
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert any("R² =" in label and "n = 3" in label for label in labels) and "THR=1, n = 2" in labels
+    (fit,) = [label for label in labels if "R² =" in label]
+    assert fit.startswith("exact, gt: ") and fit.endswith("n = 3") and "THR=1, n = 2" in labels
+
+
+def test_a_line_goes_through_crops_of_one_kind_alone(few_birds, tmp_path):
+    plain = [write_run(tmp_path / f"plain_{seed}", few_birds, seed, -1.0) for seed in (0, 1)]
+    held = [write_run(tmp_path / f"held_{thr}", few_birds, 0, thr) for thr in (0.0, 0.5, 1.0)]
+    figure = picture(few_birds, "visualize.what=accuracy", f"visualize.runs={','.join(map(str, [*plain, *held]))}")
+    fits = [text.get_text() for text in figure.legends[0].get_texts() if "R² =" in text.get_text()]
+    assert [fit.split(":")[0] for fit in fits] == ["exact, gt"] and fits[0].endswith("n = 3")  # plain: one point
 
 
 def test_runs_of_one_name_in_two_folders_keep_apart(few_birds, tmp_path):
