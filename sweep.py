@@ -94,7 +94,7 @@ def crop_family(config: dict) -> str:
         return "density maps"
     if not config["use_box"] or config["THR"] < 0:
         return "RandomResizedCrop"
-    return f"{config['crop']['mode']}, {Path(config['source']).name}"
+    return f"{config['crop']['mode']}, {config['source']}"
 
 
 def settings_key(config: dict) -> str:

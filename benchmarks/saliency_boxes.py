@@ -20,8 +20,6 @@ from datasets import read_dataset
 from map_boxes import component_box
 from map_cache import MapCache, save_map_cache
 
-THRESHOLD = 0.15
-
 
 def main(saliency: str, root: str, out: str) -> None:
     """Write the box file, the maps beside it, and the evaluation; print it."""
@@ -29,8 +27,8 @@ def main(saliency: str, root: str, out: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     ids, maps = data.ids.tolist(), load_maps(saliency, data.ids)
     sizes = [tuple(size) for size in data.image_sizes.tolist()]
-    boxes = [component_box(cells, size, threshold=THRESHOLD) for cells, size in zip(maps, sizes, strict=True)]
-    about = {"made_by": Path(__file__).name, "settings": {"threshold": THRESHOLD}}
+    boxes = [component_box(cells, size) for cells, size in zip(maps, sizes, strict=True)]
+    about = {"made_by": Path(__file__).name, "settings": {"method": "component"}}
     found = {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)}
     save_boxes(path, found, dict(zip(ids, sizes, strict=True)), **about)
     header = about | {"dataset": data.fingerprint(), "model": "saliency", "weights_sha256": None}
