@@ -45,6 +45,9 @@ ALLOWED = {
     "self_distillation": {"attention_maps", "datasets", "localizer", "map_cache"},
     "image_cache": {"utils"},
     "datasets": {"boxes", "image_cache", "toybirds", "utils"},
+    "train_data": {
+        *("config", "datasets", "dino_transform", "image_cache", "map_cache", "parallel", "transforms", "utils")
+    },
     "models": {"utils"},
     "evaluation": {"parallel", "transforms"},
     "plots": {"utils"},
