@@ -212,7 +212,10 @@ def test_a_training_whose_folder_goes_away_ends(birds, tmp_path):
     assert load_tensors(tmp_path / "moved" / "last.pt")["epoch"] > 0
 
 
-@pytest.mark.parametrize("name", ["mask", "dino", "bbox"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mask", "bbox")]
+
+
+@pytest.mark.parametrize("name", ["dino", *SLOW])
 def test_a_generator_whose_folder_goes_away_ends(name, birds, tmp_path):
     """It went on into a file without a name, and then wrote a result without its work."""
     log, folder = tmp_path / "log", tmp_path / "work"

@@ -75,7 +75,11 @@ def whole(birds, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "group", "workers"),
-    [(signal.SIGTERM, False, 0), (signal.SIGINT, True, 1), (signal.SIGTERM, True, 1)],
+    [
+        (signal.SIGTERM, False, 0),
+        (signal.SIGINT, True, 1),
+        pytest.param(signal.SIGTERM, True, 1, marks=pytest.mark.slow),
+    ],
     ids=["SIGTERM", "Ctrl-C with a worker", "SIGTERM to all with a worker"],
 )
 def test_a_stopped_training_goes_on_to_the_same_weights(birds, whole, tmp_path, shared_memory, number, group, workers):
