@@ -16,7 +16,7 @@ import signal
 import tarfile
 import urllib.error
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -382,11 +382,15 @@ def source_boxes(source: str, data: DataSet) -> tuple[np.ndarray, int]:
 # --- torch data sets and loaders ----------------------------------------------------------------------------------
 
 
-class Crops(Protocol):
-    """Draws the training crops of an epoch."""
+MOST_EPOCHS_AT_ONCE = 32  # share the reading of a density map
+CROPS_AT_ONCE = 2**18  # 8 MB of them stay in a worker's memory
 
-    def draw(self, rng: np.random.Generator) -> Any:
-        """Return the crops by row, each top left height width in pixels."""
+
+class Crops(Protocol):
+    """Draws the training crops of N images."""
+
+    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width."""
 
 
 class Batch(NamedTuple):
@@ -404,8 +408,7 @@ class TrainImages(Dataset):
     """Batches of randomly cropped training images.
 
     What is drawn depends on (seed, epoch) and the training images alone, not on batches and workers: a worker draws
-    the crops and flips of the whole epoch when its first batch is asked for, which takes about a millisecond per
-    thousand images.
+    the crops and flips of several whole epochs at once, when the first batch of one of them is asked for.
     """
 
     def __init__(
@@ -433,7 +436,8 @@ class TrainImages(Dataset):
         self.paths, self.decoded = [data.paths[row] for row in rows], decoded
         self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
-        self.epoch: int | None = None  # whose crops and flips are drawn
+        self.epochs_at_once = max(1, min(MOST_EPOCHS_AT_ONCE, CROPS_AT_ONCE // len(rows)))
+        self.block: int | None = None  # of so many epochs, whose crops and flips are drawn
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -441,22 +445,25 @@ class TrainImages(Dataset):
     def __getitem__(self, key: "BatchKey") -> Batch:
         """Return the batch of a key that ``EpochBatches`` gives."""
         epoch, rows, real, whole = key
-        if epoch != self.epoch:
-            self._draw(epoch)
-        crops = [tuple(map(int, self.drawn[row])) for row in rows]
-        ids, shown = self.ids[rows].tolist(), crops
+        block, place = divmod(epoch, self.epochs_at_once)
+        if block != self.block:
+            self._draw(block)
+        crops = self.drawn[place, rows]
+        ids, shown = self.ids[rows].tolist(), crops.tolist()
         if self.decoded is not None:
-            shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, crops, strict=True)]
+            shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, shown, strict=True)]
         loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
         images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
-        kept = coverage(crops_to_xywh(np.array(crops)), self.true_boxes[rows])
-        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
+        kept = coverage(crops_to_xywh(crops), self.true_boxes[rows])
+        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[place, rows], kept))
         return Batch(stack_images(images), *about, real, whole)
 
-    def _draw(self, epoch: int) -> None:
-        crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
-        self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
+    def _draw(self, block: int) -> None:
+        epochs = range(block * self.epochs_at_once, (block + 1) * self.epochs_at_once)
+        rngs = [np.random.default_rng([self.seed, epoch]).spawn(2) for epoch in epochs]
+        self.drawn, self.block = self.crops.draw([crops for crops, _ in rngs]), block
+        self.flips = np.stack([flips.random(len(self)) < self.flip for _, flips in rngs])
 
 
 def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> torch.Tensor:

@@ -21,10 +21,12 @@ __all__ = [
     "MapCrops",
     "cls_attention",
     "cls_attention_and_logits",
-    "density_point",
+    "density_points",
     "map_to_density",
     "sample_density_crops",
 ]
+
+MAPS_AT_ONCE = 64
 
 
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
@@ -62,53 +64,54 @@ def sample_density_crops(
         (num_crops, 4) int64, top left height width in pixels, inside the image.
     """
     rng = rng if rng is not None else np.random.default_rng()
-    shapes, _ = random_shapes(np.tile(image_size, (num_crops, 1)), scale, ratio, rng)
-    cumulative, uniform = np.cumsum(density, dtype=np.float64), rng.random((num_crops, 3)).tolist()
-    crops = [
-        _crop_around(density_point(cumulative, density.shape, image_size, drawn), shape, image_size)
-        for shape, drawn in zip(shapes.tolist(), uniform, strict=True)
-    ]
-    return np.array(crops, dtype=np.int64).reshape(-1, 4)
+    image_sizes = np.tile(image_size, (num_crops, 1))
+    shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
+    densities = torch.from_numpy(np.array(density, dtype=np.float64, order="C"))[None]
+    centres = density_points(densities, np.array([density.shape]), image_sizes[:1], rng.random((1, num_crops, 3)))
+    return _crops_around(centres[0], shapes, image_sizes)
 
 
-def density_point(
-    cumulative: np.ndarray, feat: tuple[int, int], image_size: tuple[int, int], uniform: Sequence[float]
-) -> tuple[float, float]:
-    """Return a point of an image, x y in pixels: a cell by its density, then a uniform point inside that cell.
+def density_points(
+    densities: torch.Tensor, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """Return points of B images, (B, K, 2) x y in pixels: a cell by its density, then a uniform point in that cell.
 
     Args:
-        cumulative: (feat_h * feat_w,) float64, running sum over the cells, row-major; need not end at 1.
-        feat: (feat_h, feat_w), stretched over the whole image.
-        image_size: (width, height) in pixels.
-        uniform: three numbers in [0, 1): which cell, where in it along x, along y.
+        densities: (B, feat_h, feat_w), non-negative; need not sum to 1; zero where a map has fewer cells.
+        feats: (B, 2), feat_h and feat_w of each map, which is stretched over the whole of its image.
+        image_sizes: (B, 2), width and height in pixels.
+        uniform: (B, K, 3) numbers in [0, 1): which cell, where in it along x, along y.
     """
-    cell = int(cumulative.searchsorted(uniform[0] * cumulative[-1], side="right"))
-    row, column = divmod(min(cell, len(cumulative) - 1), feat[1])
-    return (column + uniform[1]) * image_size[0] / feat[1], (row + uniform[2]) * image_size[1] / feat[0]
+    cumulative = densities.flatten(1).cumsum(1, dtype=torch.float64)
+    goals = torch.from_numpy(uniform[..., 0]) * cumulative[:, -1:]
+    cells = torch.searchsorted(cumulative, goals, right=True).numpy()
+    row_column = np.stack(np.divmod(cells, densities.shape[2]), axis=-1)
+    cell = np.minimum(row_column, feats[:, None] - 1)  # a goal may be rounded to the whole sum
+    return (cell[..., ::-1] + uniform[..., 1:]) * image_sizes[:, None] / feats[:, None, ::-1]
 
 
-def _crop_around(
-    centre: tuple[float, float], shape: tuple[int, int], image_size: tuple[int, int]
-) -> tuple[int, int, int, int]:
-    """Return (top, left, height, width) of a crop of (width, height) around a centre, moved inside the image."""
-    left, top = (
-        min(max(round(middle - side / 2), 0), whole - side)
-        for middle, side, whole in zip(centre, shape, image_size, strict=True)
-    )
-    return top, left, shape[1], shape[0]
+def _crops_around(centres: np.ndarray, shapes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """Return crops, (..., 4) int64 top left height width, of (width, height) around centres, moved into the images."""
+    near = np.clip(np.rint(centres - shapes / 2).astype(np.int64), 0, image_sizes - shapes)
+    return np.concatenate([near[..., ::-1], shapes[..., ::-1]], axis=-1)
 
 
-def _cumulative_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the running sum, (feat_h * feat_w,) float64, of what `map_to_density` is proportional to."""
-    cells = attention_map.ravel().astype(np.float32)
-    with np.errstate(invalid="ignore"):  # infinity less infinity is NaN
-        weights = np.exp((cells - cells.max()) * np.float32(1 / temperature))
-    cumulative = np.cumsum(weights, dtype=np.float64)
-    return cumulative if np.isfinite(cumulative[-1]) else np.arange(1.0, len(cells) + 1)  # NaN: uniform
+def _unnormalised_densities(maps: Sequence[np.ndarray], feats: np.ndarray, temperature: float) -> torch.Tensor:
+    """Return what `map_to_density` of each map is proportional to: (B, most feat_h, most feat_w), zero beyond a map."""
+    padded = np.full((len(maps), *feats.max(axis=0)), -np.inf, dtype=np.result_type(*{one.dtype for one in maps}))
+    for cells, one in zip(padded, maps, strict=True):
+        cells[: one.shape[0], : one.shape[1]] = one
+    cells = torch.from_numpy(padded).float()
+    largest = cells.amax((1, 2), keepdim=True)
+    weights = cells.sub_(largest).mul_(1 / temperature).exp_()
+    for place in (~largest.isfinite()).flatten().nonzero().flatten().tolist():  # NaN or infinity: uniform
+        weights[place] = 0
+        weights[place, : feats[place, 0], : feats[place, 1]] = 1
+    return weights
 
 
 class MapCrops:
-    """The density-map crops of a data set, drawn for an epoch at once; a plain crop where an image has no map."""
+    """The density-map crops of a data set, drawn for whole epochs; a plain crop where an image has no map."""
 
     def __init__(
         self,
@@ -123,7 +126,7 @@ class MapCrops:
         """Keep what crops are drawn from.
 
         Args:
-            maps: image id -> attention map (feat_h, feat_w); read when the image's crop is asked for.
+            maps: image id -> attention map (feat_h, feat_w); read when crops are drawn.
             ids: (N,) image ids.
             image_sizes: (N, 2) width height in pixels.
             temperature, scale, ratio: see `DinoRandomResizedCrop`.
@@ -131,31 +134,32 @@ class MapCrops:
         self.maps, self.ids, self.image_sizes = maps, ids, image_sizes
         self.temperature, self.scale, self.ratio = temperature, scale, ratio
 
-    def draw(self, rng: np.random.Generator) -> "DrawnMapCrops":
-        """Draw the crops of an epoch: (top, left, height, width) by row."""
+    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width.
+
+        A map is read, and its running sum taken, once for all of them.
+        """
+        shapes, uniform, crops = (np.stack(one, axis=1) for one in zip(*map(self._draw_plain, rngs), strict=True))
+        for start in range(0, len(self.ids), MAPS_AT_ONCE):
+            maps = enumerate(map(self.maps.get, self.ids[start : start + MAPS_AT_ONCE].tolist()), start)
+            found = {row: one for row, one in maps if one is not None}
+            if found:
+                rows = list(found)
+                centres = self._points(rows, list(found.values()), uniform[rows])
+                crops[rows] = _crops_around(centres, shapes[rows], self.image_sizes[rows, None])
+        return crops.swapaxes(0, 1)
+
+    def _points(self, rows: list[int], maps: list[np.ndarray], uniform: np.ndarray) -> np.ndarray:
+        feats = np.array([one.shape for one in maps])
+        densities = _unnormalised_densities(maps, feats, self.temperature)
+        return density_points(densities, feats, self.image_sizes[rows], uniform)
+
+    def _draw_plain(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Draw shapes (N, 2) width height, three uniform numbers (N, 3), and the crops (N, 4) of images without map."""
         shapes, found = random_shapes(self.image_sizes, self.scale, self.ratio, rng)
         uniform = rng.random((len(shapes), 3))
-        plain = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])
-        return DrawnMapCrops(self, shapes.tolist(), uniform.tolist(), plain.tolist())
-
-
-class DrawnMapCrops:
-    """An epoch's crops: shapes and random numbers are drawn, a map is read when its crop is looked up."""
-
-    def __init__(self, of: MapCrops, shapes: list, uniform: list, plain: list) -> None:
-        """Keep, by row: (width, height), three uniform numbers, (left, top) for images without a map."""
-        self.of, self.shapes, self.uniform, self.plain = of, shapes, uniform, plain
-
-    def __getitem__(self, row: int) -> tuple[int, int, int, int]:
-        """Return the crop of one image: top, left, height, width in pixels."""
-        attention_map, (width, height) = self.of.maps.get(int(self.of.ids[row])), self.shapes[row]
-        if attention_map is None:
-            left, top = self.plain[row]
-            return top, left, height, width
-        image_size = self.of.image_sizes[row].tolist()
-        cumulative = _cumulative_density(attention_map, self.of.temperature)
-        centre = density_point(cumulative, attention_map.shape, image_size, self.uniform[row])
-        return _crop_around(centre, (width, height), image_size)
+        left_top = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])
+        return shapes, uniform, np.concatenate([left_top[:, ::-1], shapes[:, ::-1]], axis=1)
 
 
 class DinoRandomResizedCrop(v2.Transform):

@@ -131,7 +131,7 @@ def build_colour_augmentation(augment_p: float) -> v2.Transform:
 
 
 class BoxCrops:
-    """Crops that are held to the boxes of a data set, drawn for an epoch at once."""
+    """Crops that are held to the boxes of a data set, drawn for whole epochs."""
 
     def __init__(
         self,
@@ -147,9 +147,9 @@ class BoxCrops:
         self.boxes, self.image_sizes = boxes_xywh, image_sizes
         self.how = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
 
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw a crop for each image: (N, 4) int64 top left height width in pixels."""
-        return sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how)
+    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width."""
+        return np.stack([sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how) for rng in rngs])
 
 
 class TrainTransform:

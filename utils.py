@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -46,10 +46,18 @@ class DiskError(UserError):
 class DeadWorkerError(UserError):
     """A process that loads images died; what was finished before is whole."""
 
+    def __init__(self, message: str, pids: Iterable[int]) -> None:
+        """Keep the message and the pids of the processes that died."""
+        super().__init__(message)
+        self.pids = list(pids)
+
 
 LONGEST_END = 60  # seconds of a process's own end after a worker died
 # What torch says then: the pid and, where it is known, the signal.
-DEAD_WORKER = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) (is killed by signal: [\w ]+|exited unexpectedly)")
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: [\w ]+|exited unexpectedly)"
+)
+SHARED_MEMORY = Path("/dev/shm")
 
 
 class Terminated(BaseException):
@@ -76,7 +84,7 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
             main(config)
     except (UserError, OSError) as error:
         if isinstance(error, DeadWorkerError):
-            _end_within(LONGEST_END, 2)
+            _end_within(LONGEST_END, 2, error.pids)
         _exit(f"error: {_one_line(error)}", error, 2)
     except KeyboardInterrupt as error:
         _exit("interrupted", error, 130)
@@ -110,7 +118,7 @@ def _dead_workers() -> Iterator[None]:
         if not dead:
             raise
         words = f"{dead[0].strip()}; if memory ran out (see dmesg) lower num_workers"
-        raise DeadWorkerError(words) from None
+        raise DeadWorkerError(words, map(int, dead[1].split(","))) from None
 
 
 def same_command(*words: str) -> str:
@@ -141,14 +149,20 @@ def _stop(number: int, _frame: Any) -> None:
     raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
 
 
-def _end_within(seconds: int, status: int) -> None:
-    """Kill the other workers, and this process too if its end takes longer than ``seconds``.
+def _end_within(seconds: int, status: int, dead: list[int]) -> None:
+    """Kill the other workers than the ``dead``, and this process too if its end takes longer than ``seconds``.
 
     A worker that was killed may have held what another one, for whose end this process waits, waits for.
     """
     signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise once more
-    for child in multiprocessing.active_children():
+    others = multiprocessing.active_children()
+    for child in others:
         child.kill()
+    for child in others:
+        child.join(timeout=1)
+    for pid in (*dead, *(child.pid for child in others)):
+        for path in SHARED_MEMORY.glob(f"torch_{pid}_*"):  # a batch has this name while it is made, then none
+            path.unlink(missing_ok=True)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(status))
     signal.alarm(seconds)
 

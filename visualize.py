@@ -200,8 +200,7 @@ def crop_panels(
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]
-        for number in range(config["visualize"]["crops"]):
-            drawn = crops.draw(rng)
+        for number, drawn in enumerate(crops.draw([rng] * config["visualize"]["crops"])):
             for place, row in enumerate(rows.tolist()):
                 image_id = int(subject.data.ids[row])
                 shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
@@ -250,11 +249,7 @@ def crop_samples(methods: dict[str, Crops], true: np.ndarray, rng: np.random.Gen
 
 def kept_shares(crops: Crops, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the shares of the true boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
-    shares = []
-    for _ in range(EPOCHS):
-        drawn = crops.draw(rng)
-        shares.append(coverage(crops_to_xywh(np.array([drawn[place] for place in range(len(true))])), true))
-    return np.concatenate(shares)
+    return coverage(crops_to_xywh(crops.draw([rng] * EPOCHS)), true).ravel()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

@@ -7,26 +7,26 @@ and normalisation are the device's). One process, one thread, CPU time, alternat
 """
 
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision import transforms
 
-from crop_cost import ratio
+from crop_cost import ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets import TrainImages, read_dataset, read_image
+from datasets import MOST_EPOCHS_AT_ONCE, TrainImages, read_dataset, read_image
 from dino_transform import MapCrops
 from image_cache import cached_images
+from map_cache import MapCache, save_map_cache
 from transforms import IMAGENET_MEAN, IMAGENET_STD, BoxCrops, build_train_transform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 9, 256, 32
 SEED = 0
-PLAIN, CACHE, DRAWN_BEFORE = "RandomResizedCrop", ", cache=disk", ", cache=disk, drawn before"
+PLAIN, CACHE = "RandomResizedCrop", ", cache=disk"
 
 
 def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -> None:
@@ -39,34 +39,39 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
         f"cache={mode}": cached_images(mode, Path(cache_folder), *about, read_image) for mode in ("disk", "ram")
     }
     ways = {"torchvision's usual pipeline": usual([data.paths[row] for row in rows], int(size))}
-    crops_by_name = crops_of(data, rows)
+    crops_by_name = crops_of(data, rows, saved_maps(Path(cache_folder), data.ids[rows]))
     for name, crops in crops_by_name.items():
         for kind, decoded in kinds.items():
             ways[f"{name}, {kind}"] = ours(data, rows, crops, int(size), decoded)
-        ways[name + DRAWN_BEFORE] = ours(data, rows, DrawnBefore(crops), int(size), kinds["cache=disk"])
     for name, crops in as_large(crops_by_name, data, rows).items():
         ways[name + CACHE] = ours(data, rows, crops, int(size), kinds["cache=disk"])
     times = {name: [] for name in ways}
     for number in range(ROUNDS + 1):
         for name, way in ways.items():
-            start = time.process_time()
-            way(number)
+            seconds = way(number)
             if number:  # the first round warms up
-                times[name].append(time.process_time() - start)
+                times[name].append(seconds)
     print_table(times, len(rows))
-    print_cost_of_crops(times)
+    print_cost_of_crops(times, {name: drawing(crops) / len(rows) for name, crops in crops_by_name.items()})
     print(f"\n{len(rows)} images, {size} px, {ROUNDS} rounds, one thread; {environment()['processor']}, torch "
           f"{environment()['torch']}")  # fmt: skip
 
 
-def crops_of(data, rows) -> dict:
+def saved_maps(folder: Path, ids: np.ndarray) -> MapCache:
+    """Return random maps by image id, read from a file as in a training."""
+    about = {"dataset": "", "model": "", "weights_sha256": "", "settings": {}}
+    save_map_cache(folder / "random.maps.json", random_maps(ids).items(), about)
+    return MapCache.open(folder / "random.maps.json")
+
+
+def crops_of(data, rows, maps: MapCache) -> dict:
     """Return our kinds of crop."""
     boxes, sizes = data.boxes[rows], data.image_sizes[rows]
     return {
         PLAIN: BoxCrops(boxes, sizes, thr=-1.0),
         "reference, thr .5": BoxCrops(boxes, sizes, thr=0.5, mode="reference"),
         "exact, thr .5": BoxCrops(boxes, sizes, thr=0.5),
-        "density map": MapCrops(random_maps(data.ids[rows]), data.ids[rows], sizes, temperature=0.1),
+        "density map": MapCrops(maps, data.ids[rows], sizes, temperature=0.1),
     }
 
 
@@ -94,25 +99,11 @@ def as_large_as(name: str) -> str:
 
 def mean_area(crops: BoxCrops) -> float:
     """Return the mean area in pixels over some epochs of crops."""
-    return float(np.mean([crops.draw(np.random.default_rng(number))[:, 2:].prod(1) for number in range(20)]))
-
-
-class DrawnBefore:
-    """The crops that others draw in each round, ready: what loading the same pixels costs without drawing."""
-
-    def __init__(self, crops) -> None:
-        """Draw the crops of every round, of the random numbers that ``TrainImages`` gives."""
-        rngs = [np.random.default_rng([SEED, number]).spawn(2)[0] for number in range(ROUNDS + 1)]
-        drawn = [crops.draw(rng) for rng in rngs]
-        self.drawn = iter([[tuple(map(int, epoch[row])) for row in range(len(crops.image_sizes))] for epoch in drawn])
-
-    def draw(self, _rng: np.random.Generator) -> list[tuple[int, int, int, int]]:
-        """Return the next round's crops."""
-        return next(self.drawn)
+    return float(np.mean(crops.draw([np.random.default_rng(number) for number in range(20)])[..., 2:].prod(-1)))
 
 
 def usual(paths: list[Path], size: int):
-    """Return torchvision's usual pipeline over the images."""
+    """Return what loads the images by torchvision's usual pipeline, and returns the seconds."""
     steps = transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
@@ -122,24 +113,34 @@ def usual(paths: list[Path], size: int):
         ]
     )
 
-    def run(_epoch: int) -> None:
+    def load() -> None:
         for start in range(0, len(paths), BATCH):
             torch.stack([steps(read_image(path)) for path in paths[start : start + BATCH]])
 
-    return run
+    return lambda _epoch: timed(load)
 
 
 def ours(data, rows, crops, size: int, decoded):
-    """Return our loading over the images."""
+    """Return what loads the images of an epoch our way, and returns the seconds, those of drawing its crops too."""
     transform = build_train_transform(size, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     images = TrainImages(data, rows, crops, transform, flip=0.5, seed=SEED, decoded=decoded)
 
-    def run(epoch: int) -> None:
+    def load(epoch: int) -> None:
         for start in range(0, len(images), BATCH):
             rows = list(range(start, min(start + BATCH, len(images))))
             images[epoch, rows, len(rows), len(rows)]
 
-    return run
+    def seconds(epoch: int) -> float:
+        images[epoch, [0, 1], 2, 2]  # draws the crops of all rounds
+        return timed(lambda: load(epoch)) + drawing(crops)
+
+    return seconds
+
+
+def drawing(crops) -> float:
+    """Return the seconds of drawing one epoch's crops, when so many are drawn at once as a training does."""
+    epochs = MOST_EPOCHS_AT_ONCE
+    return timed(lambda: crops.draw([np.random.default_rng(number) for number in range(epochs)])) / epochs
 
 
 def print_table(times: dict[str, list[float]], count: int) -> None:
@@ -151,14 +152,14 @@ def print_table(times: dict[str, list[float]], count: int) -> None:
         print(f"| {name} | {count / np.median(seconds):.0f} | {middle:.2f} ({low:.2f} to {high:.2f}) |")
 
 
-def print_cost_of_crops(times: dict[str, list[float]]) -> None:
-    """Print each crop's loading over RandomResizedCrop's, over one as large, and over the same crops drawn before."""
-    others = (lambda _: PLAIN + CACHE, lambda crop: as_large_as(crop) + CACHE, lambda crop: crop + DRAWN_BEFORE)
-    print(f"\n| crop, cache=disk | over {PLAIN} (quartiles) | over one as large | over the same crops drawn before |")
+def print_cost_of_crops(times: dict[str, list[float]], drawings: dict[str, float]) -> None:
+    """Print each crop's loading over RandomResizedCrop's and over one as large, and what drawing takes."""
+    print(f"\n| crop, cache=disk | over {PLAIN} (quartiles) | over one as large | drawing (µs per image) |")
     print("|---|---|---|---|")
-    for crop in (name.removesuffix(DRAWN_BEFORE) for name in times if name.endswith(DRAWN_BEFORE)):
-        bases = [times.get(other(crop)) for other in others]
-        print(f"| {crop} | {' | '.join('–' if base is None else ratio(times[crop + CACHE], base) for base in bases)} |")
+    for crop, seconds in drawings.items():
+        bases = times[PLAIN + CACHE], times.get(as_large_as(crop) + CACHE)
+        ratios = ["–" if base is None else ratio(times[crop + CACHE], base) for base in bases]
+        print(f"| {crop} | {' | '.join(ratios)} | {seconds * 1e6:.2f} |")
 
 
 if __name__ == "__main__":

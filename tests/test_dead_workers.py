@@ -100,10 +100,17 @@ def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
 
 
 BAD_WORKERS = """
-import os, signal, sys, time
+import os, pathlib, re, signal, sys, time
+import torch
 from torch.utils.data import Dataset
 from datasets import build_loader
 from utils import going_on_with, run_script
+
+def leave_half_a_batch():  # as a worker does that is killed before it takes the name from the memory of a batch
+    batch = torch.zeros(3).share_memory_()
+    maps = pathlib.Path("/proc/self/maps").read_text()
+    name = re.search(f"/dev/shm/torch_{os.getpid()}_.*(?= [(]deleted[)])", maps)[0]
+    pathlib.Path(name).write_bytes(bytes(12))
 
 class BadWorkers(Dataset):
     def __len__(self):
@@ -111,8 +118,10 @@ class BadWorkers(Dataset):
 
     def __getitem__(self, number):
         if number == 2:  # the other worker, at its first image
+            leave_half_a_batch()
             WHAT_THE_OTHER_DOES
         if number == 3:
+            leave_half_a_batch()
             frame = sys._getframe()
             while "done_event" not in frame.f_locals:
                 frame = frame.f_back

@@ -8,10 +8,11 @@ from scipy import stats
 from torchvision.transforms import v2
 
 import dino_transform
+from crops import random_shapes
 from dino_transform import (
     DinoRandomResizedCrop,
     MapCrops,
-    density_point,
+    density_points,
     map_to_density,
     sample_density_crops,
 )
@@ -31,8 +32,8 @@ def test_attention_is_importable_from_here():
 
 
 def draw_points(density, num_points, rng):
-    cumulative = np.cumsum(density)
-    return np.array([density_point(cumulative, FEAT, IMAGE_SIZE, u) for u in rng.random((num_points, 3))])
+    one = torch.from_numpy(density)[None], np.array([FEAT]), np.array([IMAGE_SIZE])
+    return density_points(*one, rng.random((1, num_points, 3)))[0]
 
 
 def test_centres_follow_the_density():
@@ -77,8 +78,8 @@ def test_crops_lie_inside_the_image(image_size):
 def test_an_epochs_crops_follow_the_maps_and_are_plain_without_one():
     maps = {1: random_density().astype(np.float16), 3: np.full(FEAT, np.nan, np.float16)}
     ids, sizes = np.array([1, 2, 3] * 4_000), np.tile((530, 370), (12_000, 1))
-    crops = MapCrops(maps, ids, sizes, temperature=0.02, scale=(0.01, 0.01)).draw(np.random.default_rng(11))
-    drawn = np.array([crops[row] for row in range(len(ids))])
+    crops = MapCrops(maps, ids, sizes, temperature=0.02, scale=(0.01, 0.01))
+    (drawn,) = crops.draw([np.random.default_rng(11)])
     top, left, height, width = drawn.T
     columns, rows = ((left + width / 2) / 530 * FEAT[1]).astype(int), ((top + height / 2) / 370 * FEAT[0]).astype(int)
     counts = np.zeros((3, *FEAT))
@@ -91,6 +92,33 @@ def test_an_epochs_crops_follow_the_maps_and_are_plain_without_one():
         assert stats.chisquare(found[inner], share * found[inner].sum()).pvalue > 0.01
     plain = drawn[ids == 2]  # uniform over all positions
     assert stats.kstest((plain[:, 1] + 0.5) / (530 - plain[:, 3] + 1), "uniform").pvalue > 0.01
+
+
+def test_crops_of_maps_of_several_shapes_are_those_of_each_map_by_itself():
+    """Maps are padded to a common shape: each crop must be what NumPy makes of its own map and random numbers."""
+    rng = np.random.default_rng(12)
+    maps = {i: (rng.random((i % 5 + 1, i % 7 + 2)) ** 3).astype(np.float16) for i in range(150)}
+    ids, sizes, seeds = np.arange(160), rng.integers(20, 600, (160, 2)), (3, 4, 5)
+    crops = MapCrops(maps, ids, sizes, temperature=0.1).draw([np.random.default_rng(seed) for seed in seeds])
+    for drawn, seed in zip(crops, seeds, strict=True):
+        again = np.random.default_rng(seed)
+        shapes, _ = random_shapes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), again)
+        uniform = again.random((160, 3))
+        for i, one in maps.items():
+            cell = np.searchsorted(np.cumsum(map_to_density(one, 0.1)), uniform[i, 0], side="right")
+            row, column = np.unravel_index(cell, one.shape)
+            centre = (np.array([column, row]) + uniform[i, 1:]) * sizes[i] / one.shape[::-1]
+            left, top = np.clip(np.rint(centre - shapes[i] / 2), 0, sizes[i] - shapes[i])
+            assert drawn[i].tolist() == [top, left, shapes[i, 1], shapes[i, 0]]
+
+
+def test_crops_of_several_epochs_are_those_of_each_epoch_by_itself():
+    maps = {i: np.random.default_rng(i).random(FEAT).astype(np.float16) for i in range(5)}
+    crops = MapCrops(maps, np.arange(7), np.tile(IMAGE_SIZE, (7, 1)), temperature=0.1)
+    together = crops.draw([np.random.default_rng(seed) for seed in range(4)])
+    assert together.shape == (4, 7, 4) and len(np.unique(together, axis=0)) == 4
+    for seed, drawn in enumerate(together):
+        assert np.array_equal(crops.draw([np.random.default_rng(seed)])[0], drawn)
 
 
 def test_temperature():

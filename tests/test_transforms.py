@@ -117,7 +117,7 @@ def assert_close_to_pillow(image, expected):
 
 def test_the_crops_of_an_epoch_are_those_of_one_image_after_the_other():
     boxes, sizes = np.tile(BOX, (300, 1)), np.tile((WIDTH, HEIGHT), (300, 1))
-    crops = BoxCrops(boxes, sizes, thr=0.8).draw(np.random.default_rng(0))
+    (crops,) = BoxCrops(boxes, sizes, thr=0.8).draw([np.random.default_rng(0)])
     assert (coverage(crops_to_xywh(crops), boxes) >= 0.8).all() and len({tuple(crop) for crop in crops}) > 200
 
 
