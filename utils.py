@@ -84,7 +84,7 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
             main(config)
     except (UserError, OSError) as error:
         if isinstance(error, DeadWorkerError):
-            _end_within(LONGEST_END, 2, error.pids)
+            _end_within(LONGEST_END, 2, error)
         _exit(f"error: {_one_line(error)}", error, 2)
     except KeyboardInterrupt as error:
         _exit("interrupted", error, 130)
@@ -149,18 +149,19 @@ def _stop(number: int, _frame: Any) -> None:
     raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
 
 
-def _end_within(seconds: int, status: int, dead: list[int]) -> None:
-    """Kill the other workers than the ``dead``, and this process too if its end takes longer than ``seconds``.
+def _end_within(seconds: int, status: int, error: DeadWorkerError) -> None:
+    """Kill the other workers than the dead ones, and this process too if its end takes longer than ``seconds``.
 
     A worker that was killed may have held what another one, for whose end this process waits, waits for.
     """
     signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise once more
+    sys.last_value = error  # holds the loader to the end: freed before, its threads would be cut off as they clean up
     others = multiprocessing.active_children()
     for child in others:
         child.kill()
     for child in others:
         child.join(timeout=1)
-    for pid in (*dead, *(child.pid for child in others)):
+    for pid in (*error.pids, *(child.pid for child in others)):
         for path in SHARED_MEMORY.glob(f"torch_{pid}_*"):  # a batch has this name while it is made, then none
             path.unlink(missing_ok=True)
     signal.signal(signal.SIGALRM, lambda *_: os._exit(status))
