@@ -1,7 +1,8 @@
 """Print what loading costs an epoch of training: ratios to the same epoch on batches that lie on the device already.
 
 All ways alternately in one run; median and quartiles over rounds of the ratio within a round. On the CPU with one
-thread and in CPU time (the machines are shared). Takes the config's words.
+thread and, unless the words say otherwise, without loader processes, and then in CPU time (the machines are shared);
+on a GPU with as many processes as training has. Takes the config's words.
 
     python benchmarks/training_cost.py dataset.name=cub dataset.root=FOLDER image_size=96 cache_folder=runs/decoded
 """
@@ -28,10 +29,13 @@ from datasets import Batch
 from dino_transform import MapCrops
 from utils import environment
 
-ROUNDS, STEPS = 7, 12
+ROUNDS = 21
+CPU_STEPS = 12  # of an epoch on the CPU; whole epochs on a GPU, where what its processes loaded ahead would be lost
 DENSITY = "cache=disk, density-map crops"
 FOREACH = "cache=disk, optimizer not fused"
 CONTIGUOUS = "cache=disk, weights not channels last"
+CLIPPED, COMPILED = "cache=disk, clipped", "cache=disk, compile"
+OTHER_STEPS = CLIPPED, COMPILED, FOREACH, CONTIGUOUS  # load as cache=disk does
 WAYS = {  # what of the config differs
     "files": {"use_box": False},
     "cache=disk": {"use_box": False, "cache": "disk"},
@@ -39,8 +43,8 @@ WAYS = {  # what of the config differs
     "cache=disk, exact crops": {"cache": "disk"},
     DENSITY: {"use_box": False, "cache": "disk"},
     "cache=disk, in 2 parts": {"use_box": False, "cache": "disk", "opt.accumulate": 2},
-    "cache=disk, clipped": {"use_box": False, "cache": "disk", "opt.clip": 1.0},
-    "cache=disk, compile": {"use_box": False, "cache": "disk", "compile": True},
+    CLIPPED: {"use_box": False, "cache": "disk", "opt.clip": 1.0},
+    COMPILED: {"use_box": False, "cache": "disk", "compile": True},
     FOREACH: {"use_box": False, "cache": "disk"},
     CONTIGUOUS: {"use_box": False, "cache": "disk"},
 }
@@ -62,14 +66,15 @@ class Steps:
 def main(words: list[str]) -> None:
     """Measure and print the table."""
     device = train.choose_device(None)
-    on_cpu = device.type == "cpu"
-    torch.set_num_threads(1 if on_cpu else torch.get_num_threads())
-    clock = time.process_time if on_cpu else time.perf_counter
+    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
     runs = {name: prepare(words, changes, device) for name, changes in WAYS.items()}
     use_maps(*runs[DENSITY][1:])
+    run, config, loader = runs["cache=disk"]
+    workers = train_data.loading(config, device)["num_workers"]
+    clock = time.perf_counter if workers else time.process_time  # that of one process
+    runs |= {name: (*runs[name][:2], loader) for name in OTHER_STEPS}  # its processes serve all of them
     use_foreach_kernels(*runs[FOREACH][:2])
     runs[CONTIGUOUS][0].model.to(memory_format=torch.contiguous_format)
-    run, config, loader = runs["cache=disk"]
     runs = {"synthetic": (run, config, [on_device(batch, device) for batch in loader])} | runs
     times = {name: [] for name in runs}
     for number in range(ROUNDS + 1):
@@ -77,29 +82,37 @@ def main(words: list[str]) -> None:
             seconds = timed(lambda run=run, config=config, loader=loader: one_epoch(run, config, loader, device), clock)
             if number:  # the first round warms up
                 times[name].append(seconds)
+    print_table(times, sum(batch.real for batch in runs["synthetic"][2]))
+    print(f"start of one loader process: {start_up(words, device):.1f} s; {peak_memory(device)}")
+    about = environment()
+    print(f"\n{len(loader)} steps an epoch, {ROUNDS} rounds, {workers} loader processes; "
+          f"{about['gpu'] or about['processor']}, torch {about['torch']}")  # fmt: skip
+
+
+def print_table(times: dict[str, list[float]], images: int) -> None:
+    """Print the ratios of all epochs, the images/s of the first three, and how long the device waits."""
     print("| epoch | over the synthetic one (quartiles) | over `cache=disk` |\n|---|---|---|")
     for name, seconds in times.items():
         print(f"| {name} | {ratio(seconds, times['synthetic'])} | {ratio(seconds, times['cache=disk'])} |")
+    rates = ", ".join(f"{images / np.median(times[name]):.0f} {name}" for name in ("synthetic", "files", "cache=disk"))
+    print(f"\nimages/s: {rates}")
     waits = {name: 1 - np.median(np.array(times["synthetic"]) / times[name]) for name in ("files", "cache=disk")}
     shares = ", ".join(f"{max(0.0, share):.0%} with {name}" for name, share in waits.items())
-    print(f"\nshare of the time in which the device waits for images: {shares}")
-    print(f"start of one loader process: {start_up(words, device):.1f} s; {peak_memory(device)}")
-    about = environment()
-    machine = about["gpu"] or about["processor"]
-    print(f"\n{STEPS} steps an epoch, {ROUNDS} rounds, no loader processes; {machine}, torch {about['torch']}")
+    print(f"share of the time in which the device waits for images: {shares}")
 
 
-def prepare(words: list[str], changes: dict, device: torch.device, workers: int = 0) -> tuple:
+def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     """Build the training of one way; return its run, config and loader."""
     more = [f"{key}={str(value).lower()}" for key, value in changes.items()]
-    config = load_config([*words, *more, f"num_workers={workers}"])
+    config = load_config([*(["num_workers=0"] if device.type == "cpu" else []), *words, *more])
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
     folder, data = Path("runs/training_cost"), train_data.load_data(config)
     boxes, _ = train_data.crop_boxes(config, data)
     train.resolve(config, folder, data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
-    return train.build_run(folder, config, device), config, Steps(loader, STEPS * config["opt"]["accumulate"])
+    steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]
+    return train.build_run(folder, config, device), config, Steps(loader, steps)
 
 
 def use_maps(config: dict, steps: Steps) -> None:
@@ -131,7 +144,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 def start_up(words: list[str], device: torch.device) -> float:
     """Return the seconds to the first batch of a loader with one process."""
-    _, _, loader = prepare(words, WAYS["files"], device, workers=1)
+    _, _, loader = prepare([*words, "num_workers=1"], WAYS["files"], device)
     start = time.perf_counter()
     next(iter(loader))
     return time.perf_counter() - start
