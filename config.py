@@ -29,7 +29,7 @@ config = {
     },
     "reproduce": {
         "table": "toybirds_crops",  # which table reproduce.py makes; it names them all when asked for another
-        "seeds": 5,  # trainings per row
+        "seeds": 5,  # trainings per row, with seed, seed + 1, ...
     },
     "visualize": {
         "what": "crops",  # crops (images, their boxes, maps, masks and crops) | boxes (histograms of IoU and of what

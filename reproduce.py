@@ -32,7 +32,7 @@ OWN_KEYS = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that s
 
 
 def load_request(arguments: list[str]) -> dict | None:
-    """Return what the command line asks for: table, seeds, run_dir, and ``own``, its other words by key.
+    """Return what the command line asks for: table, seeds (a range), run_dir, and ``own``, its other words by key.
 
     Raises:
         ConfigError: as load_config does; on preset=, which the table names.
@@ -44,7 +44,8 @@ def load_request(arguments: list[str]) -> dict | None:
     if "preset" in words:
         raise ConfigError(f"preset={words['preset']}: each table has its own preset; leave this word out")
     own = {key: parse_value(key, text) for key, text in words.items() if key not in OWN_KEYS}
-    return config["reproduce"] | {"run_dir": config["run_dir"], "own": own}
+    seeds = range(config["seed"], config["seed"] + config["reproduce"]["seeds"])
+    return {"table": config["reproduce"]["table"], "seeds": seeds, "run_dir": config["run_dir"], "own": own}
 
 
 def main(request: dict) -> None:
@@ -80,7 +81,7 @@ def run_step(step: Step, own: dict) -> None:
         raise UserError(f"{step.script} ended with status {done.returncode} and did not make {step.makes}; see above")
 
 
-def run_trainings(table: Table, shared: dict, seeds: int, folder: Path) -> None:
+def run_trainings(table: Table, shared: dict, seeds: range, folder: Path) -> None:
     """Train the points of a table that are not done."""
     points = table_points(table, seeds)
     for number, (label, overrides, place) in enumerate(points, 1):
@@ -101,7 +102,7 @@ def point_config(table: Table, own: dict) -> dict:
     return config
 
 
-def table_points(table: Table, seeds: int) -> list[tuple[str, dict, str]]:
+def table_points(table: Table, seeds: range) -> list[tuple[str, dict, str]]:
     """Return (label, overrides, folder name) of each training; every row's first seed before any second."""
     return [
         (
@@ -110,7 +111,7 @@ def table_points(table: Table, seeds: int) -> list[tuple[str, dict, str]]:
             place_of(table, budget, row, seed),
         )
         for budget in table.budgets
-        for seed in range(seeds)
+        for seed in seeds
         for row in table.rows
     ]
 

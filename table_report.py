@@ -34,7 +34,7 @@ def place_of(table: Table, budget: str, row: str, seed: int) -> str:
     return f"{list(table.budgets).index(budget)}_{words}_seed_{seed}".replace("__", "_")
 
 
-def write_table(table: Table, name: str, seeds: int, folder: Path, data: DataSet) -> None:
+def write_table(table: Table, name: str, seeds: range, folder: Path, data: DataSet) -> None:
     """Write NAME.md, NAME.json and NAME.png of the trainings that are done."""
     blocks = {}
     for budget in table.budgets:
@@ -54,10 +54,10 @@ def write_table(table: Table, name: str, seeds: int, folder: Path, data: DataSet
     print(f"\n{text}\n\nwritten to {folder / name}.md, .json and .png")
 
 
-def load_row(table: Table, budget: str, row: str, seeds: int, folder: Path) -> Row:
+def load_row(table: Table, budget: str, row: str, seeds: range, folder: Path) -> Row:
     """Read the finished trainings of one row."""
     cells, correct = Row([], {}, [], [], [], "", []), {}
-    for seed in range(seeds):
+    for seed in seeds:
         place = folder / place_of(table, budget, row, seed)
         if not (place / "summary.json").exists():
             continue

@@ -69,6 +69,13 @@ def test_runs_with_other_settings_are_not_taken_for_these(birds, small_table, tm
         make(birds, tmp_path, "batch_size=4")
 
 
+def test_seeds_start_at_seed(birds, small_table, tmp_path):
+    make(birds, tmp_path, "seed=6")
+    assert load_json(tmp_path / "small.json")["one epoch"]["held"]["seeds"] == [6, 7]
+    seeds = [load_json(tmp_path / f"0_held_seed_{seed}" / "config.json")["seed"] for seed in (6, 7)]
+    assert seeds == [6, 7] and not (tmp_path / "0_held_seed_0").exists()
+
+
 def test_an_unknown_table_is_one_line(tmp_path):
     with pytest.raises(UserError, match="toybirds_crops"):
         make("none", tmp_path, "reproduce.table=cifar")
@@ -117,7 +124,7 @@ def test_every_table_can_be_trained(name):
     table = TABLES[name]
     shared = reproduce.point_config(table, {})
     assert set(table.controls) | set(table.published) <= set(table.rows)
-    places = [place for _, _, place in reproduce.table_points(table, 2)]
+    places = [place for _, _, place in reproduce.table_points(table, range(2))]
     assert len(set(places)) == 2 * len(table.rows) * len(table.budgets)
     for overrides in table.rows.values():
         config.check_config(reproduce.point_config(table, overrides))
