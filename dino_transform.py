@@ -26,7 +26,7 @@ __all__ = [
     "sample_density_crops",
 ]
 
-MAPS_AT_ONCE = 64
+MAPS_AT_ONCE = 64  # are summed in one go
 
 
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:

@@ -188,6 +188,7 @@ TABLES["photos_pseudo_boxes"] = Table(
         "exact, true boxes, maIoU .9": {"maiou": 0.9},
         "exact, saliency boxes, maIoU .9": {"source": SALIENCY, "maiou": 0.9},
         "reference, saliency boxes, maIoU .9": REFERENCE | {"source": SALIENCY, "maiou": 0.9},
+        "reference, centred boxes, maIoU .9": REFERENCE | CENTER | {"maiou": 0.9},
         "centred by saliency maps, temperature .1": BY_MAPS | {"crop.temperature": 0.1},
         "centred by saliency maps, temperature .5": BY_MAPS | {"crop.temperature": 0.5},
     },
