@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-image", "pillow", "matplotlib")
+PYTEST = "-m pytest -q -n 2 --dist loadfile -p no:cacheprovider".split()
 LOCK_HEAD = """\
 # Every package of an environment in which all tests passed: Python {python}, {system}.
 # Made by .ci/versions.py newest --lock; install it with pip install -r requirements-lock.txt
@@ -64,7 +65,7 @@ def test_set(which: str, words: argparse.Namespace) -> dict:
         packages = frozen(python)
         install(python, "requirements-dev.txt", which)
         start = time.perf_counter()
-        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words.pytest]
+        command = [python, *PYTEST, *words.pytest]
         tests = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         print(tests.stdout[-6000:], tests.stderr[-2000:], flush=True)
         version = subprocess.run([python, "-V"], check=True, capture_output=True, text=True).stdout.split()[1]
