@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHOWN = ("torch", "torchvision", "timm", "numpy", "scipy", "scikit-image", "pillow", "matplotlib")
-PYTEST = "-m pytest -q -n 2 --dist loadfile -p no:cacheprovider".split()
+PYTEST = ["-m", "pytest", "-q", "-n", "2", "--dist", "loadfile", "-p", "no:cacheprovider"]
 LOCK_HEAD = """\
 # Every package of an environment in which all tests passed: Python {python}, {system}.
 # Made by .ci/versions.py newest --lock; install it with pip install -r requirements-lock.txt
