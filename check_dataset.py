@@ -9,10 +9,13 @@ from collections import Counter
 
 import numpy as np
 
-from boxes import center_boxes, iou
 from config import load_config
-from datasets import DataSet, read_dataset, unreadable_images
-from utils import UserError, run_script
+from datasets import read_dataset
+from jobs.guard import run_script
+from localized_crops.boxes import center_boxes, iou
+from localized_crops.files import UserError
+from readers.data_set import DataSet
+from readers.images import unreadable_images
 
 
 def main(config: dict) -> None:

@@ -5,6 +5,7 @@ import copy
 import difflib
 import math
 import os
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ config = {
     "dino": {
         "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
         "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a
-        # checkpoint of train.py (its EMA); None: hub, or toy_localizer.pt without a model
+        # checkpoint of train.py (its EMA); None: hub, or toybirds/toy_localizer.pt without a model
         "image_size": None,  # short side of the input in pixels, rounded to whole patches; None: that of its training
         "autocontrast": False,  # stretch each image's contrast first
         "batch_size": 32,  # images of one shape
@@ -635,12 +636,15 @@ def step_gamma(opt: dict, num_epochs: int) -> float:
 
 
 def worker_count(num_workers: int | None, machine: str | None = None) -> int:
-    """Return how many processes load images; None: what MACHINE_WORKERS says of ``machine``, else by its cores."""
+    """Return how many processes load images for this process.
+
+    None: what MACHINE_WORKERS says of ``machine`` (None: this host), else by its cores; the processes that torchrun
+    started on the machine share them.
+    """
     if num_workers is not None:
         return num_workers
-    if machine in MACHINE_WORKERS:
-        return MACHINE_WORKERS[machine]
-    return max(0, min(8, len(os.sched_getaffinity(0)) - 1))
+    whole = MACHINE_WORKERS.get(machine or platform.node(), max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
+    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def help_text() -> str:

@@ -29,16 +29,22 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from box_report import refuse_to_hide, report_boxes
-from boxes import clip_boxes, expand_boxes, load_boxes, save_boxes, whole_image_boxes
 from config import ConfigError, check_value, get_key, load_config, worker_count
-from datasets import DataSet, build_loader, read_dataset, read_image
-from localizer import state_hash
-from mask_files import load_masks_info, mask_names
+from datasets import read_dataset
+from figures.box_report import refuse_to_hide, report_boxes
+from jobs.guard import going_on_with, run_script, same_command
+from jobs.loader import build_loader
+from jobs.shared_work import SharedWork, choose_device, process_numbers
+from localized_crops.box_file import load_boxes, save_boxes
+from localized_crops.boxes import clip_boxes, expand_boxes, whole_image_boxes
+from localized_crops.files import UserError, user_errors
+from localizer.networks import state_hash
+from masks.mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
-from shared_work import SharedWork, choose_device, process_numbers
+from readers.data_set import DataSet
+from readers.images import read_image
 from transforms import normalize
-from utils import UserError, going_on_with, load_tensors, run_script, same_command, timed, user_errors
+from utils import load_tensors, timed
 
 
 def main(config: dict) -> None:

@@ -27,17 +27,20 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import map_boxes
-from attention import last_attention
-from attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
-from box_report import refuse_to_hide, report_boxes
-from boxes import save_boxes
 from config import load_config, worker_count
-from datasets import DataSet, read_dataset
-from localizer import Localizer, build_localizer
-from map_cache import MapCache, cache_paths, save_map_cache
-from shared_work import SharedWork, choose_device, process_numbers
-from utils import UserError, going_on_with, run_script, same_command, timed, user_errors
+from datasets import read_dataset
+from figures.box_report import refuse_to_hide, report_boxes
+from jobs.guard import going_on_with, run_script, same_command
+from jobs.shared_work import SharedWork, choose_device, process_numbers
+from localized_crops import map_boxes
+from localized_crops.attention import last_attention
+from localized_crops.box_file import save_boxes
+from localized_crops.files import UserError, user_errors
+from localized_crops.map_file import MapCache, cache_paths, save_map_cache
+from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
+from localizer.networks import Localizer, build_localizer
+from readers.data_set import DataSet
+from utils import timed
 
 
 def main(config: dict) -> None:

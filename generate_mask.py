@@ -27,18 +27,31 @@ from segment_anything import SamAutomaticMaskGenerator
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from box_report import refuse_to_hide, report_boxes, save_errors
-from boxes import clip_boxes, save_boxes, whole_image_boxes
 from config import load_config, worker_count
-from datasets import DataSet, build_loader, read_dataset, read_image
-from map_cache import MapCache
-from mask_files import info_entry, load_masks, load_masks_info, mask_names, new_mask_folder, save_masks, save_masks_info
-from mask_generator import MaskGenerator
-from sam_models import load_sam
-from sam_prompts import PromptedMasks
-from segments import SegmentGenerator
-from shared_work import SharedWork, choose_device, process_numbers
-from utils import DEAD_WORKER, UserError, going_on_with, run_script, same_command, user_errors
+from datasets import read_dataset
+from figures.box_report import refuse_to_hide, report_boxes, save_errors
+from jobs.guard import DEAD_WORKER, going_on_with, run_script, same_command
+from jobs.loader import build_loader
+from jobs.shared_work import SharedWork, choose_device, process_numbers
+from localized_crops.box_file import save_boxes
+from localized_crops.boxes import clip_boxes, whole_image_boxes
+from localized_crops.files import UserError, user_errors
+from localized_crops.map_file import MapCache
+from masks.mask_files import (
+    info_entry,
+    load_masks,
+    load_masks_info,
+    mask_names,
+    new_mask_folder,
+    save_masks,
+    save_masks_info,
+)
+from masks.mask_generator import MaskGenerator
+from masks.sam_models import load_sam
+from masks.sam_prompts import PromptedMasks
+from masks.segments import SegmentGenerator
+from readers.data_set import DataSet
+from readers.images import read_image
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")

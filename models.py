@@ -10,7 +10,8 @@ import torchvision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from utils import UNREADABLE, UserError, load_tensors
+from localized_crops.files import UserError
+from utils import UNREADABLE, load_tensors
 
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}

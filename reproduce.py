@@ -21,12 +21,13 @@ from pathlib import Path
 import config as settings
 from config import ConfigError, apply_preset, check_config, load_config, parse_value, set_key, split_word, word_of
 from datasets import read_dataset
-from parallel import refuse_many
-from sweep import FolderInUseError, run_point
-from table_report import place_of, write_table
-from tables import TABLES, Step, Table
+from experiments.sweep import FolderInUseError, run_point
+from experiments.table_report import place_of, write_table
+from experiments.tables import TABLES, Step, Table
+from jobs.guard import going_on_with, run_script, same_command
+from localized_crops.files import UserError
 from train import train_run
-from utils import UserError, going_on_with, run_script, same_command
+from training.distributed import refuse_many
 
 OWN_KEYS = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
 

@@ -30,18 +30,20 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
-from attention import last_attention
-from boxes import maiou_to_thr
-from config import ConfigError, check_config, has_all_keys, leaves, load_config, step_gamma
-from crops import ratio_gives_way
-from datasets import (
-    Batch,
-    DataSet,
-)
-from evaluation import loss_and_top1, predict
-from localizer import as_localizer
-from map_cache import MapCache, cache_paths
-from parallel import (
+from config import ConfigError, check_config, has_all_keys, leaves, load_config, step_gamma, worker_count
+from experiments.sweep import FolderInUseError, run_sweep, start_wandb
+from figures.plots import draw_curves
+from jobs.guard import going_on_with, run_script
+from jobs.shared_work import choose_device
+from localized_crops.attention import last_attention
+from localized_crops.boxes import maiou_to_thr
+from localized_crops.crops import ratio_gives_way
+from localized_crops.files import UserError, load_json, save_json, user_errors
+from localized_crops.map_file import MapCache, cache_paths
+from localizer.networks import as_localizer
+from readers.data_set import DataSet
+from training.batches import Batch
+from training.distributed import (
     LostProcessError,
     copy_buffers_of_rank_0,
     lost_process,
@@ -53,11 +55,9 @@ from parallel import (
     sum_over_ranks,
     world_size,
 )
-from plots import draw_curves
-from self_distillation import maps_path, refresh_epoch, refresh_maps
-from shared_work import choose_device
-from sweep import FolderInUseError, run_sweep, start_wandb
-from train_data import (
+from training.evaluation import loss_and_top1, predict
+from training.self_distillation import maps_path, refresh_epoch, refresh_maps
+from training.train_data import (
     WORTH_A_WORKER,
     build_crops,
     build_train_loader,
@@ -72,20 +72,14 @@ from train_data import (
 from transforms import flip_images, normalize
 from utils import (
     UNREADABLE,
-    UserError,
     environment,
-    going_on_with,
-    load_json,
     load_log,
     load_tensors,
     locked,
     new_folder,
-    run_script,
-    save_json,
     save_log,
     save_tensors,
     seed_everything,
-    user_errors,
 )
 
 # What may change between a run and its continuation: it does not change the numbers.
@@ -196,6 +190,7 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
     seed_everything(config["seed"], config["deterministic"])
+    config["num_workers"] = worker_count(config["num_workers"], config["A_machine"])
     data = on_rank_0(lambda: load_data(config))
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)

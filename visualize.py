@@ -34,17 +34,30 @@ import PIL.Image
 from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from box_report import METHOD_NAMES, SPLITS
-from boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
 from config import load_config
-from datasets import Crops, DataSet, draw_seed, read_dataset, read_image, source_boxes
+from datasets import read_dataset, source_boxes
 from dino_transform import MapCrops
-from map_cache import MapCache
-from mask_files import load_masks, load_masks_info, mask_names
-from plots import Panel, Sample, accuracy_figure, histogram_figure, panels_figure, run_curves_figure, save_figure
-from sweep import crop_family, settings_key
+from experiments.sweep import crop_family, settings_key
+from figures.box_report import METHOD_NAMES, SPLITS
+from figures.plots import (
+    Panel,
+    Sample,
+    accuracy_figure,
+    histogram_figure,
+    panels_figure,
+    run_curves_figure,
+    save_figure,
+)
+from jobs.guard import run_script
+from localized_crops.boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
+from localized_crops.files import UserError, load_json, user_errors
+from localized_crops.map_file import MapCache
+from masks.mask_files import load_masks, load_masks_info, mask_names
+from readers.data_set import DataSet
+from readers.images import read_image
+from training.batches import Crops, draw_seed
 from transforms import BoxCrops, build_train_transform
-from utils import UserError, load_json, load_log, run_script, user_errors
+from utils import load_log
 
 EPOCHS = 20  # of crops that a histogram counts
 MAX_IMAGES = 64  # rows of a picture: as many as visualize.images may ask for

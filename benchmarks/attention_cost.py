@@ -26,7 +26,7 @@ import timm
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from attention import cls_attention, cls_attention_and_logits
+from localized_crops.attention import cls_attention, cls_attention_and_logits
 from utils import cpu_name
 
 SETTINGS = {

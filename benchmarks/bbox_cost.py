@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import generate_bbox
 from config import load_config
 from datasets import read_dataset
+from jobs.shared_work import SharedWork
 from models import build_model
-from shared_work import SharedWork
 from transforms import normalize
 from utils import environment
 

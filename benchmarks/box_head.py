@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from map_boxes import MapBox, component_box
+from localized_crops.map_boxes import MapBox, component_box
 
 GRID = 64  # cells a side to which every map is stretched, so that maps of all sizes share one array
 WINDOW = 48  # cells a side of the window that the network sees

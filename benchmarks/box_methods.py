@@ -26,9 +26,10 @@ from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from box_head import fit_box_head, head_box
-from boxes import center_boxes, coverage, iou, whole_image_boxes
-from datasets import DataSet, read_dataset
-from map_boxes import component_box, min_max, published_box
+from datasets import read_dataset
+from localized_crops.boxes import center_boxes, coverage, iou, whole_image_boxes
+from localized_crops.map_boxes import component_box, min_max, published_box
+from readers.data_set import DataSet
 from utils import cpu_name
 
 SETTINGS = {

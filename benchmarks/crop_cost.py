@@ -19,9 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
-import train_data
 from config import load_config
-from datasets import Batch
+from training import train_data
+from training.batches import Batch
 from utils import environment
 
 ROUNDS, CPU = 9, torch.device("cpu")

@@ -18,8 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets import DataSet, EpochBatches, TrainImages, build_loader, read_dataset, read_image
-from image_cache import cached_images
+from datasets import read_dataset
+from jobs.loader import build_loader
+from readers.data_set import DataSet
+from readers.image_cache import cached_images
+from readers.images import read_image
+from training.batches import EpochBatches, TrainImages
 from transforms import BoxCrops, build_train_transform
 from utils import environment
 

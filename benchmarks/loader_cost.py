@@ -17,11 +17,15 @@ from crop_cost import ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from datasets import MOST_EPOCHS_AT_ONCE, TrainImages, read_dataset, read_image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from datasets import read_dataset
 from dino_transform import MapCrops
-from image_cache import cached_images
-from map_cache import MapCache, save_map_cache
-from transforms import IMAGENET_MEAN, IMAGENET_STD, BoxCrops, build_train_transform
+from localized_crops.map_file import MapCache, save_map_cache
+from readers.image_cache import cached_images
+from readers.images import read_image
+from training.batches import MOST_EPOCHS_AT_ONCE, TrainImages
+from transforms import BoxCrops, build_train_transform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 9, 256, 32
@@ -109,7 +113,7 @@ def usual(paths: list[Path], size: int):
             transforms.RandomResizedCrop(size),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
 

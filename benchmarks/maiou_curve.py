@@ -15,8 +15,8 @@ from torchvision.transforms import RandomResizedCrop
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from boxes import clip_boxes, coverage, crops_to_xywh, maiou_curve, published_maiou
-from crops import sample_crops
+from localized_crops.boxes import clip_boxes, coverage, crops_to_xywh, maiou_curve, published_maiou
+from localized_crops.crops import sample_crops
 
 THRESHOLDS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from map_cache import MapCache, cache_paths, save_map_cache
+from localized_crops.map_file import MapCache, cache_paths, save_map_cache
 
 SIDE, COUNTS = 37, (1_000, 11_788, 47_152)  # cells; CUB once and four times
 

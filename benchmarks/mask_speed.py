@@ -33,7 +33,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from mask_generator import MaskGenerator
+from masks.mask_generator import MaskGenerator
 from utils import cpu_name
 
 SETTINGS = {

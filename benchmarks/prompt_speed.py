@@ -12,9 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from mask_generator import MaskGenerator
 from mask_speed import SIZES, build_images, build_network
-from sam_prompts import PromptedMasks
+from masks.mask_generator import MaskGenerator
+from masks.sam_prompts import PromptedMasks
 from utils import environment
 
 ROUNDS, IMAGES = 3, 2

@@ -14,11 +14,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from box_methods import load_maps
-from box_report import report_boxes
-from boxes import save_boxes
 from datasets import read_dataset
-from map_boxes import component_box
-from map_cache import MapCache, save_map_cache
+from figures.box_report import report_boxes
+from localized_crops.box_file import save_boxes
+from localized_crops.map_boxes import component_box
+from localized_crops.map_file import MapCache, save_map_cache
 
 
 def main(saliency: str, root: str, out: str) -> None:

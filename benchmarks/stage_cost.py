@@ -22,8 +22,8 @@ from timm.utils import AttentionExtract
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import generate_dino_boxes as stage_script
-from attention_maps import BatchImages, clean
 from config import load_config
+from localizer.attention_maps import BatchImages, clean
 from utils import environment
 
 ROUNDS, IMAGES = 5, 96

@@ -18,14 +18,14 @@ from scipy.linalg import eigh
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from attention import cls_attention
-from attention_maps import BatchImages, clean, plan_batches
-from box_report import score_boxes
-from boxes import center_boxes
 from config import load_config
 from datasets import read_dataset
+from figures.box_report import score_boxes
 from generate_dino_boxes import map_to_box
-from localizer import build_localizer
+from localized_crops.attention import cls_attention
+from localized_crops.boxes import center_boxes
+from localizer.attention_maps import BatchImages, clean, plan_batches
+from localizer.networks import build_localizer
 
 IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6)
 

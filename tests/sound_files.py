@@ -7,11 +7,12 @@ import numpy as np
 import torch
 
 import train
-from boxes import save_boxes
 from config import load_config
-from datasets import DataSet, read_dataset
-from map_cache import save_map_cache
-from mask_files import info_entry, mask_names, save_masks, save_masks_info
+from datasets import read_dataset
+from localized_crops.box_file import save_boxes
+from localized_crops.map_file import save_map_cache
+from masks.mask_files import info_entry, mask_names, save_masks, save_masks_info
+from readers.data_set import DataSet
 
 
 def make_sound_folder(birds: Path, folder: Path) -> None:

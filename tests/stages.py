@@ -15,9 +15,10 @@ import PIL.Image
 import torch
 
 from datasets import read_dataset
-from map_cache import MapCache
-from records import read_records
-from utils import SCRATCH, load_json, load_log, load_tensors
+from jobs.records import read_records
+from localized_crops.files import SCRATCH, load_json
+from localized_crops.map_file import MapCache
+from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 300  # seconds: a process that takes longer hangs

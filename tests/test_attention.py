@@ -8,7 +8,7 @@ import timm
 import torch
 from timm.utils import AttentionExtract
 
-from attention import cls_attention, cls_attention_and_logits, feature_size
+from localized_crops.attention import cls_attention, cls_attention_and_logits, feature_size
 
 TINY = {"depth": 2, "embed_dim": 48, "num_heads": 3, "num_classes": 5}
 FAMILIES = {  # name: (timm architecture, overrides)

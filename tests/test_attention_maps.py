@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from attention_maps import input_shape, plan_batches
+from localizer.attention_maps import input_shape, plan_batches
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,13 @@ import numpy as np
 import pytest
 import torch
 
-import image_cache
 import models
-from datasets import read_dataset, read_image
-from localizer import build_localizer
-from mask_files import load_masks
-from utils import LONGEST_LINE, run_script
+from datasets import read_dataset
+from jobs.guard import LONGEST_LINE, run_script
+from localizer.networks import build_localizer
+from masks.mask_files import load_masks
+from readers import image_cache
+from readers.images import read_image
 
 ROOT = Path(__file__).parent.parent
 DATA = ("dataset.name=cub", "dataset.root={folder}/birds")
@@ -494,7 +495,7 @@ def trained(model: object, image_size: object) -> Damage:
 
 
 def toy(**changed: object) -> Damage:
-    """Write a checkpoint that says it is of make_toy_localizer.py."""
+    """Write a checkpoint that says it is of toybirds/make_localizer.py."""
     architecture = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2} | changed
     return lambda folder: torch.save({"about": {"architecture": architecture}, "model": {}}, folder / "vit.pt")
 
@@ -514,10 +515,10 @@ NETWORKS = [
     localizer_of("size", trained({"type": "test_vit"}, 10**9), "image_size"),
     localizer_of("no-size", trained({"type": "test_vit"}, 0), "image_size"),
     localizer_of("other", trained({"type": "test_vit"}, 32), "of another architecture"),
-    localizer_of("toy-heads", toy(heads=7), "make_toy_localizer.py"),
-    localizer_of("toy-none", toy(heads=0), "make_toy_localizer.py"),
-    localizer_of("toy-empty", toy(), "make_toy_localizer.py"),
-    localizer_of("toy-huge", toy(width=2**40), "make_toy_localizer.py"),
+    localizer_of("toy-heads", toy(heads=7), "make_localizer.py"),
+    localizer_of("toy-none", toy(heads=0), "make_localizer.py"),
+    localizer_of("toy-empty", toy(), "make_localizer.py"),
+    localizer_of("toy-huge", toy(width=2**40), "make_localizer.py"),
     reader("localizer-name", nothing, lambda _: build_localizer("no_such_vit", "random"), "no such model"),
     reader("model-name", nothing, lambda _: models.build_model("", 5, image_size=32, patch_size=16), "no such model"),
 ]

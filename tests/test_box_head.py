@@ -6,8 +6,8 @@ import torch
 
 import box_head
 from box_head import BoxHead, fit_box_head, head_box
-from boxes import iou
-from map_boxes import component_box
+from localized_crops.boxes import iou
+from localized_crops.map_boxes import component_box
 
 IMAGE_SIZE = (106, 74)
 

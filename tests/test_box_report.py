@@ -4,9 +4,9 @@ import numpy as np
 import PIL.Image
 import pytest
 
-import box_report
-from box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
-from utils import load_json
+from figures import box_report
+from figures.box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
+from localized_crops.files import load_json
 
 SIZES = np.array([[53, 37], [40, 61], [30, 30], [71, 44], [64, 48]])  # width, height: odd and unequal
 SPLIT = np.array(["train", "val", "test", "train", "test"])

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou
 
-import boxes
-from boxes import BoxFile, load_boxes, save_boxes
-from utils import UserError
+from localized_crops import box_file, boxes
+from localized_crops.box_file import BoxFile, load_boxes, save_boxes
+from localized_crops.files import UserError
 
 
 def pairs(count=300, seed=0):
@@ -145,10 +145,10 @@ def test_nan_in_a_box_is_refused_on_both_ends(tmp_path):
 
 def test_boxes_of_a_data_set(tmp_path):
     path = write(tmp_path / "boxes.json")
-    found, missing = boxes.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
+    found, missing = box_file.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
     assert missing == 1
     assert found.tolist() == [[0, 0, 20, 10], [1.5, 2, 30, 20]]
     with pytest.raises(UserError, match="no entry for image 5"):
-        boxes.boxes_for_images(path, [5], np.array([[20, 10]]))
+        box_file.boxes_for_images(path, [5], np.array([[20, 10]]))
     with pytest.raises(UserError, match=r"image 7 is \(37, 53\) here"):
-        boxes.boxes_for_images(path, [7], np.array([[37, 53]]))
+        box_file.boxes_for_images(path, [7], np.array([[37, 53]]))

@@ -4,8 +4,8 @@ import torch
 from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
-from boxes import coverage, crops_to_xywh, maiou_curve
-from crops import random_shapes, ratio_gives_way, sample_crops
+from localized_crops.boxes import coverage, crops_to_xywh, maiou_curve
+from localized_crops.crops import random_shapes, ratio_gives_way, sample_crops
 
 THRESHOLDS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
 # maIoU of the published crop on all of CUB, computed before this code was written (published curve: within .003)

@@ -14,10 +14,14 @@ import pytest
 import torch
 
 import datasets
-from boxes import save_boxes
-from datasets import EpochBatches, TrainImages, ViewImages, build_loader, read_dataset, read_image, source_boxes
+from datasets import read_dataset, source_boxes
+from jobs.loader import build_loader
+from localized_crops.box_file import save_boxes
+from localized_crops.files import UserError
+from readers import cub, images
+from readers.images import read_image
+from training.batches import EpochBatches, TrainImages, ViewImages
 from transforms import BoxCrops, build_train_transform, build_views
-from utils import UserError
 
 
 def read(root, **options):
@@ -172,7 +176,7 @@ def test_a_damaged_image_is_named(birds_copy):
     data.paths[5].write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=data.paths[5].name):
         read_image(data.paths[5])
-    assert [data.paths[5].name in line for line in datasets.unreadable_images(data)] == [True]
+    assert [data.paths[5].name in line for line in images.unreadable_images(data)] == [True]
     data.paths[5].write_bytes(b"not an image")
     with pytest.raises(UserError, match="not an image"):
         read(birds_copy)
@@ -315,7 +319,7 @@ def test_the_archive_is_fetched_checked_and_unpacked(birds, tmp_path, monkeypatc
 
 
 def test_an_archive_with_another_checksum_is_refused(birds, tmp_path, monkeypatch):
-    archive_of(birds, tmp_path / datasets.CUB_ARCHIVE)
+    archive_of(birds, tmp_path / cub.CUB_ARCHIVE)
     with pytest.raises(UserError, match="md5"):
         read(tmp_path / "CUB_200_2011", download=True)
     assert not (tmp_path / "CUB_200_2011").exists()
@@ -325,7 +329,7 @@ def test_an_archive_with_another_checksum_is_refused(birds, tmp_path, monkeypatc
 def test_an_archive_member_cannot_leave_the_folder(birds, tmp_path, monkeypatch, member):
     folder = tmp_path / "deep" / "data"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(datasets, "CUB_MD5", archive_of(birds, folder / datasets.CUB_ARCHIVE, member))
+    monkeypatch.setattr(datasets, "CUB_MD5", archive_of(birds, folder / cub.CUB_ARCHIVE, member))
     if member.startswith("/"):  # tarfile's data filter makes it relative
         assert len(read(folder / "CUB_200_2011", download=True).ids) == 72
     else:
@@ -344,7 +348,7 @@ def test_an_archive_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, se
 def test_a_torn_archive_leaves_nothing_behind(birds, tmp_path, monkeypatch):
     whole = tmp_path / "whole.tgz"
     archive_of(birds, whole)
-    torn = tmp_path / datasets.CUB_ARCHIVE
+    torn = tmp_path / cub.CUB_ARCHIVE
     torn.write_bytes(whole.read_bytes()[:20000])
     monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="cannot be unpacked"):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from datasets import Loader
-from utils import DeadWorkerError, going_on_with
+from jobs.guard import DeadWorkerError, going_on_with
+from jobs.loader import Loader
 
 ROOT = Path(__file__).parent.parent
 SHARED_MEMORY = Path("/dev/shm")

@@ -8,14 +8,10 @@ from scipy import stats
 from torchvision.transforms import v2
 
 import dino_transform
-from crops import random_shapes
-from dino_transform import (
-    DinoRandomResizedCrop,
-    MapCrops,
-    density_points,
-    map_to_density,
-    sample_density_crops,
-)
+from dino_transform import MapCrops
+from localized_crops.crops import random_shapes
+from localized_crops.density import density_points, map_to_density, sample_density_crops
+from localized_crops.transforms import DinoRandomResizedCrop
 
 IMAGE_SIZE = (53, 37)  # width, height
 FEAT = (5, 9)

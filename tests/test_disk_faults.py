@@ -15,13 +15,14 @@ import torch
 from stages import Stage
 from test_generate_bbox import write_candidates
 
-import plots
-from boxes import save_boxes
 from datasets import read_dataset
-from map_cache import save_map_cache
-from mask_files import save_masks, save_masks_info
-from records import RecordFile
-from utils import DiskError, load_tensors, save_json, save_log, save_tensors
+from figures import plots
+from jobs.records import RecordFile
+from localized_crops.box_file import save_boxes
+from localized_crops.files import DiskError, save_json
+from localized_crops.map_file import save_map_cache
+from masks.mask_files import save_masks, save_masks_info
+from utils import load_tensors, save_log, save_tensors
 
 KINDS = ("box JSON", "log", "checkpoint", "curves", "masks", "masks_info", "maps", "image list")
 

@@ -4,8 +4,8 @@ import torch
 from scipy import stats
 from torch import nn
 
-from evaluation import AVERAGE, compare, detectable, loss_and_top1, predict
-from plots import draw_curves, draw_sweep, fit_line
+from figures.plots import draw_curves, draw_sweep, fit_line
+from training.evaluation import AVERAGE, compare, detectable, loss_and_top1, predict
 from transforms import normalize
 
 

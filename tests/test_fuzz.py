@@ -17,16 +17,18 @@ import pytest
 import safetensors.torch
 import torch
 
-import image_cache
 import train
-from boxes import load_boxes
 from config import ConfigError, load_config
-from datasets import read_dataset, read_image
-from map_cache import MapCache
-from mask_files import load_masks, load_masks_info
+from datasets import read_dataset
+from jobs.records import RecordFile, read_records
+from localized_crops.box_file import load_boxes
+from localized_crops.files import UserError, load_json
+from localized_crops.map_file import MapCache
+from masks.mask_files import load_masks, load_masks_info
 from models import build_model, load_trained
-from records import RecordFile, read_records
-from utils import UserError, load_json, load_log, load_tensors
+from readers import image_cache
+from readers.images import read_image
+from utils import load_log, load_tensors
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 ODD = [

@@ -14,16 +14,19 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as F
 
-import box_report
 import generate_bbox as stage
 import models
 import train
-from boxes import expand_boxes, load_boxes
 from config import load_config
-from datasets import read_dataset, read_image, source_boxes
-from mask_files import load_masks_info, mask_names, save_masks_info
+from datasets import read_dataset, source_boxes
+from figures import box_report
+from localized_crops.box_file import load_boxes
+from localized_crops.boxes import expand_boxes
+from localized_crops.files import UserError, load_json
+from masks.mask_files import load_masks_info, mask_names, save_masks_info
+from readers.images import read_image
 from transforms import normalize
-from utils import UserError, load_json, load_tensors
+from utils import load_tensors
 
 ROOT = Path(__file__).parent.parent
 COUNTS = (5, 1, 0, 9, 3)  # candidates of the images, in turn

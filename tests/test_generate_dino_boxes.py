@@ -13,21 +13,22 @@ import PIL.Image
 import pytest
 import torch
 
-import attention_maps
-import box_report
 import generate_dino_boxes as stage
-import map_boxes
-import shared_work
 import train
-from attention import cls_attention
-from box_report import evaluate_boxes
-from boxes import load_boxes
 from config import ConfigError, load_config
 from datasets import read_dataset, source_boxes
-from localizer import build_localizer, build_toy_vit
-from make_toy_localizer import save_localizer
-from map_cache import MapCache, cache_paths
-from utils import UserError, load_json
+from figures import box_report
+from figures.box_report import evaluate_boxes
+from jobs import shared_work
+from localized_crops import map_boxes
+from localized_crops.attention import cls_attention
+from localized_crops.box_file import load_boxes
+from localized_crops.files import UserError, load_json
+from localized_crops.map_file import MapCache, cache_paths
+from localizer import attention_maps
+from localizer.networks import build_localizer
+from toybirds.make_localizer import save_localizer
+from toybirds.network import build_toy_vit
 
 ROOT = Path(__file__).parent.parent
 TINY = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}

@@ -13,16 +13,16 @@ import PIL.Image
 import pytest
 import torch
 
-import box_report
 import generate_mask as stage
-import sam_models
-from boxes import load_boxes
 from config import ConfigError, load_config
 from datasets import read_dataset
-from map_cache import save_map_cache
-from mask_files import ENTRY_KEYS, load_masks, load_masks_info, mask_names
+from figures import box_report
+from localized_crops.box_file import load_boxes
+from localized_crops.files import UserError, load_json
+from localized_crops.map_file import save_map_cache
 from mask_speed import build_small_sam
-from utils import UserError, load_json
+from masks import sam_models
+from masks.mask_files import ENTRY_KEYS, load_masks, load_masks_info, mask_names
 
 ROOT = Path(__file__).parent.parent
 SAM = ["mask.engine=sam", "sam.model=vit_b", "sam.checkpoint=random"]

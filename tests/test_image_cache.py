@@ -18,12 +18,14 @@ import pytest
 import torch
 from test_train import run, words
 
-import image_cache
 import train
-from datasets import load_image, read_dataset, read_image
-from image_cache import DATA, INDEX, cached_images
+from datasets import read_dataset
+from localized_crops.files import UserError, load_json
+from readers import image_cache
+from readers.image_cache import DATA, INDEX, cached_images
+from readers.images import read_image
+from training.batches import load_image
 from transforms import build_train_transform, build_views
-from utils import UserError, load_json
 
 ROOT = Path(__file__).parent.parent
 

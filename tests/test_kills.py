@@ -13,7 +13,7 @@ from stages import Stage
 from test_generate_bbox import write_candidates
 
 from datasets import read_dataset
-from image_cache import INDEX
+from readers.image_cache import INDEX
 from utils import load_tensors
 
 ROUNDS, KILLS = 2, 3  # folders of each stage, kills in each before it may end

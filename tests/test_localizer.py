@@ -4,11 +4,12 @@ import pytest
 import timm
 import torch
 
-import localizer
-from attention import cls_attention
-from localizer import build_localizer, build_toy_vit
+from localized_crops.attention import cls_attention
+from localized_crops.files import UserError
+from localizer import networks
+from localizer.networks import build_localizer
 from models import build_model
-from utils import UserError
+from toybirds.network import build_toy_vit
 
 VIT = "vit_tiny_patch16_224"
 TOY = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}
@@ -40,7 +41,7 @@ def test_an_official_dino_state_dict(tmp_path):
     state = timm.create_model("vit_small_patch8_224", num_classes=0, depth=12).state_dict()
     torch.save(state, tmp_path / "dino_deitsmall8_pretrain.pth")
     found = build_localizer("vit_small_patch8_224.dino", str(tmp_path / "dino_deitsmall8_pretrain.pth"))
-    assert same_weights(found.model, state) and found.mean == localizer.IMAGENET[0]
+    assert same_weights(found.model, state) and found.mean == networks.IMAGENET_DEFAULT_MEAN
 
 
 def test_an_official_dinov2_state_dict(tmp_path):
@@ -59,7 +60,7 @@ def test_a_checkpoint_of_training_gives_its_ema_and_its_size(tmp_path):
     torch.save(content, tmp_path / "best.pt")
     found = build_localizer(None, str(tmp_path / "best.pt"))
     assert same_weights(found.model, ema.state_dict()) and found.image_size == 32
-    assert found.mean == localizer.IMAGENET[0]  # train.py's, whatever timm says of the model
+    assert found.mean == networks.IMAGENET_DEFAULT_MEAN  # train.py's, whatever timm says of the model
     assert found.weights_sha256 == build_localizer(VIT, str(tmp_path / "best.pt")).weights_sha256
     with pytest.raises(UserError, match=r"dino\.model=vit_small_patch16_224"):
         build_localizer("vit_small_patch16_224", str(tmp_path / "best.pt"))
@@ -70,7 +71,7 @@ def test_the_hash_is_of_the_weights():
     assert one.weights_sha256 == two.weights_sha256
     with torch.no_grad():
         two.model.cls_token[0, 0, 3] += 1
-    assert localizer.state_hash(two.model) != one.weights_sha256
+    assert networks.state_hash(two.model) != one.weights_sha256
 
 
 def test_a_toy_vit_takes_other_sizes_and_shapes():
@@ -116,9 +117,9 @@ def test_weights_of_another_architecture_are_one_line(tmp_path, content, told):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ({"model": {}, "about": {"architecture": TOY}}, "make_toy_localizer"),
-        ({"model": {}, "about": {"architecture": TOY | {"legs": 2}}}, "make_toy_localizer"),
-        ({"model": {}, "about": {}}, "make_toy_localizer"),
+        ({"model": {}, "about": {"architecture": TOY}}, "make_localizer"),
+        ({"model": {}, "about": {"architecture": TOY | {"legs": 2}}}, "make_localizer"),
+        ({"model": {}, "about": {}}, "make_localizer"),
         ({"model": {}}, "does not say which network"),
         ({"model": {}, "config": {"model": {}}}, "names no model.type"),
         ({"model": {}, "config": {"model": {"type": "toyresnet"}, "image_size": 64}}, "no attention"),

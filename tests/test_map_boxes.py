@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.signal import convolve2d
 
-import map_boxes
-from map_boxes import clean_map, component_box, published_box
+from localized_crops import map_boxes
+from localized_crops.map_boxes import clean_map, component_box, published_box
 
 FEAT = (7, 11)  # feat_h, feat_w: odd and unequal, so that a swapped axis fails
 IMAGE_SIZE = (110, 35)  # width, height: a cell is 10 wide and 5 high

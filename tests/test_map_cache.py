@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import map_cache
-from map_cache import MapCache, cache_paths, save_map_cache
-from utils import UserError, load_json, save_json
+from localized_crops import map_file
+from localized_crops.files import UserError, load_json, save_json
+from localized_crops.map_file import MapCache, cache_paths, save_map_cache
 
 HEADER = {"dataset": "d" * 64, "model": "vit", "weights_sha256": "w" * 64, "settings": {"image_size": 80}, "errors": {}}
 
@@ -169,4 +169,4 @@ def test_a_broken_off_writer_leaves_the_old_cache(cache_path):
 
 def test_remake_command_names_the_box_file():
     for name in ("a.maps.json", "a.maps.bin", "a.json"):
-        assert "out=runs/a.json " in map_cache.remake_command(map_cache.Path("runs") / name)
+        assert "out=runs/a.json " in map_file.remake_command(map_file.Path("runs") / name)

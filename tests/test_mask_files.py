@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mask_files import (
+from localized_crops.files import UserError
+from masks.mask_files import (
     info_entry,
     load_masks,
     load_masks_info,
@@ -16,7 +17,7 @@ from mask_files import (
     save_masks_info,
     tight_box,
 )
-from utils import UserError, save_tensors
+from utils import save_tensors
 
 ENTRY = {
     "bbox": [1, 2, 3, 4],

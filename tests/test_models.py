@@ -9,7 +9,8 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import models
-from utils import UserError, save_tensors
+from localized_crops.files import UserError
+from utils import save_tensors
 
 TINY_VIT = "vit_tiny_patch16_224"
 

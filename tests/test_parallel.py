@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 import models
-import parallel
 import train
 from config import ConfigError
-from datasets import EpochBatches
-from shared_work import process_numbers
-from utils import UserError, load_json, load_log, load_tensors
+from jobs.shared_work import process_numbers
+from localized_crops.files import UserError, load_json
+from training import distributed
+from training.batches import EpochBatches
+from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -185,7 +186,7 @@ def test_a_compiler_that_is_not_there_is_one_line(birds, tmp_path, monkeypatch):
 def test_a_sweep_is_not_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start the plain command several times"):
-        parallel.refuse_many("sweeprun=true")
+        distributed.refuse_many("sweeprun=true")
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("x", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "")])
@@ -202,14 +203,14 @@ def test_more_parts_than_images_are_refused():
 
 
 def test_rows_of_one_process_are_all_rows():
-    assert parallel.my_rows(np.arange(5)).tolist() == [0, 1, 2, 3, 4]
-    assert parallel.all_rows(torch.arange(3)).tolist() == [0, 1, 2]
+    assert distributed.my_rows(np.arange(5)).tolist() == [0, 1, 2, 3, 4]
+    assert distributed.all_rows(torch.arange(3)).tolist() == [0, 1, 2]
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_waits_for_nothing(birds, tmp_path):
-    from datasets import Batch
+    from training.batches import Batch
 
     config = train.load_run_config([*SMALL, "amp=bf16", "deterministic=false", "device=cuda"])
     config["model"]["n_classes"] = 8

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 
-import box_report
 import generate_bbox
 import generate_dino_boxes
 import generate_mask
 import train
-from boxes import load_boxes
 from config import load_config
-from utils import load_json
+from figures import box_report
+from localized_crops.box_file import load_boxes
+from localized_crops.files import load_json
 
 SMALL = ["dataset.name=cub", "num_workers=0", "num_epochs=1", "batch_size=8", "opt.warmup_epochs=0"]
 VIT = ["model.type=vit_tiny_patch16_224", "patch_size=16", "image_size=48"]

@@ -14,13 +14,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import config
-from boxes import clip_boxes, coverage, expand_boxes, intersection, iou, load_boxes, save_boxes
 from config import ConfigError, check_config, leaves, load_config
-from crops import MODES, ratio_gives_way, sample_crops
-from dino_transform import DinoRandomResizedCrop, MapCrops, map_to_density, sample_density_crops
+from dino_transform import MapCrops
 from generate_dino_boxes import map_to_box
-from transforms import LocalizedRandomResizedCrop, square_crop
-from utils import UserError
+from localized_crops.box_file import load_boxes, save_boxes
+from localized_crops.boxes import clip_boxes, coverage, expand_boxes, intersection, iou
+from localized_crops.crops import MODES, ratio_gives_way, sample_crops
+from localized_crops.density import map_to_density, sample_density_crops
+from localized_crops.files import UserError
+from localized_crops.transforms import DinoRandomResizedCrop, LocalizedRandomResizedCrop
+from transforms import square_crop
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: a script would print them
 # The same examples in every run, so that a change is to blame for a failure; PROPERTY_EXAMPLES=5000 looks further.

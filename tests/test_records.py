@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from records import RecordFile, read_records
-from utils import UserError
+from jobs.records import RecordFile, read_records
+from localized_crops.files import UserError
 
 
 def write_records(path, count=3):

@@ -3,10 +3,10 @@ import pytest
 
 import config
 import reproduce
-from boxes import coverage, whole_image_boxes
 from datasets import read_dataset
-from tables import TABLES, Step, Table
-from utils import UserError, load_json, save_json
+from experiments.tables import TABLES, Step, Table
+from localized_crops.boxes import coverage, whole_image_boxes
+from localized_crops.files import UserError, load_json, save_json
 
 SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset.name=cub"]
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import sam_models
+from localized_crops.files import UserError
 from mask_speed import build_small_sam
-from sam_models import CHECKPOINTS, file_sha256, load_sam
-from utils import UserError
+from masks import sam_models
+from masks.sam_models import CHECKPOINTS, file_sha256, load_sam
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.ops import masks_to_boxes
 
-from mask_files import ENTRY_KEYS
-from segments import SegmentGenerator, boundary_score, distinct, touching
+from masks.mask_files import ENTRY_KEYS
+from masks.segments import SegmentGenerator, boundary_score, distinct, touching
 
 HEIGHT, WIDTH = 37, 53
 

@@ -6,15 +6,17 @@ import torch
 from test_train import assert_same_run, run, words
 
 import train
-from attention import cls_attention_and_logits
-from attention_maps import clean
 from config import ConfigError, load_config
-from datasets import read_dataset, read_image
-from localizer import as_localizer
-from map_cache import MapCache
+from datasets import read_dataset
+from localized_crops.attention import cls_attention_and_logits
+from localized_crops.files import UserError
+from localized_crops.map_file import MapCache
+from localizer.attention_maps import clean
+from localizer.networks import as_localizer
 from models import build_model
-from self_distillation import maps_path, refresh_epoch
-from utils import UserError, load_tensors
+from readers.images import read_image
+from training.self_distillation import maps_path, refresh_epoch
+from utils import load_tensors
 
 OWN = [
     "model.type=test_vit",

@@ -12,9 +12,11 @@ import stages
 from stages import Stage
 
 import utils
-from datasets import read_dataset, read_image
-from image_cache import LOCK, cached_images
-from utils import load_json
+from datasets import read_dataset
+from localized_crops import files
+from localized_crops.files import load_json
+from readers.image_cache import LOCK, cached_images
+from readers.images import read_image
 
 
 def run_both(stage: Stage, folder: Path) -> list[tuple[int, str, str]]:
@@ -84,8 +86,8 @@ def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path):
 def test_scratch_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):
     (tmp_path / ".last.pt.12345.tmp.pt").write_bytes(b"half")
     (tmp_path / ".notes.tmp").touch()  # not ours
-    with utils.whole_file(tmp_path / "best.pt") as scratch:
+    with files.whole_file(tmp_path / "best.pt") as scratch:
         scratch.write_bytes(b"whole")
-        utils.remove_scratch(tmp_path)
+        files.remove_scratch(tmp_path)
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted([scratch.name, ".notes.tmp"])
     assert (tmp_path / "best.pt").read_bytes() == b"whole"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import toybirds
+from toybirds import drawing
 
 LISTS = {"images", "image_class_labels", "classes", "bounding_boxes", "train_test_split"}
 SMALL = {"train_per_class": 3, "test_per_class": 2, "progress": False}
 
 
-def _draw(seed: int, label: int, **kwargs) -> toybirds.ToyBird:
-    return toybirds.draw_toybird(np.random.default_rng(seed), label, **kwargs)
+def _draw(seed: int, label: int, **kwargs) -> drawing.ToyBird:
+    return drawing.draw_toybird(np.random.default_rng(seed), label, **kwargs)
 
 
 def _read(root: pathlib.Path, name: str) -> list[list[str]]:
@@ -27,7 +27,7 @@ def _contents(root: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def drawings() -> list[toybirds.ToyBird]:
+def drawings() -> list[drawing.ToyBird]:
     """240 drawings, their labels 0 to 7 in turn."""
     return [_draw(seed, seed % 8) for seed in range(240)]
 
@@ -35,7 +35,7 @@ def drawings() -> list[toybirds.ToyBird]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("written") / "toybirds"
-    toybirds.write_toybirds(root, **SMALL)
+    drawing.write_toybirds(root, **SMALL)
     return root
 
 
@@ -43,8 +43,8 @@ def written(tmp_path_factory) -> pathlib.Path:
 
 
 def test_there_are_eight_classes_and_every_part_splits_them_in_half():
-    assert len(set(toybirds.CLASS_NAMES)) == len(set(toybirds.PARTS)) == 8
-    assert np.sum(toybirds.PARTS, axis=0).tolist() == [4, 4, 4]
+    assert len(set(drawing.CLASS_NAMES)) == len(set(drawing.PARTS)) == 8
+    assert np.sum(drawing.PARTS, axis=0).tolist() == [4, 4, 4]
 
 
 def test_the_box_is_tight_around_the_mask(drawings):
@@ -102,17 +102,17 @@ def test_a_part_alone_changes_and_only_where_it_is(part):
 
 
 def _parts_that_differ(first: int, second: int) -> list[int]:
-    return np.flatnonzero(np.not_equal(toybirds.PARTS[first], toybirds.PARTS[second])).tolist()
+    return np.flatnonzero(np.not_equal(drawing.PARTS[first], drawing.PARTS[second])).tolist()
 
 
 def test_nothing_in_front_covers_a_part(monkeypatch):
     """With and without leaves and twigs, changing all three parts changes the same pixels."""
-    foliage = toybirds._foliage
+    foliage = drawing._foliage
     for seed in range(30):
         with_leaves = _changed(seed)
-        monkeypatch.setattr(toybirds, "_foliage", lambda *args: foliage(*args)[:0])
+        monkeypatch.setattr(drawing, "_foliage", lambda *args: foliage(*args)[:0])
         np.testing.assert_array_equal(with_leaves, _changed(seed))
-        monkeypatch.setattr(toybirds, "_foliage", foliage)
+        monkeypatch.setattr(drawing, "_foliage", foliage)
 
 
 def _changed(seed: int) -> np.ndarray:
@@ -123,15 +123,15 @@ def _changed(seed: int) -> np.ndarray:
 
 def test_leaves_hide_some_of_most_birds(monkeypatch, drawings):
     visible = np.array([_draw(seed, 0).mask.sum() for seed in range(40)])
-    foliage = toybirds._foliage
-    monkeypatch.setattr(toybirds, "_foliage", lambda *args: foliage(*args)[:0])
+    foliage = drawing._foliage
+    monkeypatch.setattr(drawing, "_foliage", lambda *args: foliage(*args)[:0])
     whole = np.array([_draw(seed, 0).mask.sum() for seed in range(40)])
     assert (visible < whole).mean() > 0.5
     assert (visible > 0.5 * whole).all()
 
 
 def test_another_palette_draws_the_same_scene_in_other_colours():
-    palette = toybirds.PALETTE._replace(crowns=((240, 220, 40), (160, 60, 180)))
+    palette = drawing.PALETTE._replace(crowns=((240, 220, 40), (160, 60, 180)))
     usual, other = _draw(3, 0), _draw(3, 0, palette=palette)
     np.testing.assert_array_equal(usual.mask, other.mask)
     assert (np.asarray(usual.image) != np.asarray(other.image)).any()
@@ -141,9 +141,9 @@ def test_another_palette_draws_the_same_scene_in_other_colours():
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(written, tmp_path):
-    toybirds.write_toybirds(tmp_path / "again", **SMALL)
+    drawing.write_toybirds(tmp_path / "again", **SMALL)
     assert _contents(tmp_path / "again") == _contents(written)
-    toybirds.write_toybirds(tmp_path / "other", seed=1, **SMALL)
+    drawing.write_toybirds(tmp_path / "other", seed=1, **SMALL)
     images = written / "images"
     for path in images.rglob("*.jpg"):
         assert (tmp_path / "other" / "images" / path.relative_to(images)).read_bytes() != path.read_bytes()
@@ -183,7 +183,7 @@ def test_written_boxes_are_in_pixels_of_the_written_images(written):
 
 def test_readme_says_what_it_is(written):
     first = (written / "README.txt").read_text().splitlines()[0]
-    assert first == f"ToyBirds version {toybirds.VERSION}, seed 0, 3 training and 2 test images a class"
+    assert first == f"ToyBirds version {drawing.VERSION}, seed 0, 3 training and 2 test images a class"
 
 
 def test_others_may_read_what_is_written(written):
@@ -195,7 +195,7 @@ def test_others_may_read_what_is_written(written):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch, error):
-    draw, drawn = toybirds.draw_toybird, []
+    draw, drawn = drawing.draw_toybird, []
 
     def draw_some(rng, label):
         drawn.append(label)
@@ -203,9 +203,9 @@ def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch, error):
             raise error("no space left")
         return draw(rng, label)
 
-    monkeypatch.setattr(toybirds, "draw_toybird", draw_some)
+    monkeypatch.setattr(drawing, "draw_toybird", draw_some)
     with pytest.raises(error):
-        toybirds.write_toybirds(tmp_path / "toybirds", **SMALL)
+        drawing.write_toybirds(tmp_path / "toybirds", **SMALL)
     assert len(drawn) == 8 and list(tmp_path.iterdir()) == []
 
 
@@ -221,23 +221,23 @@ def test_a_killed_writing_leaves_only_its_scratch_folder(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", spy)
-        toybirds.write_toybirds(tmp_path / "toybirds", **SMALL)
+        drawing.write_toybirds(tmp_path / "toybirds", **SMALL)
     assert seen == [(f"toybirds.partial-{os.getpid()}", False)]
 
 
 def test_a_faster_process_keeps_its_copy(written, tmp_path, monkeypatch):
     root = tmp_path / "toybirds"
-    write_into = toybirds._write_into
+    write_into = drawing._write_into
 
     def write_and_lose(scratch, *args):
         write_into(scratch, *args)
-        monkeypatch.setattr(toybirds, "_write_into", write_into)
+        monkeypatch.setattr(drawing, "_write_into", write_into)
         monkeypatch.setattr(os, "getpid", lambda: 1)  # the other process
-        toybirds.write_toybirds(root, **SMALL)
+        drawing.write_toybirds(root, **SMALL)
         (root / "mark").touch()
 
-    monkeypatch.setattr(toybirds, "_write_into", write_and_lose)
-    toybirds.write_toybirds(root, **SMALL)
+    monkeypatch.setattr(drawing, "_write_into", write_and_lose)
+    drawing.write_toybirds(root, **SMALL)
     assert (root / "mark").exists() and list(tmp_path.iterdir()) == [root]
     (root / "mark").unlink()
     assert _contents(root) == _contents(written)
@@ -247,7 +247,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(written, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="something else"):
-        toybirds.write_toybirds(tmp_path / "mine", **SMALL)
+        drawing.write_toybirds(tmp_path / "mine", **SMALL)
     assert _contents(tmp_path / "mine") == {"photo.jpg": b"mine"}
     with pytest.raises(FileExistsError, match=r"seed 0.*seed 5"):
-        toybirds.write_toybirds(written, seed=5, **SMALL)
+        drawing.write_toybirds(written, seed=5, **SMALL)

@@ -14,10 +14,11 @@ import torch
 import config
 import models
 import train
-from boxes import save_boxes
 from datasets import read_dataset
-from map_cache import save_map_cache
-from utils import UserError, load_json, load_log, load_tensors
+from localized_crops.box_file import save_boxes
+from localized_crops.files import UserError, load_json
+from localized_crops.map_file import save_map_cache
+from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
 SMALL = [

@@ -5,16 +5,9 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from boxes import coverage, crops_to_xywh
-from transforms import (
-    BoxCrops,
-    LocalizedRandomResizedCrop,
-    build_train_transform,
-    build_views,
-    flip_images,
-    normalize,
-    square_crop,
-)
+from localized_crops.boxes import coverage, crops_to_xywh
+from localized_crops.transforms import LocalizedRandomResizedCrop
+from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize, square_crop
 
 WIDTH, HEIGHT = 53, 37
 BOX = (20.0, 10.0, 15.5, 12.25)  # xywh

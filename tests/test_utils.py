@@ -11,27 +11,28 @@ import pytest
 import torch
 
 import utils
-from utils import UserError
+from localized_crops import files
+from localized_crops.files import UserError
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "value.json"
-    utils.save_json(path, {"a": 1})
+    files.save_json(path, {"a": 1})
     with pytest.raises(ValueError):
-        utils.save_json(path, {"a": float("nan")})
-    with pytest.raises(RuntimeError), utils.whole_file(path) as scratch:
+        files.save_json(path, {"a": float("nan")})
+    with pytest.raises(RuntimeError), files.whole_file(path) as scratch:
         scratch.write_text("half")
         raise RuntimeError
-    assert utils.load_json(path) == {"a": 1}
+    assert files.load_json(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
 
 
 def test_files_have_the_mode_that_the_user_asked_for(tmp_path):
     before = os.umask(0o002)
     try:
-        utils.save_json(tmp_path / "shared.json", 1)
+        files.save_json(tmp_path / "shared.json", 1)
         utils.save_tensors(tmp_path / "shared.pt", torch.ones(1))
     finally:
         os.umask(before)

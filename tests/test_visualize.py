@@ -10,14 +10,16 @@ import pytest
 import torch
 
 import visualize
-from boxes import center_boxes, save_boxes
 from config import load_config
 from datasets import read_dataset
-from map_cache import save_map_cache
-from mask_files import mask_names, save_masks, save_masks_info
-from plots import paint_masks
-from sweep import settings_key
-from utils import UserError, load_json, save_json, save_log
+from experiments.sweep import settings_key
+from figures.plots import paint_masks
+from localized_crops.box_file import save_boxes
+from localized_crops.boxes import center_boxes
+from localized_crops.files import UserError, load_json, save_json
+from localized_crops.map_file import save_map_cache
+from masks.mask_files import mask_names, save_masks, save_masks_info
+from utils import save_log
 
 GROUPS = ["image", "RandomResizedCrop", "reference, THR=0.7", "exact, THR=0.7"]
 

@@ -1,0 +1,1 @@
+"""Many trainings, their tables and statistics."""

@@ -1,0 +1,212 @@
+"""How good boxes are: mean IoU, coverage and shares, always beside boxes that need no method, and a contact sheet."""
+
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from figures.plots import Panel, draw_panel, save_figure
+from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, iou, whole_image_boxes
+from localized_crops.files import UserError, save_json, save_text
+from readers.data_set import DataSet
+from readers.images import read_image
+from utils import environment
+
+SHEET_COLUMNS = 5  # images a row of the contact sheet
+IOU_LEVELS = (0.3, 0.5, 0.7)
+METHOD_NAMES = {
+    "boxes": "these boxes",
+    "whole_image": "whole image",
+    "center": f"centred box, {CENTER_SHARE} of each side",
+    "median_train": "median training box",
+}
+SPLITS = {"train": ("train", "val"), "test": ("test",)}  # what is held out of training for choosing is training too
+
+
+# --- figures ------------------------------------------------------------------------------------------------------
+
+
+def evaluate_boxes(
+    boxes_xywh: np.ndarray, found: np.ndarray, true_xywh: np.ndarray, image_sizes: np.ndarray, split: np.ndarray
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Compare boxes with the true ones, and the trivial boxes too.
+
+    Args:
+        boxes_xywh: (N, 4), the whole image where no box was found.
+        found: (N,) bool, whether a box was found.
+        true_xywh: (N, 4).
+        image_sizes: (N, 2) width height.
+        split: (N,) "train", "val" or "test"; val counts as train.
+
+    Returns:
+        method -> split -> mean_iou, coverage (mean asymmetric IoU), iou_at {"0.3", "0.5", "0.7"} (share of the boxes
+        with at least this IoU), n, n_without_box. A split without images is left out.
+    """
+    is_train = np.isin(split, SPLITS["train"])
+    everywhere = np.ones(len(split), dtype=bool)
+    methods = {
+        "boxes": (boxes_xywh, found),
+        "whole_image": (whole_image_boxes(image_sizes), everywhere),
+        "center": (center_boxes(image_sizes), everywhere),
+        "median_train": (median_boxes(true_xywh, image_sizes, is_train), everywhere),
+    }
+    parts = {name: np.flatnonzero(np.isin(split, members)) for name, members in SPLITS.items()}
+    return {
+        method: {
+            name: score_boxes(boxes[rows], true_xywh[rows], has_box[rows]) for name, rows in parts.items() if len(rows)
+        }
+        for method, (boxes, has_box) in methods.items()
+    }
+
+
+def score_boxes(boxes_xywh: np.ndarray, true_xywh: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+    """Return the figures of one method on one split; arrays as in `evaluate_boxes`."""
+    ious = iou(boxes_xywh, true_xywh)
+    return {
+        "mean_iou": float(ious.mean()),
+        "coverage": float(coverage(boxes_xywh, true_xywh).mean()),
+        "iou_at": {str(level): float((ious >= level).mean()) for level in IOU_LEVELS},
+        "n": len(ious),
+        "n_without_box": int((~found).sum()),
+    }
+
+
+def median_boxes(true_xywh: np.ndarray, image_sizes: np.ndarray, is_train: np.ndarray) -> np.ndarray:
+    """Return for each image (N, 4) the median of the training images' boxes: the same shares of every image.
+
+    The edges left, top, right, bottom are taken as shares of the image's sides, and the median of each is taken by
+    itself. Without training images the centred box stands in.
+    """
+    if not is_train.any():
+        return center_boxes(image_sizes)
+    sizes = np.asarray(image_sizes, dtype=np.float64)
+    near, far = true_xywh[:, :2] / sizes, (true_xywh[:, :2] + true_xywh[:, 2:]) / sizes
+    near, far = np.median(near[is_train], axis=0), np.median(far[is_train], axis=0)
+    return np.concatenate([near * sizes, (far - near) * sizes], axis=1)
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+
+def report_table(scores: dict[str, Any]) -> str:
+    """Return the figures of `evaluate_boxes` as a Markdown table, shares in per cent."""
+    shares = " | ".join(f"IoU ≥ {level}" for level in IOU_LEVELS)
+    lines = [f"| box | split | n | none found | mean IoU | coverage | {shares} |", "|---" * (6 + len(IOU_LEVELS)) + "|"]
+    for split in SPLITS:
+        lines += [_table_row(name, split, scores[method][split]) for method, name in METHOD_NAMES.items()
+                  if split in scores[method]]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _table_row(name: str, split: str, score: dict[str, Any]) -> str:
+    shares = " | ".join(f"{100 * score['iou_at'][str(level)]:.1f}%" for level in IOU_LEVELS)
+    means = f"{score['mean_iou']:.3f} | {score['coverage']:.3f}"
+    return f"| {name} | {split} | {score['n']} | {score['n_without_box']} | {means} | {shares} |"
+
+
+def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, float], **about: Any) -> None:
+    """Write the evaluation beside a box JSON: ``STEM.eval.json`` and the table ``STEM.eval.md``.
+
+    Args:
+        out: the box JSON.
+        scores: of `evaluate_boxes`.
+        seconds: time per stage.
+        **about: what else belongs to the result.
+    """
+    out = Path(out)
+    save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | about)
+    save_text(out.with_suffix(".eval.md"), report_table(scores) + "\n")
+
+
+def report_boxes(
+    out: Path,
+    data: DataSet,
+    boxes_xywh: np.ndarray,
+    found: np.ndarray,
+    *,
+    seconds: dict[str, float],
+    errors: Mapping[int, str],
+    maps: Mapping[int, np.ndarray] | None = None,
+    **about: Any,
+) -> None:
+    """Print and save what is to be known of the boxes of a data set: evaluation, contact sheet, errors.txt.
+
+    Args:
+        out: the box JSON, beside which all lies.
+        data: the data set.
+        boxes_xywh: (N, 4), the whole image where no box was found.
+        found: (N,) bool.
+        seconds: time per stage.
+        errors: image id -> why the image failed; such images have no box.
+        maps: image id -> attention map, drawn over the images of the contact sheet.
+        **about: what else the evaluation file keeps.
+    """
+    scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
+    start = time.perf_counter()
+    draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
+    seconds = seconds | {"contact_sheet": round(time.perf_counter() - start, 3)}
+    save_report(out, scores, seconds, **about)
+    save_errors(out.with_name("errors.txt"), errors)
+    print(report_table(scores))
+    print(f"{out}: {int(found.sum())} boxes, no box for {int((~found).sum())} images; seconds: {seconds}")
+
+
+def save_errors(path: Path, errors: Mapping[int, str]) -> None:
+    """Write errors.txt: how many images failed, then a line for each."""
+    lines = [f"{len(errors)} images failed", *(f"{image_id}: {error}" for image_id, error in errors.items())]
+    save_text(path, "\n".join(lines) + "\n")
+
+
+def refuse_to_hide(errors: Mapping[int, str], path: Path) -> None:
+    """Raise UserError if images failed: after everything else was written the script ends with status 2."""
+    if errors:
+        raise UserError(
+            f"{len(errors)} images failed and have no box, see {path}; the rest is done: mend them and run the same "
+            "command again"
+        )
+
+
+# --- contact sheet ------------------------------------------------------------------------------------------------
+
+
+def contact_panels(
+    data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
+) -> dict[str, list[Panel]]:
+    """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
+    rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
+    rows = np.array([row for row in rows if int(data.ids[row]) not in failed], dtype=np.int64)
+    ious = iou(boxes_xywh[rows], data.boxes[rows])
+
+    def panel(place: int) -> Panel:
+        row, image_id = rows[place], int(data.ids[rows[place]])
+        attention_map = None if maps is None else maps.get(image_id)
+        title = f"image {image_id}, IoU {ious[place]:.2f}"
+        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)
+
+    chosen = best_median_worst(ious, SHEET_COLUMNS)
+    return {name: [panel(place) for place in places] for name, places in chosen.items()}
+
+
+def best_median_worst(ious: np.ndarray, each: int) -> dict[str, list[int]]:
+    """Return which of (N,) IoUs are the ``each`` best, those around the median, and the worst, best first."""
+    order = np.argsort(-ious, kind="stable").tolist()
+    middle = max(0, (len(order) - each) // 2)
+    return {"best": order[:each], "median": order[middle : middle + each], "worst": order[-each:]}
+
+
+def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
+    """Draw a row of panels per name, with attention (colour), box (orange) and true box (white dashes), as PNG."""
+    columns = max(map(len, rows.values()))
+    figure = Figure(figsize=(2.2 * columns, 2.3 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_row, (name, panels) in zip(grid, rows.items(), strict=True):
+        for axes in axes_row:
+            axes.set_axis_off()
+        for axes, panel in zip(axes_row, panels, strict=False):
+            draw_panel(axes, panel)
+            axes.set_title(f"{name}: {panel.title}", fontsize=7)
+    figure.suptitle("box: orange; true box: white dashes", fontsize=9)
+    save_figure(figure, path)

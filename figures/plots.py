@@ -1,0 +1,291 @@
+"""Pictures: curves over epochs, accuracy against maIoU, histograms, images with what was found in them."""
+
+from collections.abc import Sequence
+from functools import reduce
+from itertools import chain, cycle
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import PIL.Image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.patheffects import withStroke
+from scipy import stats
+
+from localized_crops.files import whole_file
+
+OUTLINE = [withStroke(linewidth=2.8, foreground="#000a")]  # so that a line is seen on bright images too
+TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
+FOUND_BOX = {"edgecolor": "orange"}
+CELL = 1.3  # inches, both sides of a panel in a picture of images
+BINS = 50  # of a histogram over [0, 1]
+MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
+COLOURS = matplotlib.colormaps["tab20"]
+LEGEND_COLUMNS = 2  # folder names are long
+MAIOU = "mean asymmetric IoU of the training crops"
+
+
+def save_figure(figure: Figure, path: Path | str) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=110)
+
+
+def draw_curves(records: list[dict], path: Path | str) -> None:
+    """Draw loss, accuracy, and learning rate with the crops' maIoU over the epochs of a log."""
+    epochs = [record["epoch"] for record in records]
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    marker = "." if len(epochs) < 60 else ""
+
+    def line(axes, key, label, factor=1.0, **style):
+        axes.plot(epochs, [factor * record[key] for record in records], marker=marker, label=label, **style)
+
+    line(loss, "train_loss", "training (smoothed labels)", color="0.6")
+    line(loss, "loss", "validation, model")
+    line(loss, "ema_loss", "validation, EMA")
+    line(accuracy, "train_top1", "training crops", 100, color="0.6")
+    line(accuracy, "top1", "validation, model", 100)
+    line(accuracy, "ema_top1", "validation, EMA", 100)
+    line(rate, "lr", "learning rate", color="tab:green")
+    rate.set_yscale("log")
+    kept = rate.twinx()
+    line(kept, "maiou", "maIoU of the crops", color="tab:purple", linestyle="--")
+    kept.set(ylim=(0, 1.05), ylabel="maIoU (dashed)")
+    for axes, name in ((loss, "cross-entropy"), (accuracy, "top-1 (%)"), (rate, "learning rate")):
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+    loss.legend(fontsize=8)
+    accuracy.legend(fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
+    """Fit y = slope x + intercept by least squares; None where x has fewer than two values.
+
+    Returns:
+        slope, intercept, r2 and the number of points n.
+    """
+    if len(set(x)) < 2:
+        return None
+    fit = stats.linregress(x, y)
+    r2 = fit.rvalue**2 if np.ptp(y) > 0 else 0.0
+    return {"slope": float(fit.slope), "intercept": float(fit.intercept), "r2": float(r2), "n": len(x)}
+
+
+def draw_sweep(rows: list[dict], path: Path | str, title: str) -> None:
+    """Draw accuracy against the maIoU of the crops really drawn, each run a point, with the fitted line.
+
+    Args:
+        rows: one a run: maiou and top1 (fractions), value (of the swept key; negative THR is RandomResizedCrop).
+        path: the PNG to write.
+        title: over the picture.
+    """
+    figure = Figure(figsize=(6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    plain = [row for row in rows if row["value"] < 0]
+    held = [row for row in rows if row["value"] >= 0]
+    for some, label, style in ((held, "held to the boxes", "o"), (plain, "RandomResizedCrop", "s")):
+        axes.plot([r["maiou"] for r in some], [100 * r["top1"] for r in some], style, alpha=0.7, label=label)
+    _draw_fit(axes, held, "held")
+    axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def _draw_fit(axes: Axes, rows: list[dict], name: str, style: str = "--", colour: str = "black") -> None:
+    """Draw the line through runs' top1 against their maiou, if they have more than one maiou."""
+    maiou = np.array([row["maiou"] for row in rows])
+    fit = fit_line(maiou.tolist(), [row["top1"] for row in rows])
+    if fit:
+        x = np.array([maiou.min(), maiou.max()])
+        label = f"{name}: {100 * fit['slope']:+.1f} points per unit of maIoU, R² = {fit['r2']:.2f}, n = {fit['n']}"
+        axes.plot(x, 100 * (fit["slope"] * x + fit["intercept"]), style, color=colour, label=label)
+
+
+# --- several runs over each other ---------------------------------------------------------------------------------
+
+
+def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: dict[str, str]) -> Figure:
+    """Return a figure with one curve per group of runs: the mean of its runs, with a band of a standard deviation.
+
+    Args:
+        groups: label -> logs of the runs that differ in their seed alone; a log: key -> a value per logged epoch.
+        titles: key of a log -> what stands at the axis of its panel.
+    """
+    figure = Figure(figsize=(4 * len(titles), 3.6 + 0.2 * _legend_lines(groups)), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
+        for number, logs in enumerate(groups.values()):
+            epochs = reduce(np.intersect1d, [log["epoch"] for log in logs])
+            _mean_and_band(axes, epochs, [log[key][np.isin(log["epoch"], epochs)] for log in logs], f"C{number}")
+        axes.set(xlabel="epoch", ylabel=title)
+        axes.grid(alpha=0.3)
+    figure.legend(figure.axes[0].lines, list(groups), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
+    return figure
+
+
+def _legend_lines(labels: dict) -> int:
+    return -(-len(labels) // LEGEND_COLUMNS)
+
+
+def _mean_and_band(axes: Axes, epochs: np.ndarray, values: list[np.ndarray], colour: str) -> None:
+    mean = np.mean(values, axis=0)
+    axes.plot(epochs, mean, color=colour, marker="." if len(epochs) < 60 else "")
+    if len(values) > 1:
+        spread = np.std(values, axis=0, ddof=1)
+        axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
+
+
+def accuracy_figure(groups: dict[str, list[dict]], title: str) -> Figure:
+    """Return a figure of accuracy against maIoU: the mean of each group of runs, with bars of a standard deviation.
+
+    Args:
+        groups: label -> runs that differ in their seed alone: maiou and top1 (fractions), and family, the name of
+            the kind of crop. A line is fitted through the runs of each family that has more than one group.
+        title: over the picture.
+    """
+    figure = Figure(figsize=(8, 4.2 + 0.2 * _legend_lines(groups)), layout="constrained")
+    axes = figure.subplots()
+    families = {}
+    for number, (label, runs) in enumerate(groups.items()):
+        families.setdefault(runs[0]["family"], []).append(runs)
+        points = np.array([[run["maiou"], 100 * run["top1"]] for run in runs])
+        bars = points.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
+        marker = MARKERS[list(families).index(runs[0]["family"]) % len(MARKERS)]
+        style = {"color": COLOURS(number % COLOURS.N), "fmt": marker, "capsize": 3, "label": label}
+        axes.errorbar(*points.mean(axis=0), xerr=bars[0], yerr=bars[1], **style)
+    drawn = {family: members for family, members in families.items() if len(members) > 1}
+    for (family, members), style in zip(drawn.items(), cycle(LINE_STYLES), strict=False):
+        _draw_fit(axes, [run for runs in members for run in runs], family, style, "grey")
+    axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 of the EMA (%)")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
+    return figure
+
+
+# --- histograms ---------------------------------------------------------------------------------------------------
+
+
+class Sample(NamedTuple):
+    """Values in [0, 1] that make one histogram."""
+
+    label: str
+    values: np.ndarray
+    colour: str
+
+
+def histogram_figure(rows: dict[str, dict[str, list[Sample]]], lines: dict[str, dict[str, float]]) -> Figure:
+    """Return a figure of histograms over each other, in rows and columns of panels.
+
+    Args:
+        rows: name of a row -> name of a column -> samples; every row has the same columns.
+        lines: name of a column -> label -> where a vertical line stands in it.
+    """
+    columns = len(next(iter(rows.values())))
+    figure = Figure(figsize=(4.6 * columns, 3.2 * len(rows)), layout="constrained")
+    for line, (row, panels) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items(), strict=True):
+        for axes, (column, samples) in zip(line, panels.items(), strict=True):
+            _draw_histograms(axes, samples, lines.get(column, {}))
+            axes.set(xlabel=column, ylabel=f"{row}: share (%)")
+    return figure
+
+
+def _draw_histograms(axes: Axes, samples: list[Sample], lines: dict[str, float]) -> None:
+    for label, values, colour in samples:
+        counts, edges = np.histogram(values, BINS, (0, 1))
+        axes.stairs(100 * counts / len(values), edges, color=colour, label=f"{label}, mean {values.mean():.3f}")
+    for label, place in lines.items():
+        axes.axvline(place, color="black", linestyle=":", linewidth=1.2, label=label)
+    axes.set(xlim=(-0.02, 1.02), yscale="log", ylim=(0.01, 130))  # down to one crop in 10,000
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+
+
+# --- images -------------------------------------------------------------------------------------------------------
+
+
+class Panel(NamedTuple):
+    """One picture of an image, with what is drawn over it."""
+
+    image: PIL.Image.Image | np.ndarray  # an array is (H, W, 3) uint8
+    attention_map: np.ndarray | None = None  # (feat_h, feat_w), stretched over the image
+    box_xywh: Sequence[float] | None = None  # orange
+    true_xywh: Sequence[float] | None = None  # white dashes
+    title: str = ""
+    masks: Sequence[np.ndarray] = ()  # (H, W) bool each, small ones over large ones
+    candidates_xywh: Sequence[Sequence[float]] = ()
+
+
+def draw_panel(axes: Axes, panel: Panel) -> None:
+    """Draw an image with attention, masks and boxes, without its title."""
+    height, width = np.shape(panel.image)[:2]
+    axes.set_axis_off()
+    axes.imshow(panel.image, extent=(0, width, height, 0))
+    if panel.attention_map is not None:
+        overlay = np.nan_to_num(np.asarray(panel.attention_map, dtype=np.float64))
+        axes.imshow(overlay, cmap="inferno", alpha=0.45, extent=(0, width, height, 0), interpolation="bilinear")
+    if len(panel.masks):
+        axes.imshow(paint_masks(panel.masks), extent=(0, width, height, 0), interpolation="nearest")
+    for number, box in enumerate(panel.candidates_xywh):
+        draw_box(axes, box, edgecolor=_colour(number), linewidth=0.8)
+    for box, style in ((panel.true_xywh, TRUE_BOX), (panel.box_xywh, FOUND_BOX)):
+        if box is not None:
+            draw_box(axes, box, linewidth=1.6, **style)
+
+
+def draw_box(axes: Axes, box_xywh: Sequence[float], **style) -> None:
+    """Draw the outline of a box (x, y, width, height)."""
+    x, y, width, height = box_xywh
+    axes.add_patch(Rectangle((x, y), width, height, fill=False, **style))
+
+
+def paint_masks(masks: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (H, W, 4) colours in [0, 1], half transparent: a colour per mask (H, W) bool, the small ones on top."""
+    canvas = np.zeros((*masks[0].shape, 4))
+    for number, mask in enumerate(sorted(masks, key=np.sum, reverse=True)):
+        canvas[mask] = (*_colour(number)[:3], 0.5)
+    return canvas
+
+
+def _colour(number: int) -> tuple[float, float, float, float]:
+    return matplotlib.colormaps["hsv"](0.618 * number % 1)  # by the golden section: neighbours differ
+
+
+def panels_figure(groups: dict[str, list[list[Panel]]], legend: str) -> Figure:
+    """Return a figure with a line per image and a group of columns per name.
+
+    Args:
+        groups: what stands over the columns -> for each image the panels that lie side by side.
+        legend: under the picture.
+    """
+    widths = [max(len(lines[0]), 1.25) for lines in groups.values()]  # a panel by itself has room for its title
+    figure = Figure(figsize=(CELL * sum(widths), CELL * len(next(iter(groups.values()))) + 0.6), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(1, len(groups), width_ratios=widths))
+    for part, (name, lines) in zip(parts, groups.items(), strict=True):
+        part.suptitle(name, fontsize=9)
+        grid = part.subplots(len(lines), len(lines[0]), squeeze=False)
+        for axes, panel in zip(grid.flat, chain.from_iterable(lines), strict=True):
+            draw_panel(axes, panel)
+            _note(axes, panel.title)
+    figure.supxlabel(legend, fontsize=8)
+    return figure
+
+
+def _note(axes: Axes, text: str) -> None:
+    """Write into the lower left corner of a panel."""
+    behind = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}
+    axes.annotate(
+        text,
+        (0, 0),
+        (3, 3),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=7,
+        color="white",
+        bbox=behind,
+    )

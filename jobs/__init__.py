@@ -1,0 +1,1 @@
+"""Long work that stops, goes on and is shared."""

@@ -1,0 +1,145 @@
+"""The guard around every script: signals, dead workers, one line and the exit status."""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from localized_crops.files import DiskError, UserError, remedy, user_errors
+
+LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
+
+
+class DeadWorkerError(UserError):
+    """A process that loads images died; what was finished before is whole."""
+
+    def __init__(self, message: str, pids: Iterable[int]) -> None:
+        """Keep the message and the pids of the processes that died."""
+        super().__init__(message)
+        self.pids = list(pids)
+
+
+LONGEST_END = 60  # seconds of a process's own end after a worker died
+# What torch says then: the pid and, where it is known, the signal.
+DEAD_WORKER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: [\w ]+|exited unexpectedly)"
+)
+SHARED_MEMORY = Path("/dev/shm")
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Not an Exception, so that nothing but the guard catches it (as with KeyboardInterrupt)."""
+
+
+def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], dict | None]) -> None:
+    """Run a script from the command line: load its config, call ``main``, end with the right exit status.
+
+    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM. Where `going_on_with`
+    was told a command, the line ends with it.
+
+    Args:
+        main: the script, given the resolved config.
+        load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
+    """
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, _stop)
+    try:
+        with user_errors(ValueError):
+            config = load_config(sys.argv[1:])
+        if config is not None:
+            main(config)
+    except (UserError, OSError) as error:
+        if isinstance(error, DeadWorkerError):
+            _end_within(LONGEST_END, 2, error)
+        _exit(f"error: {_one_line(error)}", error, 2)
+    except KeyboardInterrupt as error:
+        _exit("interrupted", error, 130)
+    except Terminated as error:
+        _exit("terminated", error, 143)
+
+
+@contextlib.contextmanager
+def going_on_with(command: Callable[[], str | None]) -> Iterator[None]:
+    """Let what stops the with block from outside tell the command that goes on; None: there is none.
+
+    That is an interruption, a full disk, or the death of a loader's worker.
+
+    Of several blocks the outermost has the say: a sweep knows better than the training that it is at.
+    """
+    try:
+        with _dead_workers():
+            yield
+    except (KeyboardInterrupt, Terminated, DiskError, DeadWorkerError) as error:
+        error.command = command()
+        raise
+
+
+@contextlib.contextmanager
+def _dead_workers() -> Iterator[None]:
+    """Turn what torch says of a dead worker, from a signal handler and so at any point, into DeadWorkerError."""
+    try:
+        yield
+    except RuntimeError as error:
+        dead = DEAD_WORKER.search(str(error))
+        if not dead:
+            raise
+        words = f"{dead[0].strip()}; if memory ran out (see dmesg) lower num_workers"
+        raise DeadWorkerError(words, map(int, dead[1].split(","))) from None
+
+
+def same_command(*words: str) -> str:
+    """Return the command line of this process with ``words`` added, without those that start anew."""
+    script, *given = sys.argv
+    kept = [word for word in given if not word.endswith(".again=true")]
+    start = ["torchrun", "...", script] if "WORLD_SIZE" in os.environ else ["python", script]
+    return shlex.join([*start, *kept, *(word for word in words if word not in kept)])
+
+
+def _stop(number: int, _frame: Any) -> None:
+    """End the script in order; of a second signal it dies at once, which leaves no file half either."""
+    signal.signal(number, signal.SIG_DFL)
+    # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
+
+
+def _end_within(seconds: int, status: int, error: DeadWorkerError) -> None:
+    """Kill the other workers than the dead ones, and this process too if its end takes longer than ``seconds``.
+
+    A worker that was killed may have held what another one, for whose end this process waits, waits for.
+    """
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise once more
+    sys.last_value = error  # holds the loader to the end: freed before, its threads would be cut off as they clean up
+    others = multiprocessing.active_children()
+    for child in others:
+        child.kill()
+    for child in others:
+        child.join(timeout=1)
+    for pid in (*error.pids, *(child.pid for child in others)):
+        for path in SHARED_MEMORY.glob(f"torch_{pid}_*"):  # a batch has this name while it is made, then none
+            path.unlink(missing_ok=True)
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(status))
+    signal.alarm(seconds)
+
+
+def _one_line(error: Exception) -> str:
+    line = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        line = f"{error.strerror}: {error.filename or 'unknown file'}{remedy(error)}"
+    half = LONGEST_LINE // 2 - 4
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"
+
+
+def _exit(message: str, error: BaseException, status: int) -> None:
+    command = getattr(error, "command", None)
+    with contextlib.suppress(OSError):  # of a full disk or a reader that has gone
+        sys.stdout.flush()
+    print(f"{message}; to go on: {command}" if command else message, file=sys.stderr, flush=True)
+    sys.exit(status)

@@ -1,0 +1,90 @@
+"""Density-map crops: where attention is high, crops are centred more often."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from localized_crops.crops import random_shapes
+from localized_crops.map_boxes import is_blank, softmax_density
+
+
+def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
+    """Return the softmax with ``temperature`` of a map; a constant map, or one with NaN, gives the uniform density.
+
+    Args:
+        attention_map: (feat_h, feat_w) float, cleaned (`map_boxes.clean_map`).
+        temperature: > 0; towards 0 all mass sits on the largest cell, towards infinity it is uniform. On a map that
+            was scaled to [0, 1], T = 2 makes the largest cell only exp(1/2) = 1.65 times as likely as the least one.
+    """
+    if is_blank(attention_map):
+        return np.full(attention_map.shape, 1 / attention_map.size)
+    return softmax_density(attention_map, temperature)
+
+
+def sample_density_crops(
+    density: np.ndarray,
+    image_size: tuple[int, int],
+    num_crops: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    rng: np.random.Generator | None = None,
+) -> np.ndarray:
+    """Draw crops of one image: shape as RandomResizedCrop, centre from ``density``, then moved inside the image.
+
+    Args:
+        density: (feat_h, feat_w), non-negative, sums to 1; stretched over the whole image.
+        image_size: (width, height) in pixels.
+        num_crops: how many crops to draw.
+        scale: least and largest area of the crop, as shares of the image's area.
+        ratio: least and largest width / height; its logarithm is uniform.
+        rng: source of randomness; None: a fresh one.
+
+    Returns:
+        (num_crops, 4) int64, top left height width in pixels, inside the image.
+    """
+    rng = rng if rng is not None else np.random.default_rng()
+    image_sizes = np.tile(image_size, (num_crops, 1))
+    shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
+    densities = torch.from_numpy(np.array(density, dtype=np.float64, order="C"))[None]
+    centres = density_points(densities, np.array([density.shape]), image_sizes[:1], rng.random((1, num_crops, 3)))
+    return crops_around(centres[0], shapes, image_sizes)
+
+
+def density_points(
+    densities: torch.Tensor, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """Return points of B images, (B, K, 2) x y in pixels: a cell by its density, then a uniform point in that cell.
+
+    Args:
+        densities: (B, feat_h, feat_w), non-negative; need not sum to 1; zero where a map has fewer cells.
+        feats: (B, 2), feat_h and feat_w of each map, which is stretched over the whole of its image.
+        image_sizes: (B, 2), width and height in pixels.
+        uniform: (B, K, 3) numbers in [0, 1): which cell, where in it along x, along y.
+    """
+    cumulative = densities.flatten(1).cumsum(1, dtype=torch.float64)
+    goals = torch.from_numpy(uniform[..., 0]) * cumulative[:, -1:]
+    cells = torch.searchsorted(cumulative, goals, right=True).numpy()
+    row_column = np.stack(np.divmod(cells, densities.shape[2]), axis=-1)
+    cell = np.minimum(row_column, feats[:, None] - 1)  # a goal may be rounded to the whole sum
+    return (cell[..., ::-1] + uniform[..., 1:]) * image_sizes[:, None] / feats[:, None, ::-1]
+
+
+def crops_around(centres: np.ndarray, shapes: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """Return crops, (..., 4) int64 top left height width, of (width, height) around centres, moved into the images."""
+    near = np.clip(np.rint(centres - shapes / 2).astype(np.int64), 0, image_sizes - shapes)
+    return np.concatenate([near[..., ::-1], shapes[..., ::-1]], axis=-1)
+
+
+def unnormalised_densities(maps: Sequence[np.ndarray], feats: np.ndarray, temperature: float) -> torch.Tensor:
+    """Return what `map_to_density` of each map is proportional to: (B, most feat_h, most feat_w), zero beyond a map."""
+    padded = np.full((len(maps), *feats.max(axis=0)), -np.inf, dtype=np.result_type(*{one.dtype for one in maps}))
+    for cells, one in zip(padded, maps, strict=True):
+        cells[: one.shape[0], : one.shape[1]] = one
+    cells = torch.from_numpy(padded).float()
+    largest = cells.amax((1, 2), keepdim=True)
+    weights = cells.sub_(largest).mul_(1 / temperature).exp_()
+    for place in (~largest.isfinite()).flatten().nonzero().flatten().tolist():  # NaN or infinity: uniform
+        weights[place] = 0
+        weights[place, : feats[place, 0], : feats[place, 1]] = 1
+    return weights

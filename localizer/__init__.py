@@ -1,0 +1,1 @@
+"""The networks whose attention finds the object, and their maps in batches."""

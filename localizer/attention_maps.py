@@ -1,0 +1,189 @@
+"""From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch.utils.data import Dataset
+
+from jobs.loader import build_loader
+from localized_crops import map_boxes
+from localized_crops.attention import cls_attention, cls_attention_and_logits, nearest_patch_size
+from localized_crops.files import UserError
+from localizer.networks import Localizer
+from readers.images import read_image
+
+LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
+
+
+# --- batches of one shape -----------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """Images of one shape that go through the network together."""
+
+    number: int
+    rows: list[int]  # of the data set
+    height: int  # of the network's input, pixels
+    width: int
+
+
+def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], batch_size: int) -> list[Batch]:
+    """Group images by the shape of their input and cut the groups into batches; depends on the sizes alone.
+
+    Args:
+        image_sizes: (N, 2) width height in pixels.
+        side: of the input's short side, pixels.
+        patch: (height, width) in pixels.
+        batch_size: images of a batch, at most.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for row, size in enumerate(image_sizes.tolist()):
+        groups.setdefault(input_shape(size, side, patch), []).append(row)
+    cut = [
+        (shape, rows[start : start + batch_size])
+        for shape, rows in sorted(groups.items())
+        for start in range(0, len(rows), batch_size)
+    ]
+    return [Batch(number, rows, *shape) for number, (shape, rows) in enumerate(cut)]
+
+
+def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """Return (height, width) of the network's input: short side near ``side``, whole patches, aspect kept.
+
+    Args:
+        image_size: (width, height) of the image in pixels.
+        side: of the input's short side, pixels.
+        patch: (height, width) in pixels.
+    """
+    width, height = image_size
+    scale = side / min(width, height)
+    sides = (min(length * scale, LONGEST * side) for length in (height, width))
+    return tuple(nearest_patch_size(length, one) for length, one in zip(sides, patch, strict=True))
+
+
+class BatchImages(Dataset):
+    """Whole batches of decoded and resized images."""
+
+    def __init__(
+        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
+    ) -> None:
+        """Keep the image paths of each batch."""
+        self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, list[str | None]]:
+        """Return images (B, H, W, 3) uint8 of the batch, zeros where one failed, and what failed (None: nothing)."""
+        batch = self.batches[number]
+        pixels = np.zeros((len(batch.rows), batch.height, batch.width, 3), dtype=np.uint8)
+        errors = []
+        for place, path in zip(pixels, self.paths[number], strict=True):
+            try:
+                place[:] = self.read(path, batch)
+                errors.append(None)
+            except Exception as error:  # whatever one image does, the others go on; decoders raise many kinds
+                errors.append(" ".join(str(error).split())[:300] or type(error).__name__)
+        return torch.from_numpy(pixels), errors
+
+    def read(self, path: Path, batch: Batch) -> np.ndarray:
+        """Return one image as the network's input, (H, W, 3) uint8."""
+        image = read_image(path)
+        if image.height < self.patch[0] or image.width < self.patch[1]:
+            raise UserError(
+                f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
+            )
+        image = image.resize((batch.width, batch.height), PIL.Image.Resampling.BICUBIC)
+        return np.asarray(PIL.ImageOps.autocontrast(image) if self.autocontrast else image)
+
+
+# --- maps ---------------------------------------------------------------------------------------------------------
+
+
+class Attended(NamedTuple):
+    """What the network made of a batch; on CUDA it may still be in the making."""
+
+    batch: Batch
+    attention: torch.Tensor  # (B, heads, feat_h, feat_w) float32
+    logits: torch.Tensor | None  # (B, K)
+    errors: list[str | None]  # why an image could not be read
+
+
+def attend_batches(
+    localizer: Localizer,
+    batches: list[Batch],
+    paths: list[Path],
+    device: torch.device,
+    *,
+    autocontrast: bool,
+    precision: str = "float32",
+    num_workers: int = 0,
+    with_logits: bool = False,
+) -> Iterator[Attended]:
+    """Yield the CLS attention of each batch, one batch behind the device: it works while the last one is used.
+
+    Args:
+        localizer: the network, on ``device``.
+        batches: what to do.
+        paths: the images of the data set, by row.
+        device: of the network.
+        autocontrast: stretch each image's contrast first.
+        precision: float32 | bf16 | fp16 (on CUDA).
+        num_workers: processes that decode ahead.
+        with_logits: also return the network's output.
+    """
+    images = BatchImages(batches, [[paths[row] for row in b.rows] for b in batches], localizer.patch, autocontrast)
+    loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
+    pending = None
+    for batch, (pixels, errors) in zip(batches, loader, strict=True):
+        begun = Attended(
+            batch, *_attend(localizer, pixels.to(device, non_blocking=True), precision, with_logits), errors
+        )
+        if pending is not None:
+            yield pending
+        pending = begun
+    if pending is not None:
+        yield pending
+
+
+def _attend(
+    localizer: Localizer, pixels: torch.Tensor, precision: str, with_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return attention and logits (None if not wanted) of (B, H, W, 3) uint8 images on the network's device."""
+    images = pixels.permute(0, 3, 1, 2)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    cast = torch.autocast(pixels.device.type, dtype=kind) if kind else nullcontext()
+    with torch.inference_mode(), cast:
+        images = localizer.normalize(images)
+        if with_logits:
+            return cls_attention_and_logits(localizer.model, images)
+        return cls_attention(localizer.model, images), None
+
+
+def clean_batch(attended: Attended, wanted: dict[str, Any]) -> np.ndarray:
+    """Return the cleaned maps (B, feat_h, feat_w) float16 of a batch; failed and blank ones are zeros.
+
+    Args:
+        attended: the batch.
+        wanted: heads, steps, filter_size: the section ``dino`` of the config.
+    """
+    maps = np.stack([clean(heads, wanted) for heads in attended.attention.cpu().numpy()]).astype(np.float16)
+    maps[[bool(error) or map_boxes.is_blank(one) for error, one in zip(attended.errors, maps, strict=True)]] = 0
+    return maps
+
+
+def clean(attention: np.ndarray, wanted: dict[str, Any]) -> np.ndarray:
+    """Return the cleaned map (feat_h, feat_w) of one image's attention (heads, feat_h, feat_w)."""
+    heads = wanted["heads"]
+    return map_boxes.clean_map(
+        attention,
+        heads=int(heads) if heads.isdecimal() else heads,
+        steps=wanted["steps"],
+        filter_size=wanted["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
+    )

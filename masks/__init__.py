@@ -1,0 +1,1 @@
+"""Candidate masks and their files."""

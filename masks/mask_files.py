@@ -1,0 +1,189 @@
+"""Candidate masks on disk: a folder ``masks_{i}`` with one ``{image_name}.pt`` per image and ``masks_info.json``.
+
+``masks_info.json`` holds, by image name, a list with an entry per mask: bbox (x y width height in pixels of the
+original image), area (pixels), predicted_iou, stability_score, point_coords, crop_box; and under ``setup`` what made
+them. Only the info is needed to choose boxes; the masks themselves may be left out.
+"""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from localized_crops.files import UserError, load_json, save_json
+from utils import load_tensors, save_tensors
+
+KIND, VERSION = "localized-crops masks", 1
+STORES = ("bool", "packed", "none")
+ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
+LONGEST_NAME = 250  # bytes, without the suffix: file systems take 255
+MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
+
+
+def mask_names(ids: Sequence[int], paths: Sequence[Path]) -> list[str]:
+    """Return the name of each image's files: its file name without suffix, as in the original artefacts.
+
+    Where two images of different class folders share that name, all of them get their image id behind it.
+    """
+    stems = [path.stem for path in paths]
+    counts = Counter(stems) + Counter(["setup", "setup"])  # the key of the setup is no image's
+    return [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in zip(stems, ids, strict=True)]
+
+
+def new_mask_folder(root: Path) -> Path:
+    """Create and return ``root/masks_{i}``, i the first free number."""
+    number = 0
+    while True:
+        folder = root / f"masks_{number}"
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+# --- masks --------------------------------------------------------------------------------------------------------
+
+
+def save_masks(path: Path, masks: torch.Tensor, store: str) -> None:
+    """Write the masks of one image, whole or not at all.
+
+    Args:
+        path: the ``.pt`` file.
+        masks: (N, H, W) bool on the CPU; N may be 0.
+        store: "bool" (the tensor as it is, a byte per pixel) or "packed" (a bit per pixel).
+    """
+    if store == "bool":
+        save_tensors(path, masks)
+    else:
+        count, height, width = masks.shape
+        bits = np.packbits(masks.numpy().reshape(count, height * width), axis=1)
+        save_tensors(path, {"packed": torch.from_numpy(bits), "shape": list(masks.shape)})
+
+
+def load_masks(path: Path | str) -> torch.Tensor:
+    """Return the masks of one image, (N, H, W) bool, however they were stored.
+
+    Raises:
+        UserError: if there is no such file or it holds no masks.
+    """
+    content = load_tensors(path)
+    if torch.is_tensor(content):
+        if content.dtype != torch.bool or content.ndim != 3 or not _is_whole(content):
+            raise UserError(f"{path}: holds a {content.dtype} tensor of shape {tuple(content.shape)}, not masks")
+        return content
+    fault = _packed_fault(content)
+    if fault:
+        raise UserError(f"{path}: not masks of generate_mask.py ({fault}); make them again")
+    count, height, width = content["shape"]
+    bits = np.unpackbits(content["packed"].numpy(), axis=1, count=height * width)
+    return torch.from_numpy(bits.reshape(count, height, width).astype(bool))
+
+
+def _packed_fault(content: Any) -> str | None:
+    shape, bits = (content.get(key) if isinstance(content, dict) else None for key in ("shape", "packed"))
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n >= 0 for n in shape):
+        return f"shape is {str(shape)[:60]}"
+    if math.prod(shape) > MAX_PIXELS:
+        return f"declares {math.prod(shape):,} pixels"
+    expected = (shape[0], -(-shape[1] * shape[2] // 8))
+    if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected or not _is_whole(bits):
+        return f"the packed bits are not {expected} bytes"
+    return None
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor's elements are all there: a damaged file may declare a few of them as a gigantic one."""
+    strided = tensor.layout == torch.strided
+    return strided and tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
+def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Return (x, y, width, height) of a mask (H, W) bool that is not empty; it holds every True pixel."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    x, y = int(columns[0]), int(rows[0])
+    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+
+
+# --- info ---------------------------------------------------------------------------------------------------------
+
+
+def info_entry(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what masks_info.json keeps of a generator's record: plain numbers and lists, without the mask."""
+    return {
+        "bbox": [float(n) for n in record["bbox"]],
+        "area": int(record["area"]),
+        "predicted_iou": float(record["predicted_iou"]),
+        "stability_score": float(record["stability_score"]),
+        "point_coords": [[float(n) for n in point] for point in record["point_coords"]],
+        "crop_box": [float(n) for n in record["crop_box"]],
+    }
+
+
+def save_masks_info(folder: Path, setup: dict[str, Any], images: dict[str, list[dict[str, Any]]]) -> None:
+    """Write masks_info.json: ``images`` is image name -> entries of `info_entry`."""
+    save_json(folder / "masks_info.json", {"setup": {"kind": KIND, "version": VERSION} | setup} | images)
+
+
+def load_masks_info(
+    folder: Path | str, dataset: str | None = None
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """Read and check masks_info.json.
+
+    Args:
+        folder: the folder masks_{i}.
+        dataset: fingerprint of the data set at hand (`DataSet.fingerprint`); None: any.
+
+    Returns:
+        The setup; and image name -> entries.
+
+    Raises:
+        UserError: if it is missing, unfinished, of another kind or data set, an entry is impossible, or the masks that
+            the setup promises are not there.
+    """
+    folder = Path(folder)
+    path = folder / "masks_info.json"
+    if not path.exists() and (folder / "unfinished").exists():
+        raise UserError(f"{folder}: unfinished; go on with: python generate_mask.py mask.folder={folder}")
+    content = load_json(path)
+    fault = _info_fault(content)
+    if fault:
+        raise UserError(f"{path}: {fault}; make it again: python generate_mask.py")
+    setup = content.pop("setup")
+    if dataset not in (None, setup.get("dataset")):
+        raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
+    lacking = next((name for name in content if not (folder / f"{name}.pt").exists()), None)
+    if setup.get("store") != "none" and lacking is not None:
+        raise UserError(f"{folder / lacking}.pt: missing, though masks_info.json names it; make the masks again")
+    return setup, content
+
+
+def _info_fault(content: Any) -> str | None:
+    setup = content.get("setup") if isinstance(content, dict) else None
+    if not isinstance(setup, dict) or setup.get("kind") != KIND or setup.get("version") != VERSION:
+        return f"its setup is not of {KIND!r}, version {VERSION}"
+    for name, entries in content.items():
+        if name == "setup":
+            continue
+        if not _is_file_name(name) or not isinstance(entries, list):
+            return f"image {name[:60]!r} has no list of masks"
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not _is_box(entry.get("bbox")):
+                return f"image {name[:60]}, mask {number}: no bbox x y width height"
+    return None
+
+
+def _is_file_name(name: str) -> bool:
+    """Tell whether ``name`` and a suffix can name a file in a folder."""
+    length = len(name.encode(errors="replace"))
+    return Path(name).name == name and name.isprintable() and length <= LONGEST_NAME
+
+
+def _is_box(box: Any) -> bool:
+    numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
+    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # NaN is not

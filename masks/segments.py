@@ -1,0 +1,207 @@
+"""Candidate masks without any trained network: a classical over-segmentation whose regions are merged step by step.
+
+After Selective Search (Uijlings et al., IJCV 2013): Felzenszwalb and Huttenlocher's graph segmentation gives small
+regions; the two neighbours that fit best are merged until one is left; every region on the way is a candidate. It
+knows nothing of objects, so its candidates are many and its scores weak: a classifier has to choose among them.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy import ndimage
+from skimage.color import rgb2lab
+from skimage.filters import sobel
+from skimage.segmentation import felzenszwalb
+
+from localized_crops.boxes import iou
+from masks.mask_files import tight_box
+
+SAME_IOU = 0.85  # of two candidates' boxes: the one of the lower score is left out
+
+
+@dataclass(frozen=True)
+class SegmentGenerator:
+    """Candidates for whole lists of images; every image by itself.
+
+    Args:
+        scales: of the over-segmentations, larger ones give larger regions; candidates of all are put together.
+        sigma: blur before the over-segmentation, pixels.
+        min_size: of its regions, pixels.
+        merging: weights of colour, size and fill in the distance of two regions; each triple merges anew, and the
+            candidates of all are put together.
+        min_area, max_area: of a candidate, as shares of the image.
+        max_masks: so many candidates an image are kept, those of the highest score.
+    """
+
+    scales: tuple[float, ...] = (50.0, 150.0)
+    sigma: float = 0.8
+    min_size: int = 30
+    merging: tuple[tuple[float, float, float], ...] = ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
+    min_area: float = 0.01
+    max_area: float = 0.8
+    max_masks: int = 40
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) <= 0 or self.sigma < 0 or self.min_size < 1 or self.max_masks < 1:
+            raise ValueError("scales, min_size and max_masks must be above 0, sigma at least 0")
+        if not 0 <= self.min_area < self.max_area <= 1 or not self.merging:
+            raise ValueError("need 0 <= min_area < max_area <= 1, and at least one triple of weights in merging")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings as JSON holds them."""
+        return asdict(self) | {"scales": list(self.scales), "merging": [list(weights) for weights in self.merging]}
+
+    def generate(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
+        """Return the candidates of each image, the highest score first, as records of SAM's generator.
+
+        ``predicted_iou`` and ``stability_score`` are both the score of `boundary_score`; neither is a prediction.
+        ``bbox`` x y width height holds all pixels of the mask.
+
+        Args:
+            images: (H, W, 3) uint8 RGB.
+
+        Raises:
+            ValueError: on another type or shape.
+        """
+        return [self._generate_one(image) for image in images]
+
+    def _generate_one(self, image: np.ndarray) -> list[dict[str, Any]]:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"images must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
+        lab = rgb2lab(image)
+        masks = [mask for mask in self._regions(image, lab) if self.min_area <= mask.mean() <= self.max_area]
+        edges = edge_strength(lab)
+        scores = [boundary_score(mask, edges) for mask in masks]
+        kept = distinct(np.array([tight_box(mask) for mask in masks]), np.array(scores), self.max_masks)
+        return [to_record(masks[row], scores[row]) for row in kept]
+
+    def _regions(self, image: np.ndarray, lab: np.ndarray) -> Iterator[np.ndarray]:
+        for scale in self.scales:
+            labels = felzenszwalb(image, scale=scale, sigma=self.sigma, min_size=self.min_size, channel_axis=-1)
+            for weights in self.merging:
+                yield from merged_regions(labels, lab, weights)
+
+
+# --- regions ------------------------------------------------------------------------------------------------------
+
+
+class Regions:
+    """The regions of a segmentation while they are merged."""
+
+    def __init__(self, labels: np.ndarray, lab: np.ndarray, weights: tuple[float, float, float]) -> None:
+        """Take (H, W) int labels from 0, (H, W, 3) colours, and the weights of colour, size and fill."""
+        count = int(labels.max()) + 1
+        self.pixels, self.weights = labels.size, weights
+        self.masks = {region: labels == region for region in range(count)}  # those that are not merged yet
+        self.areas = [float(mask.sum()) for mask in self.masks.values()]
+        self.colours = [lab[mask].mean(0) for mask in self.masks.values()]
+        self.bounds = [(rows.start, columns.start, rows.stop, columns.stop)
+                       for rows, columns in ndimage.find_objects(labels + 1)]  # fmt: skip
+        self.neighbours = touching(labels, count)
+
+    def distance(self, one: int, other: int) -> float:
+        """Return how badly two regions fit: difference of colour, joint size, and box that they leave unfilled."""
+        colour = float(np.linalg.norm(self.colours[one] - self.colours[other])) / 100
+        size = self.areas[one] + self.areas[other]
+        top, left, bottom, right = self.joint_bounds(one, other)
+        parts = colour, size / self.pixels, ((bottom - top) * (right - left) - size) / self.pixels
+        return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
+
+    def joint_bounds(self, one: int, other: int) -> tuple[int, int, int, int]:
+        """Return (top, left, bottom, right) of two regions together."""
+        a, b = self.bounds[one], self.bounds[other]
+        return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
+
+    def merge(self, one: int, other: int) -> int:
+        """Put two regions together; return the number of the new one."""
+        new, area = len(self.areas), self.areas[one] + self.areas[other]
+        colour = (self.areas[one] * self.colours[one] + self.areas[other] * self.colours[other]) / area
+        self.areas.append(area)
+        self.colours.append(colour)
+        self.bounds.append(self.joint_bounds(one, other))
+        self.masks[new] = self.masks.pop(one) | self.masks.pop(other)
+        self.neighbours.append((self.neighbours[one] | self.neighbours[other]) - {one, other})
+        for near in self.neighbours[new]:
+            self.neighbours[near] = self.neighbours[near] - {one, other} | {new}
+        return new
+
+
+def merged_regions(labels: np.ndarray, lab: np.ndarray, weights: tuple[float, float, float]) -> Iterator[np.ndarray]:
+    """Yield the masks (H, W) bool of all regions of a segmentation, and of all that arise while they are merged.
+
+    Args:
+        labels: (H, W) int, regions numbered from 0.
+        lab: (H, W, 3) the image's colours.
+        weights: of colour, size and fill.
+    """
+    regions = Regions(labels, lab, weights)
+    yield from list(regions.masks.values())
+    pairs = [(a, b) for a, near in enumerate(regions.neighbours) for b in near if a < b]
+    queue = [(regions.distance(*pair), *pair) for pair in pairs]
+    heapq.heapify(queue)
+    while queue:
+        _, one, other = heapq.heappop(queue)
+        if one in regions.masks and other in regions.masks:
+            new = regions.merge(one, other)
+            for near in regions.neighbours[new]:
+                heapq.heappush(queue, (regions.distance(near, new), near, new))
+            yield regions.masks[new]
+
+
+def touching(labels: np.ndarray, count: int) -> list[set[int]]:
+    """Return for each of ``count`` regions which ones share an edge of two pixels with it."""
+    neighbours: list[set[int]] = [set() for _ in range(count)]
+    for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
+        for one, other in np.unique(np.stack([a[a != b], b[a != b]], axis=1), axis=0).tolist():
+            neighbours[one].add(other)
+            neighbours[other].add(one)
+    return neighbours
+
+
+# --- candidates ---------------------------------------------------------------------------------------------------
+
+
+def edge_strength(lab: np.ndarray) -> np.ndarray:
+    """Return how fast the colour changes at each pixel, (H, W), over the largest change in the image, in [0, 1]."""
+    edges = np.sqrt(sum(sobel(ndimage.gaussian_filter(lab[..., channel], 0.7)) ** 2 for channel in range(3)))
+    return edges / max(float(edges.max()), 1e-9)
+
+
+def boundary_score(mask: np.ndarray, edges: np.ndarray) -> float:
+    """Return the mean edge strength along a mask's boundary times the square root of its share of the image."""
+    down, right = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
+    boundary = np.zeros_like(mask)
+    boundary[1:] |= down
+    boundary[:-1] |= down
+    boundary[:, 1:] |= right
+    boundary[:, :-1] |= right
+    return float(edges[boundary].mean() * np.sqrt(mask.mean())) if boundary.any() else 0.0
+
+
+def distinct(boxes: np.ndarray, scores: np.ndarray, most: int) -> list[int]:
+    """Return the rows of at most ``most`` boxes (N, 4) x y width height, best score first, none like an earlier one."""
+    kept: list[int] = []
+    for row in np.argsort(-scores, kind="stable").tolist():
+        if len(kept) == most:
+            break
+        if not kept or iou(np.tile(boxes[row], (len(kept), 1)), boxes[kept]).max() < SAME_IOU:
+            kept.append(row)
+    return kept
+
+
+def to_record(mask: np.ndarray, score: float) -> dict[str, Any]:
+    """Return a record as SAM's generator makes them."""
+    points = np.argwhere(mask)
+    row, column = points[np.abs(points - points.mean(0)).sum(1).argmin()].tolist()  # the pixel nearest to the middle
+    return {
+        "segmentation": mask,
+        "area": len(points),
+        "bbox": list(tight_box(mask)),
+        "predicted_iou": score,
+        "point_coords": [[float(column), float(row)]],
+        "stability_score": score,
+        "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
+    }

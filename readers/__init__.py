@@ -1,0 +1,1 @@
+"""How images and data sets are read."""

@@ -1,0 +1,207 @@
+"""Data sets in CUB-200-2011's file format, and fetching CUB itself."""
+
+import math
+import os
+import shutil
+import tarfile
+import urllib.error
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from torchvision.datasets.utils import check_integrity, download_url
+from tqdm import tqdm
+
+from localized_crops.boxes import clip_boxes
+from localized_crops.files import UserError, read_text, whole_file
+from readers.data_set import DataSet
+from readers.images import image_size
+
+CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
+CUB_ARCHIVE, CUB_MD5 = "CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
+
+
+def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
+    images = dict(_read_rows(root / "images.txt", _text))
+    classes = dict(_read_rows(root / "classes.txt", _text))
+    class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
+    raw_boxes = _read_for(root / "bounding_boxes.txt", images, _box)
+    is_train = _read_for(root / "train_test_split.txt", images, _flag)
+    paths = {image_id: _image_path(root, image_id, relative) for image_id, relative in images.items()}
+    sizes, unreadable = _read_sizes(paths, keep_going)
+    paths, class_of, raw_boxes, is_train = (
+        {image_id: rows[image_id] for image_id in sizes} for rows in (paths, class_of, raw_boxes, is_train)
+    )
+    sizes = np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2)
+    boxes = _clip_checked(root / "bounding_boxes.txt", list(paths), raw_boxes, sizes)
+    return DataSet(
+        name=name,
+        root=root,
+        ids=np.array(list(paths), dtype=np.int64),
+        paths=list(paths.values()),
+        labels=_labels(root, classes, class_of),
+        class_names=list(classes.values()),
+        boxes=boxes,
+        split=np.where(list(is_train.values()), "train", "test").astype("<U5"),
+        image_sizes=sizes,
+        clipped=int((np.abs(boxes - _as_array(raw_boxes)) > 1e-6).any(1).sum()),
+        unreadable=unreadable,
+    )
+
+
+def _as_array(raw_boxes: dict[int, tuple]) -> np.ndarray:
+    return np.array(list(raw_boxes.values()), dtype=np.float64).reshape(-1, 4)
+
+
+def _read_rows(path: Path, parse: Callable[[list[str]], object]) -> Iterator[tuple[int, object]]:
+    """Yield (id, parsed rest) of each line; an id stands once."""
+    if not path.exists():
+        raise UserError(f"{path}: missing; dataset.root must be a folder in CUB-200-2011's file format")
+    seen = {}
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        fields = line.split()
+        if not fields:
+            continue
+        try:
+            key, value = _whole_number(fields[:1]), parse(fields[1:])
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {line[:80]!r}: {error}") from None
+        if key in seen:
+            raise UserError(f"{path}:{number}: id {key} stands in line {seen[key]} already; remove one")
+        seen[key] = number
+        yield key, value
+    if not seen:
+        raise UserError(f"{path}: is empty")
+
+
+def _read_for(path: Path, images: dict[int, str], parse: Callable) -> dict[int, object]:
+    """Read a file that has one row for each image, into the order of images.txt."""
+    rows = dict(_read_rows(path, parse))
+    for one, other, problem in ((images, rows, "has no row here"), (rows, images, "is not in images.txt")):
+        lacking = next((key for key in one if key not in other), None)
+        if lacking is not None:
+            raise UserError(f"{path}: image id {lacking} {problem}; the files must name the same images")
+    return {key: rows[key] for key in images}
+
+
+def _text(fields: list[str]) -> str:
+    if not fields:
+        raise ValueError("a name is missing after the id")
+    return " ".join(fields)
+
+
+def _whole_number(fields: list[str]) -> int:
+    if len(fields) != 1 or not (fields[0].isascii() and fields[0].isdigit()) or len(fields[0]) > 18:
+        raise ValueError("a whole number was expected")
+    return int(fields[0])
+
+
+def _flag(fields: list[str]) -> bool:
+    if fields not in (["0"], ["1"]):
+        raise ValueError("1 (train) or 0 (test) was expected")
+    return fields == ["1"]
+
+
+def _box(fields: list[str]) -> tuple[float, float, float, float]:
+    try:
+        x, y, width, height = (float(field) for field in fields)
+    except ValueError:
+        raise ValueError("four numbers x y width height were expected") from None
+    if not all(map(math.isfinite, (x, y, width, height))):
+        raise ValueError("the box has a number that is not finite")
+    if max(map(abs, (x, y, width, height))) > LARGEST_PIXEL:
+        raise ValueError("the box has a number that lies outside any image")
+    if width <= 0 or height <= 0:
+        raise ValueError("the box has no area")
+    return x, y, width, height
+
+
+def _labels(root: Path, classes: dict[int, str], class_of: dict[int, int]) -> np.ndarray:
+    number_of = {class_id: number for number, class_id in enumerate(classes)}
+    for image_id, class_id in class_of.items():
+        if class_id not in number_of:
+            raise UserError(
+                f"{root / 'image_class_labels.txt'}: image id {image_id} has class {class_id}, "
+                "which classes.txt does not name"
+            )
+    return np.array([number_of[class_id] for class_id in class_of.values()])
+
+
+def _image_path(root: Path, image_id: int, relative: str) -> Path:
+    if "\0" in relative:
+        raise UserError(f"{root / 'images.txt'}: image id {image_id}: {relative!r} is no file name")
+    folder = (root / "images").resolve()
+    path = Path(os.path.normpath(folder / relative))
+    if not path.is_relative_to(folder) or path == folder:
+        raise UserError(f"{root / 'images.txt'}: image id {image_id}: {relative!r} leaves the images folder")
+    return path
+
+
+def _read_sizes(paths: dict[int, Path], keep_going: bool) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
+    """Return (width, height) by image id, and with ``keep_going`` what is wrong with the images that have none."""
+
+    def size_or_fault(path: Path) -> tuple[int, int] | str:
+        try:
+            return image_size(path)
+        except UserError as error:
+            if not keep_going:
+                raise
+            return str(error)
+
+    with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
+        found = dict(zip(paths, pool.map(size_or_fault, paths.values()), strict=True))
+    faults = {image_id: fault for image_id, fault in found.items() if isinstance(fault, str)}
+    return {image_id: size for image_id, size in found.items() if image_id not in faults}, faults
+
+
+def _clip_checked(path: Path, ids: list[int], raw_boxes: dict[int, tuple], sizes: np.ndarray) -> np.ndarray:
+    boxes = clip_boxes(_as_array(raw_boxes), sizes)
+    outside = np.flatnonzero((boxes[:, 2:] <= 0).any(1))
+    if len(outside):
+        image_id, size = ids[outside[0]], tuple(sizes[outside[0]].tolist())
+        raise UserError(f"{path}: image id {image_id}: box {raw_boxes[image_id]} lies outside the image, {size}")
+    return boxes
+
+
+def download_cub(root: Path) -> None:
+    """Fetch, check and unpack CUB-200-2011 to ``root``; an archive that lies beside it is used.
+
+    Raises:
+        UserError: if it cannot be fetched or is not the official archive.
+    """
+    archive = root.parent / CUB_ARCHIVE
+    if not archive.exists():
+        _fetch(CUB_URL, archive)
+    if not check_integrity(str(archive), CUB_MD5):
+        raise UserError(f"{archive}: not the official archive (md5 is not {CUB_MD5}); remove it and try again")
+    unpack(archive, root)
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Fetch a file, whole or not at all."""
+    with whole_file(path) as scratch:
+        try:
+            scratch.unlink(missing_ok=True)  # torchvision leaves a file that is there as it is
+            download_url(url, str(scratch.parent), scratch.name)
+        except (urllib.error.URLError, OSError, RuntimeError) as error:
+            raise UserError(f"{url}: cannot be fetched ({error}); fetch it by hand to {path}") from None
+
+
+def unpack(archive: Path, root: Path) -> None:
+    """Unpack the folder CUB_200_2011 of the archive as ``root``, whole or not at all.
+
+    Raises:
+        UserError: if a member would leave the folder, or the archive is damaged or has no such folder.
+    """
+    scratch = root.with_name(f"{root.name}.partial-{os.getpid()}")
+    try:
+        with tarfile.open(archive) as tar:
+            members = tqdm(tar, desc="unpacking", unit=" files", mininterval=1.0)
+            tar.extractall(scratch, members=members, filter="data")  # refuses members that leave the folder
+        os.replace(scratch / "CUB_200_2011", root)
+    except (tarfile.TarError, EOFError, FileNotFoundError) as error:
+        raise UserError(f"{archive}: cannot be unpacked ({error}); remove it and fetch it again") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,178 @@
+"""Train the small ViT whose attention gives ToyBirds its pseudo boxes, and write toybirds/toy_localizer.pt.
+
+A stand-in for DINO, which draws its attention from photographs without any label: this network is supervised by drawn
+masks. Its mean CLS attention over the heads of the last block learns to match, cell by cell, where the bird was drawn
+(Kullback-Leibler divergence), on birds of other seeds and of random colours, none of the data set. So it shows what
+boxes from a good attention map do for a classifier; it shows nothing about learning without labels.
+
+Reads nothing. Writes the weights (float16, under 1 MB) with how they were made. About 2 minutes on one core.
+
+    python -m toybirds.make_localizer out=toybirds/toy_localizer.pt
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.utils import AttentionExtract
+from torch import nn
+from tqdm import tqdm
+
+from config import load_config
+from jobs.guard import run_script
+from toybirds import drawing
+from toybirds.network import build_toy_vit
+from utils import environment, save_tensors, seed_everything
+
+ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
+NUM_IMAGES = 4000
+STREAM = 20_011  # first number of the drawings' seeds; the data set's start with its own small seed
+EPOCHS, BATCH_SIZE, LR, WARMUP = 6, 16, 3e-3, 0.1
+COLOR_RANGE = (50, 230)  # of the random palettes, RGB
+
+
+def main(config: dict) -> None:
+    """Draw, train, save."""
+    torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
+    seed_everything(config["seed"], config["deterministic"])
+    images, masks = draw_images(NUM_IMAGES, ARCHITECTURE["image_size"], config["seed"])
+    start = time.perf_counter()
+    model = build_toy_vit(**ARCHITECTURE)
+    loss = train(model, images, mask_to_density(masks, ARCHITECTURE["stride"]), epochs=EPOCHS)
+    out = Path(config["out"] or "toybirds/toy_localizer.pt")
+    save_localizer(out, model, about(config["seed"], loss, time.perf_counter() - start))
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, divergence {loss:.3f} nats at the end")
+
+
+# --- drawings -----------------------------------------------------------------------------------------------------
+
+
+def draw_images(count: int, side: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw birds in random colours, each from its own seed.
+
+    Returns:
+        images (N, 3, side, side) uint8 and masks (N, side, side) float32, the bird's share of each pixel; both are
+        squeezed to a square.
+    """
+    images, masks = [], []
+    for number in tqdm(range(count), desc="drawing", unit=" images", mininterval=1.0):
+        rng = np.random.default_rng([STREAM, seed, number])
+        bird = drawing.draw_toybird(rng, number % len(drawing.CLASS_NAMES), palette=random_palette(rng))
+        mask = PIL.Image.fromarray(bird.mask.astype(np.float32))
+        images.append(np.asarray(bird.image.resize((side, side), PIL.Image.Resampling.BICUBIC)))
+        masks.append(np.asarray(mask.resize((side, side), PIL.Image.Resampling.BOX)))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(masks))
+
+
+def random_palette(rng: np.random.Generator) -> drawing.Palette:
+    """Return a palette of random colours, as many of each kind as the data set's own has."""
+
+    def colors(like: tuple) -> tuple:
+        drawn = rng.integers(*COLOR_RANGE, np.shape(like)).tolist()
+        return tuple(drawn) if np.ndim(like) == 1 else tuple(map(tuple, drawn))
+
+    own = drawing.PALETTE
+    return own._replace(**{kind: colors(like) for kind, like in own._asdict().items()})
+
+
+def mask_to_density(masks: torch.Tensor, stride: int) -> torch.Tensor:
+    """Return what the attention shall be, (N, cells, cells), each summing to 1.
+
+    The root of the bird's share of a cell: a beak or a tail that fills little of its cell decides the box.
+    """
+    shares = nn.functional.avg_pool2d(masks[:, None], stride)[:, 0].sqrt()
+    return shares / shares.sum((1, 2), keepdim=True)
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, epochs: int) -> float:
+    """Train the attention of ``model`` in place; return the mean divergence (nats) over the last epoch.
+
+    Args:
+        model: of `build_toy_vit`.
+        images: (N, 3, H, W) uint8.
+        densities: (N, feat_h, feat_w).
+        epochs: passes over the images.
+    """
+    steps = epochs * (len(images) // BATCH_SIZE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=WARMUP)
+    attention = _attention_with_gradient(model)
+    losses = []
+    for _ in tqdm(range(steps), desc="training", unit=" steps", mininterval=1.0):
+        rows = torch.randint(len(images), (BATCH_SIZE,))
+        batch, wanted = _flip(_normalize(images[rows]), densities[rows])
+        loss = divergence(attention(batch), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    model.eval()
+    return float(np.mean(losses[-(steps // epochs) :]))
+
+
+def _attention_with_gradient(model: nn.Module):
+    """Return a function from images to the mean CLS row over the heads, (B, cells), with gradient."""
+    last = len(model.blocks) - 1
+    model.blocks[last].attn.fused_attn = False  # fused attention makes no matrix
+    name = f"blocks.{last}.attn.attn_drop"
+    extract = AttentionExtract(model, names=[name], mode="train", method="hook")
+    return lambda images: extract(images)[name][:, :, 0, model.num_prefix_tokens :].mean(1)
+
+
+def divergence(attention: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(density || attention) in nats; what CLS gives itself is lost mass and counts against it."""
+    wanted = densities.flatten(1)
+    return (torch.xlogy(wanted, wanted) - wanted * (attention + 1e-8).log()).sum(1).mean()
+
+
+def _normalize(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images / 255 - mean) / std
+
+
+def _flip(images: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mirror half of the images and what is wanted of them."""
+    mirrored = torch.rand(len(images)) < 0.5
+    images[mirrored], densities[mirrored] = images[mirrored].flip(-1), densities[mirrored].flip(-1)
+    return images, densities
+
+
+# --- the file -----------------------------------------------------------------------------------------------------
+
+
+def about(seed: int, loss: float, seconds: float) -> dict[str, Any]:
+    """Return what the weights file says of itself."""
+    return {
+        "architecture": ARCHITECTURE,
+        "made_by": "python -m toybirds.make_localizer",
+        "supervision": "drawn masks: the mean CLS attention learnt to match the bird's mask; a stand-in for DINO",
+        "data": f"{NUM_IMAGES} drawings of toybirds.py version {drawing.VERSION}, random palettes, seeds of their own",
+        "toybirds_version": drawing.VERSION,
+        "seed": seed,
+        "epochs": EPOCHS,
+        "batch_size": BATCH_SIZE,
+        "lr": LR,
+        "divergence": loss,
+        "training_seconds": seconds,
+        "torch": str(environment()["torch"]),  # a plain str: the file is read with weights_only
+    }
+
+
+def save_localizer(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+    """Write weights in float16 (counters as they are) and what they are."""
+    state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(path, {"model": state, "about": about})
+
+
+if __name__ == "__main__":
+    run_script(main, load_config)

@@ -1,0 +1,180 @@
+"""Batches of training crops and of test views."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from localized_crops.boxes import coverage, crops_to_xywh
+from readers.data_set import DataSet
+from readers.image_cache import ImageCache
+from readers.images import read_image
+
+MOST_EPOCHS_AT_ONCE = 32  # share the reading of a density map
+CROPS_AT_ONCE = 2**18  # 8 MB of them stay in a worker's memory
+
+
+class Crops(Protocol):
+    """Draws the training crops of N images."""
+
+    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
+        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width."""
+
+
+class Batch(NamedTuple):
+    """Training images of one step, or this process's part of them."""
+
+    images: torch.Tensor  # (B, 3, size, size) uint8, not yet flipped
+    labels: torch.Tensor  # (B,) int64
+    flips: torch.Tensor  # (B,) bool, which images to flip
+    coverage: torch.Tensor  # (B,) float64, the share of the true box that each crop keeps
+    real: int  # how many of the B images count; the rest fill up a part that would be too small for BatchNorm
+    whole: int  # images of the whole step, over all its parts
+
+
+class TrainImages(Dataset):
+    """Batches of randomly cropped training images.
+
+    What is drawn depends on (seed, epoch) and the training images alone, not on batches and workers: a worker draws
+    the crops and flips of several whole epochs at once, when the first batch of one of them is asked for.
+    """
+
+    def __init__(
+        self,
+        data: DataSet,
+        rows: np.ndarray,
+        crops: Crops,
+        transform: Callable,
+        *,
+        flip: float,
+        seed: int,
+        decoded: ImageCache | None = None,
+    ) -> None:
+        """Keep the rows of ``data``.
+
+        Args:
+            data: the data set.
+            rows: which of its images.
+            crops: of these images.
+            transform: (image, crop, seed) -> (3, size, size) uint8.
+            flip: probability of a horizontal flip.
+            seed: of all that is drawn.
+            decoded: the images, decoded already; None: their files are read.
+        """
+        self.paths, self.decoded = [data.paths[row] for row in rows], decoded
+        self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
+        self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
+        self.epochs_at_once = max(1, min(MOST_EPOCHS_AT_ONCE, CROPS_AT_ONCE // len(rows)))
+        self.block: int | None = None  # of so many epochs, whose crops and flips are drawn
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, key: "BatchKey") -> Batch:
+        """Return the batch of a key that ``EpochBatches`` gives."""
+        epoch, rows, real, whole = key
+        block, place = divmod(epoch, self.epochs_at_once)
+        if block != self.block:
+            self._draw(block)
+        crops = self.drawn[place, rows]
+        ids, shown = self.ids[rows].tolist(), crops.tolist()
+        if self.decoded is not None:
+            shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, shown, strict=True)]
+        loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
+        seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
+        images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
+        kept = coverage(crops_to_xywh(crops), self.true_boxes[rows])
+        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[place, rows], kept))
+        return Batch(stack_images(images), *about, real, whole)
+
+    def _draw(self, block: int) -> None:
+        epochs = range(block * self.epochs_at_once, (block + 1) * self.epochs_at_once)
+        rngs = [np.random.default_rng([self.seed, epoch]).spawn(2) for epoch in epochs]
+        self.drawn, self.block = self.crops.draw([crops for crops, _ in rngs]), block
+        self.flips = np.stack([flips.random(len(self)) < self.flip for _, flips in rngs])
+
+
+def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> torch.Tensor:
+    """Return an image, (3, H, W) uint8 in channels-last order, from the cache of decoded images or from its file."""
+    return pil_to_tensor(read_image(path)) if decoded is None else decoded[image_id]
+
+
+def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
+    """Return images (3, H, W) as one batch (B, 3, H, W), in channels-last order as they are."""
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def draw_seed(seed: int, epoch: int, image_id: int) -> int:
+    """Return the seed of the colours of one image in one epoch."""
+    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0]) >> 1
+
+
+BatchKey = tuple[int, list[int], int, int]  # epoch, rows, how many of them count, images of the whole step
+
+
+class EpochBatches(Sampler):
+    """Batches, shuffled anew each epoch by (seed, epoch) alone, and each cut into parts: so many for each process."""
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, *, parts: int = 1, rank: int = 0, world_size: int = 1
+    ) -> None:
+        """Plan the batches of one process.
+
+        Args:
+            size: images.
+            batch_size: images of a step, over all processes and parts.
+            seed: of the order.
+            parts: into how many each process cuts its share of a step.
+            rank, world_size: which of how many processes this is.
+        """
+        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
+        self.parts, self.rank, self.world_size = parts, rank, world_size
+
+    def __len__(self) -> int:
+        return len(self._starts()) * self.parts
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        starts = self._starts()
+        mine = slice(self.rank * self.parts, (self.rank + 1) * self.parts)
+        for start, end in zip(starts, [*starts[1:], self.size], strict=True):
+            for part in np.array_split(order[start:end], self.parts * self.world_size)[mine]:
+                rows = part.tolist()
+                missing = 0 if len(rows) == end - start else max(0, 2 - len(rows))  # BatchNorm needs two
+                yield self.epoch, rows + [int(order[start])] * missing, len(rows), end - start
+
+    def _starts(self) -> list[int]:
+        """Return where the batches start; one image left over joins the last batch (BatchNorm needs two)."""
+        starts = list(range(0, self.size, self.batch_size))
+        return starts[:-1] if len(starts) > 1 and self.size - starts[-1] == 1 else starts
+
+
+class ViewImages(Dataset):
+    """Test images, each in several views."""
+
+    def __init__(
+        self,
+        data: DataSet,
+        rows: np.ndarray,
+        boxes: np.ndarray,
+        views: list[Callable],
+        decoded: ImageCache | None = None,
+    ) -> None:
+        """Keep the rows of ``data``; ``boxes`` (N, 4), of the whole data set, serve the views that look at a box."""
+        self.paths, self.ids, self.decoded = [data.paths[row] for row in rows], data.ids[rows].tolist(), decoded
+        self.labels, self.boxes, self.views = data.labels[rows], boxes[rows], views
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
+        """Return the views, each (3, size, size) uint8, and the label."""
+        image, box = load_image(self.paths[row], self.ids[row], self.decoded), self.boxes[row]
+        if self.decoded is not None:
+            box = self.decoded.box_as_stored(self.ids[row], box)
+        return tuple(view(image, box) for view in self.views), int(self.labels[row])

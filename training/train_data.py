@@ -1,0 +1,166 @@
+"""From the config to what a training loads: the data set, boxes, crops, decoded images, the loaders."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import read_dataset, source_boxes
+from dino_transform import MapCrops
+from jobs.loader import build_loader
+from localized_crops.files import UserError
+from localized_crops.map_file import MapCache
+from readers.data_set import DataSet
+from readers.image_cache import ImageCache, cached_images
+from readers.images import read_image
+from training.batches import EpochBatches, TrainImages, ViewImages
+from training.distributed import my_rows, rank, world_size
+from transforms import BoxCrops, build_train_transform, build_views
+
+WORTH_A_WORKER = 2000  # images: fewer are read sooner than a spawn worker starts, some seconds
+
+
+def load_data(config: dict) -> DataSet:
+    """Read the data set; training and test images are needed."""
+    data = read_dataset(**config["dataset"])
+    for split in ("train", "test"):
+        if not len(data.rows(split)):
+            raise UserError(f"{data.root}: no image in the {split} split; see train_test_split.txt and dataset.split")
+    return data
+
+
+def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
+    """Return the boxes that training crops are held to, (N, 4), and what is worth telling about them."""
+    boxes, missing = source_boxes(config["source"] if config["use_box"] else "image", data)
+    if missing:
+        print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
+    return boxes, {"images_without_box": missing, "boxes_clipped": data.clipped}
+
+
+def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
+    """Return the cache of decoded images that ``cache`` asks for.
+
+    Raises:
+        UserError: if ``cache_side`` is less than what crops and views show enlarged already.
+    """
+    if config["cache"] == "none":
+        return None
+    needed = needed_side(config, data)
+    if config["cache_side"] is not None and config["cache_side"] < needed:
+        raise UserError(
+            f"cache_side={config['cache_side']}: the smallest crops and views need a short side of {needed} pixels; "
+            "set that, or none"
+        )
+    folder = Path(config["cache_folder"] or data.root)
+    about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
+    return cached_images(config["cache"], folder, *about, read_image, side=config["cache_side"])
+
+
+def needed_side(config: dict, data: DataSet) -> int:
+    """Return the short side in pixels of which the smallest crop and view have as many pixels as the network sees."""
+    scale, ratio = config["crop"]["scale"][0], config["crop"]["ratio"]
+    crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
+    shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": 1.0}
+    if config["eval_box"] is not None:
+        rows = np.concatenate([data.rows("test"), validation_rows(data)])
+        boxes = source_boxes(config["eval_box"], data)[0][rows]
+        sides = boxes[:, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"]) / data.image_sizes[rows].min(1)
+        shares["box"] = min(1.0, float(sides.min()))
+    views = [view.size / shares[view.kind] for view in test_views(config).values()]
+    return math.ceil(max(config["image_size"] / crop_side, *views))
+
+
+def build_train_loader(
+    config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device, decoded: ImageCache | None
+) -> DataLoader:
+    """Build the loader of training crops."""
+    transform = build_train_transform(
+        config["image_size"],
+        config["crop"]["interpolation"],
+        augment=config["augment"],
+        augment_p=config["augment_p"],
+        use_augment_mix=config["use_augment_mix"],
+    )
+    drawn = {"flip": config["flip"], "seed": config["seed"]}
+    images = TrainImages(data, data.rows("train"), crops, transform, **drawn, decoded=decoded)
+    shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
+    batches = EpochBatches(len(images), config["batch_size"], config["seed"], **shares)
+    return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
+
+
+def build_view_loaders(
+    config: dict, data: DataSet, device: torch.device, decoded: ImageCache | None
+) -> tuple[DataLoader, DataLoader]:
+    """Build the loaders of validation (first view only) and test (all views)."""
+    views, boxes = test_views(config), source_boxes(config["eval_box"] or "image", data)[0]
+    first = dict(list(views.items())[:1])
+    machine = loading(config, device)
+    images = (
+        ViewImages(data, my_rows(validation_rows(data)), boxes, list(first.values()), decoded),
+        ViewImages(data, my_rows(data.rows("test")), boxes, list(views.values()), decoded),
+    )
+    return tuple(_view_loader(config, one, machine) for one in images)
+
+
+def loading(config: dict, device: torch.device) -> dict[str, Any]:
+    """Return what every loader is told of the machine."""
+    return {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
+
+
+def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | MapCrops:
+    """Build what draws the training crops: held to boxes, centred by attention maps, or plain."""
+    if config["use_dino_maps"]:
+        return map_crops(config, data, open_maps(config, data))
+    crop, rows = config["crop"], data.rows("train")
+    return BoxCrops(
+        boxes[rows],
+        data.image_sizes[rows],
+        thr=config["THR"] if config["use_box"] else -1.0,
+        mode=crop["mode"],
+        scale=crop["scale"],
+        ratio=crop["ratio"],
+    )
+
+
+def map_crops(config: dict, data: DataSet, maps: Mapping[int, np.ndarray]) -> MapCrops:
+    """Build the density-map crops of the training images; ``maps``: image id -> attention map."""
+    crop, rows = config["crop"], data.rows("train")
+    how = {"temperature": crop["temperature"], "scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
+    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], **how)
+
+
+def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
+    """Return the maps that the crops start with; with self-distillation the run has none yet."""
+    if config["self_distillation"]["every"]:
+        return {}
+    if config["dino_maps"] is None:
+        raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
+    return MapCache.open(config["dino_maps"], dataset=data.fingerprint())
+
+
+def _view_loader(config: dict, images: ViewImages, machine: dict[str, Any]) -> DataLoader:
+    if len(images) < WORTH_A_WORKER:
+        machine = machine | {"num_workers": 0}
+    return build_loader(images, batch_size=config["eval"]["batch_size"], **machine)
+
+
+def validation_rows(data: DataSet) -> np.ndarray:
+    """Return the rows to validate on: the split "val", or the test images where there is none (as published)."""
+    rows = data.rows("val")
+    return rows if len(rows) else data.rows("test")
+
+
+def test_views(config: dict) -> dict:
+    """Return the test views by name, in order; ``eval_box`` adds the view box."""
+    names = list(config["eval"]["views"])
+    asks_box = any(name.startswith("box") for name in names)
+    if asks_box and config["eval_box"] is None:
+        raise UserError("eval.views asks for the view box, but eval_box is None: give gt, center or a box JSON")
+    if config["eval_box"] is not None and not asks_box:
+        names.append("box")
+    size = config["eval"]["size"] or config["image_size"]
+    return build_views(names, size, config["eval"]["crop_pct"], config["eval"]["box_margin"])
