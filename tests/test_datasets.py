@@ -13,13 +13,14 @@ import PIL.Image
 import pytest
 import torch
 
-import datasets
 from datasets import read_dataset, source_boxes
 from jobs.loader import build_loader
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError
 from readers import cub, images
 from readers.images import read_image
+from toybirds import drawing
+from training import batches
 from training.batches import EpochBatches, TrainImages, ViewImages
 from transforms import BoxCrops, build_train_transform, build_views
 
@@ -67,15 +68,15 @@ def test_validation_is_the_end_of_each_class_of_train(birds):
 
 
 def test_toybirds_are_drawn_once_and_another_version_is_not_taken_for_this_one(tmp_path, monkeypatch):
-    draw = datasets.toybirds.write_toybirds
+    draw = drawing.write_toybirds
     small = functools.partial(draw, train_per_class=2, test_per_class=1, progress=False)
-    monkeypatch.setattr(datasets.toybirds, "write_toybirds", small)
+    monkeypatch.setattr(drawing, "write_toybirds", small)
     first = read_dataset("toybirds", tmp_path / "toy")
     written = first.paths[0].stat().st_mtime_ns
     second = read_dataset("toybirds", tmp_path / "toy")
     assert (first.boxes == second.boxes).all() and len(first.ids) == 24
     assert second.paths[0].stat().st_mtime_ns == written
-    monkeypatch.setattr(datasets.toybirds, "VERSION", 999)
+    monkeypatch.setattr(drawing, "VERSION", 999)
     with pytest.raises(UserError, match="toy"):
         read_dataset("toybirds", tmp_path / "toy")
 
@@ -238,9 +239,9 @@ def test_what_is_drawn_depends_on_seed_and_epoch_alone(birds):
 
 def test_how_many_epochs_are_drawn_at_once_changes_nothing(birds, monkeypatch):
     images, rows = train_images(read(birds)), [0, 3, 5]
-    monkeypatch.setattr(datasets, "CROPS_AT_ONCE", 2 * len(images))
+    monkeypatch.setattr(batches, "CROPS_AT_ONCE", 2 * len(images))
     two_at_once = train_images(read(birds))
-    monkeypatch.setattr(datasets, "CROPS_AT_ONCE", 1)
+    monkeypatch.setattr(batches, "CROPS_AT_ONCE", 1)
     one_at_once = train_images(read(birds))
     assert [one.epochs_at_once for one in (images, two_at_once, one_at_once)] == [32, 2, 1]
     for epoch in (0, 1, 2, 33, 1):
@@ -311,8 +312,8 @@ def server(tmp_path):
 
 def test_the_archive_is_fetched_checked_and_unpacked(birds, tmp_path, monkeypatch, server):
     folder, address = server
-    monkeypatch.setattr(datasets, "CUB_MD5", archive_of(birds, folder / "cub.tgz"))
-    monkeypatch.setattr(datasets, "CUB_URL", f"{address}/cub.tgz")
+    monkeypatch.setattr(cub, "CUB_MD5", archive_of(birds, folder / "cub.tgz"))
+    monkeypatch.setattr(cub, "CUB_URL", f"{address}/cub.tgz")
     data = read(tmp_path / "new" / "CUB_200_2011", download=True)
     assert len(data.ids) == 72
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["CUB_200_2011", "CUB_200_2011.tgz"]
@@ -329,7 +330,7 @@ def test_an_archive_with_another_checksum_is_refused(birds, tmp_path, monkeypatc
 def test_an_archive_member_cannot_leave_the_folder(birds, tmp_path, monkeypatch, member):
     folder = tmp_path / "deep" / "data"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(datasets, "CUB_MD5", archive_of(birds, folder / cub.CUB_ARCHIVE, member))
+    monkeypatch.setattr(cub, "CUB_MD5", archive_of(birds, folder / cub.CUB_ARCHIVE, member))
     if member.startswith("/"):  # tarfile's data filter makes it relative
         assert len(read(folder / "CUB_200_2011", download=True).ids) == 72
     else:
@@ -339,7 +340,7 @@ def test_an_archive_member_cannot_leave_the_folder(birds, tmp_path, monkeypatch,
 
 
 def test_an_archive_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, server):
-    monkeypatch.setattr(datasets, "CUB_URL", f"{server[1]}/nowhere.tgz")
+    monkeypatch.setattr(cub, "CUB_URL", f"{server[1]}/nowhere.tgz")
     with pytest.raises(UserError, match="fetch it by hand"):
         read(tmp_path / "CUB_200_2011", download=True)
     assert [path.name for path in tmp_path.iterdir()] == ["server"]
@@ -350,10 +351,10 @@ def test_a_torn_archive_leaves_nothing_behind(birds, tmp_path, monkeypatch):
     archive_of(birds, whole)
     torn = tmp_path / cub.CUB_ARCHIVE
     torn.write_bytes(whole.read_bytes()[:20000])
-    monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
+    monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="cannot be unpacked"):
         read(tmp_path / "CUB_200_2011", download=True)
     assert not (tmp_path / "CUB_200_2011").exists() and not list(tmp_path.glob("*partial*"))
     shutil.copy(whole, torn)
-    monkeypatch.setattr(datasets, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
+    monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
     assert len(read(tmp_path / "CUB_200_2011", download=True).ids) == 72

@@ -103,8 +103,8 @@ BAD_WORKERS = """
 import os, pathlib, re, signal, sys, time
 import torch
 from torch.utils.data import Dataset
-from datasets import build_loader
-from utils import going_on_with, run_script
+from jobs.loader import build_loader
+from jobs.guard import going_on_with, run_script
 
 def leave_half_a_batch():  # as a worker does that is killed before it takes the name from the memory of a batch
     batch = torch.zeros(3).share_memory_()

@@ -184,11 +184,12 @@ def test_a_killed_build_is_made_again(tmp_path, birds_copy):
     data = read_dataset("cub", birds_copy)
     code = f"""
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import datasets, image_cache
+import datasets
+from readers import image_cache, images
 data = datasets.read_dataset("cub", {str(birds_copy)!r})
 def slow(path):
     time.sleep(0.05)
-    return datasets.read_image(path)
+    return images.read_image(path)
 about = data.fingerprint(), data.ids, data.paths, data.image_sizes, slow
 image_cache.cached_images("disk", data.root, *about)
 """

@@ -132,11 +132,11 @@ def test_a_stopped_sweep_names_its_own_command(birds, tmp_path):
 
 
 def test_a_second_signal_ends_a_script_that_is_slow_to_end(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(stages.ROOT)!r}); import utils\n" + (
+    code = f"import sys, time; sys.path.insert(0, {str(stages.ROOT)!r}); from jobs import guard\n" + (
         "def main(config):\n"
         "    try:\n        print('on'); time.sleep(60)\n"
         "    finally:\n        print('slow'); time.sleep(60)\n"
-        "utils.run_script(main, lambda words: {})"
+        "guard.run_script(main, lambda words: {})"
     )
     process = stages.Process([sys.executable, "-c", code], tmp_path / "log")
     for word in ("on", "slow"):

@@ -94,10 +94,10 @@ def test_seeding_reaches_numpy_and_torch():
 
 
 SCRIPT = """
-import sys, time; sys.path.insert(0, {root!r}); import utils
+import sys, time; sys.path.insert(0, {root!r}); from jobs import guard; from localized_crops.files import UserError
 def main(config):
     {body}
-utils.run_script(main, lambda words: {config})
+guard.run_script(main, lambda words: {config})
 """
 
 
@@ -116,7 +116,7 @@ def run(body, config="{}"):
     ("body", "config", "status", "told"),
     [
         ("pass", "{}", 0, ""),
-        ("raise utils.UserError('a.txt:3: wrong')", "{}", 2, "error: a.txt:3: wrong\n"),
+        ("raise UserError('a.txt:3: wrong')", "{}", 2, "error: a.txt:3: wrong\n"),
         ("pass", "int('x')", 2, "error: invalid literal"),
         ("open('/nonexistent/folder/file')", "{}", 2, "error: No such file or directory: /nonexistent/folder/file"),
         ("1 / 0", "{}", 1, "ZeroDivisionError"),  # a fault of ours keeps its traceback
