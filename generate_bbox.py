@@ -38,6 +38,7 @@ from jobs.shared_work import SharedWork, choose_device, process_numbers
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, expand_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
+from localized_crops.image_ids import key_to_id
 from localizer.networks import state_hash
 from masks.mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
@@ -256,7 +257,7 @@ class CutOuts(Dataset):
         """Keep the units' images: ``boxes`` is row -> (N, 4); ``padding`` a share of a box's side on each side."""
         self.units = [
             [
-                (int(data.ids[row]), data.paths[row], boxes[row], data.image_sizes[row])
+                (data.ids[row].item(), data.paths[row], boxes[row], data.image_sizes[row])
                 for row in rows
                 if len(boxes[row])
             ]
@@ -359,8 +360,8 @@ def gather_scores(stage: Stage) -> tuple[dict[int, list[float]], dict[int, str]]
     stage.work.wait_for_others(lambda: everything - finished_units(stage))
     scores, errors = {}, dict(stage.data.unreadable)
     for record in stage.work.records():
-        scores |= {int(image_id): found for image_id, found in record.header["scores"].items()}
-        errors |= {int(image_id): error for image_id, error in record.header["errors"].items()}
+        scores |= {key_to_id(image_id): found for image_id, found in record.header["scores"].items()}
+        errors |= {key_to_id(image_id): error for image_id, error in record.header["errors"].items()}
     return scores, errors
 
 

@@ -36,6 +36,7 @@ from localized_crops import map_boxes
 from localized_crops.attention import last_attention
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, user_errors
+from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, cache_paths, save_map_cache
 from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
 from localizer.networks import Localizer, build_localizer
@@ -283,7 +284,7 @@ def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], wanted: d
 
 def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None:
     """Print and save the evaluation, the contact sheet and errors.txt; errors end the script with status 2."""
-    errors = stage.data.unreadable | {int(image_id): error for image_id, error in cache.header["errors"].items()}
+    errors = stage.data.unreadable | {key_to_id(image_id): error for image_id, error in cache.header["errors"].items()}
     report_boxes(
         stage.out,
         stage.data,

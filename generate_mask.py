@@ -36,6 +36,7 @@ from jobs.shared_work import SharedWork, choose_device, process_numbers
 from localized_crops.box_file import save_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
+from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache
 from masks.mask_files import (
     info_entry,
@@ -296,7 +297,7 @@ def gather_info(stage: Stage) -> dict[int, str]:
     errors = dict(stage.data.unreadable)
     for record in stage.work.records():
         info |= record.header["images"]
-        errors |= {int(image_id): error for image_id, error in record.header["errors"].items()}
+        errors |= {key_to_id(image_id): error for image_id, error in record.header["errors"].items()}
     ordered = {name: info[name] for name in stage.names if name in info}
     counts = [len(entries) for entries in ordered.values()]
     setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": stage.seconds}

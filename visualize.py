@@ -215,7 +215,7 @@ def crop_panels(
         groups[name] = [[] for _ in rows]
         for number, drawn in enumerate(crops.draw([rng] * config["visualize"]["crops"])):
             for place, row in enumerate(rows.tolist()):
-                image_id = int(subject.data.ids[row])
+                image_id = subject.data.ids[row].item()
                 shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
                 kept = coverage(crops_to_xywh(drawn[place]), subject.data.boxes[row])
                 groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=f"{kept:.0%}"))

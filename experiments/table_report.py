@@ -10,6 +10,7 @@ from experiments.tables import Table
 from figures.plots import accuracy_figure, save_figure
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import load_json, save_json, save_text, user_errors
+from localized_crops.image_ids import key_to_id
 from readers.data_set import DataSet
 from training.evaluation import Comparison, compare
 from utils import UNREADABLE, environment
@@ -74,7 +75,7 @@ def load_row(table: Table, budget: str, row: str, seeds: range, folder: Path) ->
                 correct.setdefault(view, []).append(right)
         with user_errors(UNREADABLE, f"{place / 'config.json'}: not of a finished run, train it again: "):
             family = crop_family(load_json(place / "config.json"))
-        cells = cells._replace(family=family, ids=[int(image_id) for image_id in predictions])
+        cells = cells._replace(family=family, ids=list(map(key_to_id, predictions)))
     return cells._replace(correct={view: np.array(right) for view, right in correct.items()})
 
 

@@ -177,11 +177,11 @@ def contact_panels(
 ) -> dict[str, list[Panel]]:
     """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
     rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
-    rows = np.array([row for row in rows if int(data.ids[row]) not in failed], dtype=np.int64)
+    rows = np.array([row for row in rows if data.ids[row].item() not in failed], dtype=np.int64)
     ious = iou(boxes_xywh[rows], data.boxes[rows])
 
     def panel(place: int) -> Panel:
-        row, image_id = rows[place], int(data.ids[rows[place]])
+        row, image_id = rows[place], data.ids[rows[place]].item()
         attention_map = None if maps is None else maps.get(image_id)
         title = f"image {image_id}, IoU {ious[place]:.2f}"
         return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)

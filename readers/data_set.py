@@ -14,7 +14,7 @@ class DataSet:
 
     name: str
     root: Path
-    ids: np.ndarray  # (N,) int64, as in images.txt
+    ids: np.ndarray  # (N,) int64 as in images.txt, or text
     paths: list[Path]
     labels: np.ndarray  # (N,) int64, 0 to C - 1
     class_names: list[str]
@@ -22,7 +22,7 @@ class DataSet:
     split: np.ndarray  # (N,) "train" | "val" | "test"
     image_sizes: np.ndarray  # (N, 2) int64, width height as stored
     clipped: int = 0  # boxes that reached past their image
-    unreadable: dict[int, str] = field(default_factory=dict)  # image id -> why; these images have no row
+    unreadable: dict[int | str, str] = field(default_factory=dict)  # image id -> why; these images have no row
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of one split."""

@@ -131,7 +131,7 @@ def content_key(fingerprint: str, paths: Sequence[Path], side: int | None) -> st
 def plan(ids: Sequence[int], image_sizes: np.ndarray) -> dict[int, list[int]]:
     """Return where each image lies: image id -> offset in bytes, height, width."""
     places, offset = {}, HEAD_BYTES
-    for image_id, (width, height) in zip(map(int, ids), np.asarray(image_sizes).tolist(), strict=True):
+    for image_id, (width, height) in zip(np.asarray(ids).tolist(), np.asarray(image_sizes).tolist(), strict=True):
         places[image_id] = [offset, height, width]
         offset += 3 * height * width
     return places

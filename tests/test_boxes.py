@@ -97,29 +97,56 @@ def test_a_box_file_comes_back_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["boxes.json"]  # no scratch file is left
 
 
+@pytest.mark.parametrize("ids", [[0, 7, 10**18 - 1], ["a/b c.jpg", "ä.png", "007", "9" * 30], [3, "3.jpg"]])
+def test_ids_are_numbers_or_text_and_keep_their_type(tmp_path, ids):
+    path = tmp_path / "boxes.json"
+    values = dict(zip(ids, [(1.0, 2.0, 3.5, 4.0), None, (0.0, 0.0, 53.0, 37.0), (0.0, 0.0, 1.0, 1.0)], strict=False))
+    sizes = dict.fromkeys(ids, (53, 37))
+    save_boxes(path, values, sizes, made_by="test", settings={}, scores=dict.fromkeys(ids, 0.5), pixel_grid="upright")
+    file = load_boxes(path)
+    assert (file.boxes, file.image_sizes, file.scores) == (values, sizes, dict.fromkeys(ids, 0.5))
+    assert file.pixel_grid == "upright"
+
+
+@pytest.mark.parametrize("image_id", ["12", -1, "", 10**18, 1.5])
+def test_an_id_that_would_come_back_as_another_is_refused(tmp_path, image_id):
+    with pytest.raises(ValueError, match="image id"):
+        save_boxes(tmp_path / "b.json", {image_id: None}, {image_id: (3, 5)}, made_by="test", settings={})
+
+
+def test_a_file_of_version_1_is_read(tmp_path):
+    path = write(tmp_path / "boxes.json")
+    content = json.loads(path.read_text()) | {"version": 1, "unit": "pixels of the original image as stored"}
+    del content["pixel_grid"]
+    path.write_text(json.dumps(content))
+    assert load_boxes(path).boxes == {7: (1.5, 2.0, 30.0, 20.0), 3: None} and load_boxes(path).pixel_grid == "stored"
+
+
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "named"),
     [
-        ({"kind": "masks"}, "kind is 'masks'"),
-        ({"version": 2}, "version 2"),
-        ({"box_format": "xyxy"}, "xyxy"),
+        ({"kind": "masks"}, "kind"),
+        ({"version": 3}, "version"),
+        ({"box_format": "xyxy"}, "box format"),
+        ({"pixel_grid": "turned"}, "pixel_grid"),
         ({"made_by": None}, "made_by"),
         ({"boxes": []}, "boxes"),
         ({"boxes": {"7": [1, 2, 3, 4]}}, "different images"),
         ({"boxes": {"7": [1, 2, 3], "3": None}}, "image 7"),
-        ({"boxes": {"7": [1, 2, 0, 4], "3": None}}, "with an area"),
-        ({"boxes": {"7": [1, 2, True, 4], "3": None}}, "image 7"),
+        ({"boxes": {"7": [1, 2, 0, 4], "3": None}}, "image 7"),
         ({"boxes": {"7": [1, 2, "3", 4], "3": None}}, "image 7"),
-        ({"boxes": {"7": [50, 2, 30, 4], "3": None}}, "reaches past"),
-        ({"image_sizes": {"7": [53], "3": [20, 10]}}, "size"),
-        ({"image_sizes": {"7": [53.5, 37], "3": [20, 10]}}, "size"),
-        ({"scores": {"7": "high"}}, "score"),
-        ({"scores": {"9": 1.0}}, "without an entry"),
+        ({"boxes": {"7": [50, 2, 30, 4], "3": None}}, "image 7"),
+        ({"boxes": {"7": [1, 2, 10**400, 4], "3": [1, 2]}}, "image 7"),
+        ({"image_sizes": {"7": None, "3": [20, 10]}}, "image 7"),
+        ({"image_sizes": {"7": [53], "3": [20, 10]}}, "image 7"),
+        ({"image_sizes": {"7": [53.5, 37], "3": [20, 10]}}, "image 7"),
+        ({"scores": {"7": "high"}}, "image 7"),
+        ({"scores": {"9": 1.0}}, "different images"),
     ],
 )
-def test_a_wrong_box_file_is_refused_in_one_line(tmp_path, change, told):
+def test_a_wrong_box_file_is_refused_in_one_line(tmp_path, change, named):
     path = write(tmp_path / "boxes.json", **change)
-    with pytest.raises(UserError, match=told) as error:
+    with pytest.raises(UserError, match=named) as error:
         load_boxes(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -152,3 +179,5 @@ def test_boxes_of_a_data_set(tmp_path):
         box_file.boxes_for_images(path, [5], np.array([[20, 10]]))
     with pytest.raises(UserError, match=r"image 7 is \(37, 53\) here"):
         box_file.boxes_for_images(path, [7], np.array([[37, 53]]))
+    with pytest.raises(UserError, match="upright"):
+        box_file.boxes_for_images(path, [3], np.array([[20, 10]]), pixel_grid="upright")

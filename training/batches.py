@@ -1,5 +1,6 @@
 """Batches of training crops and of test views."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,7 +100,7 @@ class TrainImages(Dataset):
         self.flips = np.stack([flips.random(len(self)) < self.flip for _, flips in rngs])
 
 
-def load_image(path: Path, image_id: int, decoded: ImageCache | None) -> torch.Tensor:
+def load_image(path: Path, image_id: int | str, decoded: ImageCache | None) -> torch.Tensor:
     """Return an image, (3, H, W) uint8 in channels-last order, from the cache of decoded images or from its file."""
     return pil_to_tensor(read_image(path)) if decoded is None else decoded[image_id]
 
@@ -109,9 +110,10 @@ def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
-def draw_seed(seed: int, epoch: int, image_id: int) -> int:
+def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:
     """Return the seed of the colours of one image in one epoch."""
-    return int(np.random.SeedSequence([seed, epoch, image_id]).generate_state(1, np.uint64)[0]) >> 1
+    number = image_id if isinstance(image_id, int) else int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8])
+    return int(np.random.SeedSequence([seed, epoch, number]).generate_state(1, np.uint64)[0]) >> 1
 
 
 BatchKey = tuple[int, list[int], int, int]  # epoch, rows, how many of them count, images of the whole step
