@@ -38,7 +38,7 @@ from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, cache_paths, save_map_cache
-from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, plan_batches
+from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer, build_localizer
 from readers.data_set import DataSet
 from utils import timed
@@ -267,16 +267,6 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             settings=stage.config | {"maps": stage.work.identity},
         )
     return boxes
-
-
-def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], wanted: dict) -> map_boxes.MapBox:
-    """Return the box that the configured method finds in a cleaned map (feat_h, feat_w)."""
-    cells = map_boxes.min_max(np.asarray(attention_map, dtype=np.float64))  # thresholds are shares of the maximum
-    threshold = "otsu" if wanted["otsu"] else wanted["threshold"]
-    if wanted["method"] == "published":
-        return map_boxes.published_box(cells, image_size, threshold=threshold)
-    options = {key: wanted[key] for key in ("upsample", "choose", "size_factor")}
-    return map_boxes.component_box(cells, image_size, threshold=threshold, **options)
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import load_config
 from datasets import read_dataset
 from figures.box_report import score_boxes
-from generate_dino_boxes import map_to_box
 from localized_crops.attention import cls_attention
 from localized_crops.boxes import center_boxes
-from localizer.attention_maps import BatchImages, clean, plan_batches
+from localizer.attention_maps import BatchImages, clean, map_to_box, plan_batches
 from localizer.networks import build_localizer
 
 IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6)

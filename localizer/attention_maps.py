@@ -1,6 +1,6 @@
 """From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,10 +71,16 @@ class BatchImages(Dataset):
     """Whole batches of decoded and resized images."""
 
     def __init__(
-        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
+        self,
+        batches: list[Batch],
+        paths: list[list[Path]],
+        patch: tuple[int, int],
+        autocontrast: bool,
+        read: Callable[[Path], PIL.Image.Image] = read_image,
     ) -> None:
-        """Keep the image paths of each batch."""
+        """Keep the image paths of each batch, and how a file is read."""
         self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
+        self.read_file = read
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -94,7 +100,7 @@ class BatchImages(Dataset):
 
     def read(self, path: Path, batch: Batch) -> np.ndarray:
         """Return one image as the network's input, (H, W, 3) uint8."""
-        image = read_image(path)
+        image = self.read_file(path)
         if image.height < self.patch[0] or image.width < self.patch[1]:
             raise UserError(
                 f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
@@ -125,6 +131,7 @@ def attend_batches(
     precision: str = "float32",
     num_workers: int = 0,
     with_logits: bool = False,
+    read: Callable[[Path], PIL.Image.Image] = read_image,
 ) -> Iterator[Attended]:
     """Yield the CLS attention of each batch, one batch behind the device: it works while the last one is used.
 
@@ -137,8 +144,10 @@ def attend_batches(
         precision: float32 | bf16 | fp16 (on CUDA).
         num_workers: processes that decode ahead.
         with_logits: also return the network's output.
+        read: opens an image file.
     """
-    images = BatchImages(batches, [[paths[row] for row in b.rows] for b in batches], localizer.patch, autocontrast)
+    files = [[paths[row] for row in batch.rows] for batch in batches]
+    images = BatchImages(batches, files, localizer.patch, autocontrast, read)
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
     pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):
@@ -187,3 +196,13 @@ def clean(attention: np.ndarray, wanted: dict[str, Any]) -> np.ndarray:
         steps=wanted["steps"],
         filter_size=wanted["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
     )
+
+
+def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], wanted: dict) -> map_boxes.MapBox:
+    """Return the box that the configured method finds in a cleaned map (feat_h, feat_w)."""
+    cells = map_boxes.min_max(np.asarray(attention_map, dtype=np.float64))  # thresholds are shares of the maximum
+    threshold = "otsu" if wanted["otsu"] else wanted["threshold"]
+    if wanted["method"] == "published":
+        return map_boxes.published_box(cells, image_size, threshold=threshold)
+    options = {key: wanted[key] for key in ("upsample", "choose", "size_factor")}
+    return map_boxes.component_box(cells, image_size, threshold=threshold, **options)

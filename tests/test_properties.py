@@ -16,13 +16,13 @@ from hypothesis.extra import numpy as hnp
 import config
 from config import ConfigError, check_config, leaves, load_config
 from dino_transform import MapCrops
-from generate_dino_boxes import map_to_box
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, coverage, expand_boxes, intersection, iou
 from localized_crops.crops import MODES, ratio_gives_way, sample_crops
 from localized_crops.density import map_to_density, sample_density_crops
 from localized_crops.files import UserError
 from localized_crops.transforms import DinoRandomResizedCrop, LocalizedRandomResizedCrop
+from localizer.attention_maps import map_to_box
 from transforms import square_crop
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: a script would print them
