@@ -20,6 +20,7 @@ LAYERS = [
     {"localizer", "figures"},
     {"training"},
     {"experiments"},
+    {"inference"},
 ]
 COMMANDS = {
     *("config", "train", "check_dataset", "generate_dino_boxes", "generate_mask", "generate_bbox"),
