@@ -1,22 +1,21 @@
-"""The one config dict: edit it here, or override a run with ``python train.py [preset=NAME] [key=value ...]``."""
+"""The one config dict: edit it here, or override a run with ``python train.py [preset=NAME] [key=value ...]``.
 
-import ast
-import copy
-import difflib
-import math
-import os
-import platform
+Edits, presets and the command line are checked alike, by the types and ranges in jobs/schema.py.
+"""
+
 from pathlib import Path
-from typing import Any
+
+from jobs import settings
 
 config = {
+    "preset": None,  # a name of `presets` below: its values go over the defaults, what is edited here over both
     # --- where a run writes, and what it tells
     "run_dir": None,  # folder of the run; None: a new one under runs/
     "resume": False,  # go on with the run in run_dir (None: the last one that did not end), from its last.pt
     "save": True,  # write last.pt and best.pt (without them a run cannot be resumed)
     "log_interval": 5,  # validate and log every so many epochs, and after the last one
     "wandb": False,  # log to Weights & Biases too (WANDB_MODE=offline needs no network)
-    "A_machine": None,  # the host's name, recorded, and looked up in MACHINE_WORKERS; None: asked of the system
+    "A_machine": None,  # the host's name, recorded, and looked up in MACHINE_WORKERS; None: the system is asked
     # --- sweep over the crop's threshold: a wandb sweep, or with wandb=false the same grid here, run after run
     "sweeprun": False,  # run the sweep instead of one training
     "sweep": {
@@ -185,7 +184,7 @@ config = {
         "ema_decay": 0.97,  # per update; averages over ema_step / (1 - ema_decay) steps, here 33, 4% of 1,000
     },
     # --- machine
-    "seed": 0,
+    "seed": 0,  # None: one is drawn, printed and recorded
     "deterministic": True,  # the same numbers on every run on the same machine
     "device": None,  # cpu | cuda | cuda:1 ...; None: cuda where there is one
     "amp": "bf16",  # none | bf16 | fp16; on CUDA only (bf16 is ten times slower than float32 on CPUs)
@@ -195,7 +194,7 @@ config = {
     "num_threads": 1,  # torch's threads on the CPU (results depend on it in the last bits); None: torch's choice
 }
 
-# Named sets of overrides: `python train.py preset=NAME`. The empty one is the built-in default above.
+# Named sets of values: `python train.py preset=NAME`, or "preset" above. The empty one is the default.
 _CUB = {
     "dataset.name": "cub",
     "dataset.val_fraction": 0.0,  # published protocol: validated on the test images
@@ -281,380 +280,25 @@ presets = {
 # num_workers where it is None, by A_machine: for hosts where one less than the cores, at most 8, is not right.
 MACHINE_WORKERS: dict[str, int] = {}
 
-# None has no type: the type that such a key takes otherwise.
-OPTIONAL = {
-    "run_dir": str,
-    "A_machine": str,
-    "sweep.id": str,
-    "dataset.root": str,
-    "dino_maps": str,
-    "cache_side": int,
-    "cache_folder": str,
-    "mask.folder": str,
-    "masks": str,
-    "bbox.classifier": str,
-    "bbox.image_size": int,
-    "sam.checkpoint": str,
-    "maiou": float,
-    "visualize.out": str,
-    "out": str,
-    "dino.model": str,
-    "dino.weights": str,
-    "dino.image_size": int,
-    "dino.filter_size": int,
-    "eval.size": int,
-    "eval_box": str,
-    "model.n_classes": int,
-    "model.weights": str,
-    "model.resumed_model": str,
-    "model.freeze_bn_from": int,
-    "opt.gamma": float,
-    "opt.clip": float,
-    "device": str,
-    "num_workers": int,
-    "num_threads": int,
-}
-CHOICES = {
-    "sweep.parameter": ("THR", "maiou"),
-    "visualize.what": ("crops", "boxes", "curves", "accuracy"),
-    "visualize.split": ("train", "val", "test"),
-    "dataset.name": ("toybirds", "cub"),
-    "dataset.split": ("official", "70/30"),
-    "cache": ("none", "disk", "ram"),
-    "crop.mode": ("exact", "reference"),
-    "crop.interpolation": ("bilinear", "bicubic"),
-    "bbox.score": ("logit", "ncm", "label_free"),
-    "mask.engine": ("segments", "sam", "official"),
-    "mask.prompt": ("automatic", "dino"),
-    "mask.store": ("bool", "packed", "none"),
-    "sam.model": ("vit_b", "vit_l", "vit_h"),
-    "dino.method": ("component", "published"),
-    "dino.choose": ("heaviest", "strongest"),
-    "opt.type": ("sgd", "adam", "adamw"),
-    "opt.scheduler": ("cosine", "step"),
-    "amp": ("none", "bf16", "fp16"),
-}
-# Least and largest value, both allowed; whole-numbered bounds are for whole numbers. Lists: each element.
-RANGES = {
-    "log_interval": (1, math.inf),
-    "sweep.seeds": (1, math.inf),
-    "sweep.count": (1, math.inf),
-    "reproduce.seeds": (1, math.inf),
-    "visualize.images": (1, 64),
-    "visualize.crops": (1, 8),
-    "dataset.val_fraction": (0.0, 0.9),
-    "THR": (-math.inf, 1.0),
-    "maiou": (0.5, 1.0),
-    "cache_side": (1, math.inf),
-    "crop.scale": (1e-6, 1.0),
-    "crop.ratio": (1e-3, 1e3),
-    "dino.image_size": (1, 4096),
-    "dino.batch_size": (1, math.inf),
-    "dino.filter_size": (1, 4096),
-    "dino.threshold": (0.0, 1.0),
-    "dino.upsample": (1, 64),
-    "dino.size_factor": (0.01, 100.0),
-    "crop.temperature": (1e-4, 1e6),
-    "mask.image_batch": (1, math.inf),
-    "bbox.padding": (0.0, 10.0),
-    "bbox.image_size": (1, 4096),
-    "bbox.batch_size": (1, math.inf),
-    "sam.points_per_side": (1, 1024),
-    "sam.points_per_batch": (1, math.inf),
-    "sam.pred_iou_thresh": (-math.inf, math.inf),
-    "sam.stability_score_thresh": (0.0, 1.0),
-    "sam.stability_score_offset": (0.0, 1e3),
-    "sam.box_nms_thresh": (0.0, 1.0),
-    "sam.crop_n_layers": (0, 8),
-    "sam.crop_nms_thresh": (0.0, 1.0),
-    "sam.crop_overlap_ratio": (0.0, 1.0),
-    "sam.crop_n_points_downscale_factor": (1, 64),
-    "sam.min_mask_region_area": (0, math.inf),
-    "sam.prompt_points": (0, 1000),
-    "sam.prompt_background": (0, 1000),
-    "self_distillation.every": (0, math.inf),
-    "self_distillation.start": (0, math.inf),
-    "augment_p": (0.0, 1.0),
-    "flip": (0.0, 1.0),
-    "eval.size": (1, 4096),
-    "eval.crop_pct": (0.05, 1.0),
-    "eval.box_margin": (0.0, 10.0),
-    "eval.batch_size": (1, math.inf),
-    "model.n_classes": (2, 10_000_000),  # of more the head alone would fill the memory
-    "model.freeze_bn_from": (0, math.inf),
-    "model.ema_step": (1, math.inf),
-    "patch_size": (1, 4096),
-    "num_epochs": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "image_size": (1, 4096),
-    "opt.lr": (0.0, 1e3),
-    "opt.target_lr": (0.0, 1e3),
-    "opt.momentum": (0.0, 1.0),
-    "opt.weight_decay": (0.0, 1e3),
-    "opt.warmup_epochs": (0, math.inf),
-    "opt.step_size": (1, math.inf),
-    "opt.accumulate": (1, math.inf),
-    "opt.clip": (1e-6, math.inf),
-    "opt.gamma": (0.0, 1.0),
-    "other.label_smoothing": (0.0, 0.99),
-    "other.ema_decay": (0.0, 1.0),
-    "seed": (0, 2**32 - 1),
-    "num_workers": (0, 1024),
-    "num_threads": (1, 1024),
-}
-
-
-LARGEST_INT = 2**53  # beyond it a float, which some of them become, no longer holds every whole number
-
-
-class ConfigError(ValueError):
-    """A key or value that the config does not take. The message is one line with the remedy."""
-
 
 def load_config(arguments: list[str], base: dict | None = None) -> dict | None:
-    """Return the resolved config of one run: the dict above, the preset, the command line, each over the last.
+    """Return the checked settings of one run: the dict above, a preset, the command line, each over the last.
 
     Args:
         arguments: the command line without the script's name: ``preset=NAME`` and ``key=value`` words.
         base: takes the place of the dict above: the config of the run that is gone on with.
 
     Returns:
-        The config; None after printing the help that ``--help`` asked for.
+        The config; None after printing the help that ``--help`` or ``--help all`` asked for.
 
     Raises:
         ConfigError: on an unknown key, a wrong type or a value that is not allowed.
     """
+    script = settings.script_name()
     if {"-h", "--help"} & set(arguments):
-        print(help_text())
+        print(settings.help_text(Path(__file__), presets, script, everything="all" in arguments))
         return None
-    words = [split_word(word) for word in arguments]
-    resolved = copy.deepcopy(base if base is not None else config)
-    for name in (value for key, value in words if key == "preset"):
-        apply_preset(resolved, name)
-    for key, value in words:
-        if key != "preset":
-            set_key(resolved, key, parse_value(key, value))
-    check_config(resolved)
+    resolved = settings.load(arguments, config, presets, base=base, machine_workers=MACHINE_WORKERS)
+    if base is None:
+        settings.print_warnings(arguments, resolved, script)
     return resolved
-
-
-def split_word(word: str) -> tuple[str, str]:
-    """Split ``key=value`` at the first equals sign."""
-    key, equals, value = word.partition("=")
-    if not equals or key.startswith("-"):
-        raise ConfigError(f"{word!r} is not understood: write key=value, without dashes (or --help)")
-    return key, value
-
-
-def apply_preset(resolved: dict, name: str) -> None:
-    """Lay a preset's overrides over ``resolved``."""
-    if name not in presets:
-        raise ConfigError(f"preset={name}: there is no such preset; there are {', '.join(presets)}")
-    for key, value in presets[name].items():
-        set_key(resolved, key, copy.deepcopy(value))
-
-
-def get_key(resolved: dict, key: str) -> Any:
-    """Return the value of a dotted key."""
-    for part in key.split("."):
-        resolved = resolved[part]
-    return resolved
-
-
-def set_key(resolved: dict, key: str, value: Any) -> None:
-    """Set a dotted key that exists; its value must have the right type."""
-    _check_known(key)
-    *parents, last = key.split(".")
-    for part in parents:
-        resolved = resolved[part]
-    resolved[last] = value
-
-
-def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Return the dotted keys of a config and their values."""
-    flat = {}
-    for key, value in tree.items():
-        flat |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _check_known(key: str) -> None:
-    known = leaves(config)
-    if key not in known:
-        near = [leaf for leaf in known if leaf.startswith(f"{key}.")][:1]  # a section's name
-        near = (
-            near
-            or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            or difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.3)
-        )
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"{key}: there is no such key{hint} (python train.py --help lists all)")
-
-
-# --- types and values ---------------------------------------------------------------------------------------------
-
-
-def leaf_type(key: str) -> type:
-    """Return the type of a key's value when it is not None: that of the default, or the one in OPTIONAL."""
-    return OPTIONAL.get(key) or type(get_key(config, key))
-
-
-def parse_value(key: str, text: str) -> Any:
-    """Turn the text after ``key=`` into a value of the key's type; lists are separated by commas."""
-    _check_known(key)
-    if key in OPTIONAL and text in ("None", "none", "null", ""):
-        return None
-    if leaf_type(key) is not list:
-        return _parse_scalar(key, text, leaf_type(key))
-    parts = text.strip("[]").split(",")
-    return [_parse_scalar(key, part.strip(), _element_type(key)) for part in parts if part.strip()]
-
-
-def _parse_scalar(key: str, text: str, kind: type) -> Any:
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ConfigError(f"{key}={text}: must be true or false")
-        return text.lower() == "true"
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{key}={text}: must be {_kind_name(kind)}") from None
-
-
-def _kind_name(kind: type) -> str:
-    return {int: "a whole number", float: "a number", str: "text", list: "a list", bool: "true or false"}[kind]
-
-
-def word_of(key: str, value: Any) -> str:
-    """Return the word of the command line that gives a dotted key this value."""
-    if isinstance(value, list):
-        return f"{key}={','.join(map(str, value))}"
-    return f"{key}={'none' if value is None else str(value).lower() if isinstance(value, bool) else value}"
-
-
-def has_all_keys(tree: Any, schema: dict = config) -> bool:
-    """Tell whether ``tree`` is a dict with the sections and keys of this file's, and no others."""
-    if not isinstance(tree, dict) or tree.keys() != schema.keys():
-        return False
-    return all(has_all_keys(tree[key], value) for key, value in schema.items() if isinstance(value, dict))
-
-
-def check_config(resolved: dict) -> None:
-    """Check every value by itself, then the values against each other.
-
-    Raises:
-        ConfigError: on the first fault.
-    """
-    for key in leaves(config):
-        check_value(key, get_key(resolved, key))
-    _check_together(resolved)
-
-
-def check_value(key: str, value: Any) -> None:
-    """Check the value of one dotted key by itself.
-
-    Raises:
-        ConfigError: if it has the wrong type or is not allowed.
-    """
-    if value is None:
-        if key not in OPTIONAL:
-            raise ConfigError(f"{key}=None: must have a value ({_kind_name(leaf_type(key))})")
-        return
-    kind = leaf_type(key)
-    if not _is_of(value, kind):
-        raise ConfigError(f"{key}={value!r}: must be {_kind_name(kind)}")
-    if kind is str and not value:
-        raise ConfigError(f"{key}=: must not be empty")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise ConfigError(f"{key}={value}: must be one of {', '.join(CHOICES[key])}")
-    for element in value if kind is list else [value]:
-        if kind is list and not _is_of(element, _element_type(key)):
-            raise ConfigError(f"{key}={value}: {element!r} must be {_kind_name(_element_type(key))}")
-        _check_number(key, element)
-
-
-def _is_of(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)  # an int for a float is fine
-
-
-def _element_type(key: str) -> type:
-    return type((get_key(config, key) or [""])[0])
-
-
-def _check_number(key: str, value: Any) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{key}={value}: must be a finite number")
-    if isinstance(value, int) and abs(value) > LARGEST_INT:
-        raise ConfigError(f"{key}={value}: must lie between {-LARGEST_INT} and {LARGEST_INT}")
-    if key not in RANGES:
-        return
-    low, high = RANGES[key]
-    if isinstance(low, int) and not isinstance(value, int):
-        raise ConfigError(f"{key}={value}: must be a whole number")
-    if not low <= value <= high:
-        raise ConfigError(f"{key}={value}: must lie between {low} and {high}")
-
-
-def _check_together(c: dict) -> None:
-    """Check what one key demands of another."""
-    for key in ("crop.scale", "crop.ratio"):
-        pair = get_key(c, key)
-        if len(pair) != 2 or pair[0] > pair[1]:
-            raise ConfigError(f"{key}={pair}: must be two numbers, the lower one first")
-    if c["use_box"] and c["use_dino_maps"]:
-        raise ConfigError("use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false")
-    if c["mask"]["prompt"] == "dino" and (c["mask"]["engine"] != "sam" or c["dino_maps"] is None):
-        raise ConfigError("mask.prompt=dino needs mask.engine=sam and dino_maps=FILE of generate_dino_boxes.py")
-    if c["self_distillation"]["every"] and not (c["use_dino_maps"] and c["dino_maps"] is None):
-        raise ConfigError("self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none")
-    if c["opt"]["lr"] <= 0 or c["opt"]["target_lr"] <= 0:
-        raise ConfigError("opt.lr and opt.target_lr must be above 0")
-    if c["opt"]["accumulate"] > c["batch_size"]:
-        raise ConfigError(f"opt.accumulate={c['opt']['accumulate']}: a batch has batch_size={c['batch_size']} images")
-    if c["opt"]["target_lr"] > c["opt"]["lr"]:
-        raise ConfigError(f"opt.target_lr={c['opt']['target_lr']} is above opt.lr={c['opt']['lr']}: lower it")
-    if not c["eval"]["views"]:
-        raise ConfigError("eval.views is empty: name at least one view")
-    if c["sweep"]["resume"] and c["sweep"]["id"] is None:
-        raise ConfigError("sweep.resume=true needs sweep.id=ID, the sweep to go on with")
-    if c["sweeprun"] and not c["sweep"]["values"]:
-        raise ConfigError("sweep.values is empty: give the grid, such as sweep.values=0,0.5,1")
-    if c["sweeprun"] and c["sweep"]["parameter"] == "maiou" and not all(0.5 <= v <= 1 for v in c["sweep"]["values"]):
-        raise ConfigError(f"sweep.values={c['sweep']['values']}: target maIoUs must lie between 0.5 and 1")
-
-
-# --- derived values -----------------------------------------------------------------------------------------------
-
-
-def step_gamma(opt: dict, num_epochs: int) -> float:
-    """Return the factor of one fall of the step schedule, so that it ends near ``target_lr``."""
-    if opt["gamma"] is not None:
-        return opt["gamma"]
-    return (opt["target_lr"] / opt["lr"]) ** (opt["step_size"] / num_epochs)
-
-
-def worker_count(num_workers: int | None, machine: str | None = None) -> int:
-    """Return how many processes load images for this process.
-
-    None: what MACHINE_WORKERS says of ``machine`` (None: this host), else by its cores; the processes that torchrun
-    started on the machine share them.
-    """
-    if num_workers is not None:
-        return num_workers
-    whole = MACHINE_WORKERS.get(machine or platform.node(), max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def help_text() -> str:
-    """Return the dict above with its comments: they are the manual."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    literal = next(
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "config"
-    )
-    lines = source.splitlines()[literal.lineno : literal.end_lineno - 1]
-    usage = "python SCRIPT.py [preset=NAME] [key=value ...]    (nested keys with dots: model.type=resnet50)"
-    return "\n".join([usage, f"presets: {', '.join(presets)}", "", *lines])

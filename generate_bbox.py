@@ -29,11 +29,12 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from config import ConfigError, check_value, get_key, load_config, worker_count
+from config import load_config
 from datasets import read_dataset
 from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
 from jobs.loader import build_loader
+from jobs.settings import ConfigError, check_value, get_key
 from jobs.shared_work import SharedWork, choose_device, process_numbers
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, expand_boxes, whole_image_boxes
@@ -243,8 +244,7 @@ def cut_out(
 ) -> Iterator[tuple[torch.Tensor, dict[str, str]]]:
     """Yield the cut-outs of units, (B, 3, size, size) uint8 in the order of rows and boxes, made ahead by workers."""
     images = CutOuts(units, stage.data, boxes, stage.config["bbox"]["padding"], stage.image_size)
-    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
-    pin = stage.device.type == "cuda"
+    workers, pin = stage.config["num_workers"], stage.device.type == "cuda"
     yield from build_loader(images, num_workers=workers, pin_memory=pin, batch_size=None)
 
 

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import load_config, worker_count
+from config import load_config
 from datasets import read_dataset
 from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
@@ -202,7 +202,7 @@ def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[st
         stage.device,
         autocontrast=wanted["autocontrast"],
         precision=stage.work.identity["precision"],
-        num_workers=worker_count(stage.config["num_workers"], stage.config["A_machine"]),
+        num_workers=stage.config["num_workers"],
     )
     with tqdm(total=total, desc="maps", unit=" images", disable=stage.work.rank > 0, mininterval=1.0) as bar:
         for one in attended:

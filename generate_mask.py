@@ -27,7 +27,7 @@ from segment_anything import SamAutomaticMaskGenerator
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from config import load_config, worker_count
+from config import load_config
 from datasets import read_dataset
 from figures.box_report import refuse_to_hide, report_boxes, save_errors
 from jobs.guard import DEAD_WORKER, going_on_with, run_script, same_command
@@ -209,7 +209,7 @@ def finished_batches(stage: Stage) -> set[int]:
 
 def read_batches(stage: Stage, numbers: list[int]) -> Iterator[tuple[list[np.ndarray | None], dict[str, str]]]:
     """Yield the images of batches, decoded ahead by workers, and why images could not be read, by id."""
-    workers = worker_count(stage.config["num_workers"], stage.config["A_machine"])
+    workers = stage.config["num_workers"]
     images = ImageBatches([[(int(stage.data.ids[r]), stage.data.paths[r]) for r in stage.batches[n]] for n in numbers])
     yield from build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
 

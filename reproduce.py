@@ -12,19 +12,18 @@ is done is not repeated; the same command started twice shares the trainings (on
 Other words of the command line hold for stages and trainings alike; wandb=true logs each training there too.
 """
 
-import copy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import config as settings
-from config import ConfigError, apply_preset, check_config, load_config, parse_value, set_key, split_word, word_of
+from config import load_config
 from datasets import read_dataset
 from experiments.sweep import FolderInUseError, run_point
 from experiments.table_report import place_of, write_table
 from experiments.tables import TABLES, Step, Table
 from jobs.guard import going_on_with, run_script, same_command
+from jobs.settings import ConfigError, is_read_by, parse_value, split_word, word_of
 from localized_crops.files import UserError
 from train import train_run
 from training.distributed import refuse_many
@@ -41,9 +40,9 @@ def load_request(arguments: list[str]) -> dict | None:
     config = load_config(arguments)
     if config is None:
         return None
+    if config["preset"] is not None:
+        raise ConfigError(f"preset={config['preset']}: each table has its own preset; leave it out")
     words = dict(map(split_word, arguments))
-    if "preset" in words:
-        raise ConfigError(f"preset={words['preset']}: each table has its own preset; leave this word out")
     own = {key: parse_value(key, text) for key, text in words.items() if key not in OWN_KEYS}
     seeds = range(config["seed"], config["seed"] + config["reproduce"]["seeds"])
     return {"table": config["reproduce"]["table"], "seeds": seeds, "run_dir": config["run_dir"], "own": own}
@@ -73,7 +72,8 @@ def run_step(step: Step, own: dict) -> None:
     """
     if Path(step.makes).exists():
         return
-    words = [*(word_of(key, value) for key, value in own.items()), *step.words]  # the later one holds
+    used = {key: value for key, value in own.items() if is_read_by(Path(step.script).stem, key)}
+    words = [*(word_of(key, value) for key, value in used.items()), *step.words]  # the later one holds
     if step.script == "train.py" and (Path(step.makes).parent / "config.json").exists():
         words.append("resume=true")
     print(f"--- python {step.script} {shlex.join(words)}", flush=True)
@@ -95,12 +95,8 @@ def run_trainings(table: Table, shared: dict, seeds: range, folder: Path) -> Non
 
 def point_config(table: Table, own: dict) -> dict:
     """Return the config that all trainings of the table share; ``own`` (dotted key -> value) is laid over it."""
-    config = copy.deepcopy(settings.config)
-    apply_preset(config, table.preset)
-    for key, value in (table.common | own).items():
-        set_key(config, key, copy.deepcopy(value))
-    check_config(config)
-    return config
+    words = (word_of(key, value) for key, value in (table.common | own).items())
+    return load_config([f"preset={table.preset}", *words])
 
 
 def table_points(table: Table, seeds: range) -> list[tuple[str, dict, str]]:

@@ -13,7 +13,6 @@ best.pt, predictions.json, summary.json, curves.png.
 import contextlib
 import copy
 import math
-import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -30,10 +29,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import models
-from config import ConfigError, check_config, has_all_keys, leaves, load_config, step_gamma, worker_count
+from config import load_config
 from experiments.sweep import FolderInUseError, run_sweep, start_wandb
 from figures.plots import draw_curves
 from jobs.guard import going_on_with, run_script
+from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device
 from localized_crops.attention import last_attention
 from localized_crops.boxes import maiou_to_thr
@@ -83,7 +83,7 @@ from utils import (
 )
 
 # What may change between a run and its continuation: it does not change the numbers.
-RESUME_MAY_CHANGE = {"resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
+RESUME_MAY_CHANGE = {"preset", "resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
 
 # The numbers that log.jsonl holds of every epoch that was validated.
 LOGGED = (
@@ -130,10 +130,7 @@ def resumed_config(arguments: list[str], folder: Path) -> dict:
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
     saved = load_json(folder / "config.json")
-    if not has_all_keys(saved):
-        raise ConfigError(f"{folder / 'config.json'}: of another version of config.py; start a new run")
-    with user_errors(ConfigError, f"{folder / 'config.json'}: "):
-        check_config(saved)
+    check_config(saved, f"{folder / 'config.json'}: ")
     config = load_config(arguments, base=saved) | {"run_dir": str(folder)}
     before, now = leaves(saved), leaves(config)
     for key in sorted(before.keys() - RESUME_MAY_CHANGE):
@@ -189,8 +186,8 @@ def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
 def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
     if config["num_threads"]:
         torch.set_num_threads(config["num_threads"])
+    config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
     seed_everything(config["seed"], config["deterministic"])
-    config["num_workers"] = worker_count(config["num_workers"], config["A_machine"])
     data = on_rank_0(lambda: load_data(config))
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
@@ -240,7 +237,6 @@ def others_may_die(folder: Path) -> Iterator[None]:
 def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> None:
     """Fill in what the config leaves to be derived, so that config.json tells all."""
     config["run_dir"] = str(folder)
-    config["A_machine"] = config["A_machine"] or platform.node()
     config["dataset"]["root"] = str(data.root)
     config["model"]["n_classes"] = config["model"]["n_classes"] or len(data.class_names)
     if config["model"]["n_classes"] < len(data.class_names):
@@ -338,6 +334,13 @@ def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = True) -> tor
     if opt["type"] == "sgd":
         return torch.optim.SGD(groups, momentum=opt["momentum"], **how)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, **how)
+
+
+def step_gamma(opt: dict, num_epochs: int) -> float:
+    """Return the factor of one fall of the step schedule, so that it ends near ``target_lr``."""
+    if opt["gamma"] is not None:
+        return opt["gamma"]
+    return (opt["target_lr"] / opt["lr"]) ** (opt["step_size"] / num_epochs)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int) -> lr_scheduler.LRScheduler:

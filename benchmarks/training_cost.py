@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models
 import train
-from config import load_config, worker_count
+from config import load_config
 from dino_transform import MapCrops
 from training import train_data
 from training.batches import Batch
@@ -105,7 +105,6 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     """Build the training of one way; return its run, config and loader."""
     more = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     config = load_config([*(["num_workers=0"] if device.type == "cpu" else []), *words, *more])
-    config["num_workers"] = worker_count(config["num_workers"])
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
     folder, data = Path("runs/training_cost"), train_data.load_data(config)
     boxes, _ = train_data.crop_boxes(config, data)

@@ -74,7 +74,7 @@ def load_summary(folder: Path) -> dict[str, Any]:
 
 
 # Keys that a finished training does not depend on: of the machine, of logging, of other stages.
-FREE_KEYS = {"run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
+FREE_KEYS = {"preset", "run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
 FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
 
 

@@ -1,68 +1,95 @@
+import ast
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 
 import config
-from config import ConfigError, load_config, presets, step_gamma
+from config import load_config, presets
+from jobs import schema, settings
+from jobs.settings import ConfigError, check_config, leaves
+
+ROOT = Path(__file__).parent.parent
 
 
-def test_the_literal_itself_is_valid_and_a_load_does_not_touch_it():
+@pytest.fixture
+def edit(monkeypatch):
+    """Return a function that edits config.py's dict for one test."""
+    fresh = copy.deepcopy(config.config)
+    monkeypatch.setattr(config, "config", fresh)
+    return lambda key, value: settings.set_key(fresh, key, value)
+
+
+# --- the dict, the schema, presets --------------------------------------------------------------------------------
+
+
+def test_the_dict_as_shipped_holds_the_keys_and_defaults_of_the_schema():
+    assert leaves(config.config) == settings.KNOWN
+    assert check_config(config.config) == config.config
+
+
+def test_a_load_does_not_touch_the_dict():
     before = copy.deepcopy(config.config)
     loaded = load_config(["THR=0.5", "crop.scale=.2,1", "dataset.root=a=b"])
-    assert config.config == before
-    assert loaded["THR"] == 0.5 and loaded["crop"]["scale"] == [0.2, 1.0]
-    assert loaded["dataset"]["root"] == "a=b"  # the first = splits
+    loaded["crop"]["scale"].append(3)
+    assert config.config == before and load_config([])["crop"] == before["crop"]
+    assert loaded["THR"] == 0.5 and loaded["dataset"]["root"] == "a=b"  # the first = splits
 
 
 @pytest.mark.parametrize("name", presets)
 def test_presets_are_valid(name):
-    load_config([f"preset={name}"])
+    assert load_config([f"preset={name}"])["preset"] == name
 
 
 def test_the_command_line_goes_over_the_preset_wherever_it_stands():
     assert load_config(["num_epochs=7", "preset=cub_second_training"])["num_epochs"] == 7
 
 
-def test_every_rule_is_about_a_key_that_exists():
-    known = config.leaves(config.config)
-    assert {*config.OPTIONAL, *config.CHOICES, *config.RANGES} <= known.keys()
-    assert {key for key, value in known.items() if value is None} <= config.OPTIONAL.keys()
-
-
-def test_values_have_the_type_of_the_default():
-    loaded = load_config(["opt.lr=1", "save=False", "num_workers=none", "eval.views=full@96, box"])
+def test_values_have_the_type_of_the_schema():
+    loaded = load_config(["opt.lr=1", "save=False", "num_threads=none", "eval.views=full@96, box", "model.n_classes=3"])
     assert isinstance(loaded["opt"]["lr"], float) and loaded["opt"]["lr"] == 1.0
-    assert loaded["save"] is False and loaded["num_workers"] is None
-    assert loaded["eval"]["views"] == ["full@96", "box"]
+    assert loaded["save"] is False and loaded["num_threads"] is None
+    assert loaded["eval"]["views"] == ["full@96", "box"] and loaded["model"]["n_classes"] == 3
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("THRR=1", "did you mean THR"),
-        ("lr=1", "did you mean opt.lr"),
-        ("model=resnet50", "did you mean model.type"),
-        ("model.typ=x", "did you mean model.type"),
-        ("num_epochs=1.5", "a whole number"),
-        ("num_epochs=0", "between 1"),
-        ("opt.lr=fast", "a number"),
-        ("opt.lr=nan", "finite"),
-        ("opt.lr=inf", "finite"),
-        ("wandb=1", "true or false"),
-        ("seed=__import__('os').getpid()", "a whole number"),
-        ("--wandb", "without dashes"),
-        ("wandb", "key=value"),
-        ("preset=cub", "cub_first_training"),
-        ("opt.type=lamb", "sgd, adam, adamw"),
-        ("crop.scale=1,.5", "lower one first"),
-        ("crop.scale=.5", "two numbers"),
-        ("THR=1.1", "between"),
-        ("maiou=.3", "between 0.5"),
+        ("THRR=1", "THR?"),
+        ("thr=1", "THR?"),
+        ("lr=1", "opt.lr?"),
+        ("model=resnet50", "model.type?"),
+        ("model.typ=x", "model.type?"),
+        ("CUB_DINO=true", "preset=cub_dino?"),
+        ("cub_dino", "preset=cub_dino?"),
+        ("preset=Cub_Dino", "cub_dino?"),
+        ("num_epochs=1.5", "num_epochs=1.5"),
+        ("num_epochs=0", "num_epochs=0"),
+        ("num_epochs=none", "num_epochs=none"),
+        ("opt.lr=fast", "opt.lr=fast"),
+        ("opt.lr=nan", "opt.lr=nan"),
+        ("opt.lr=inf", "opt.lr=inf"),
+        ("opt.lr=0", "opt.lr=0"),
+        ("wandb=1", "wandb=1"),
+        ("source=", "source="),
+        ("seed=__import__('os').getpid()", "seed=__import__('os').getpid()"),
+        ("sweep.count=99999999999999999999", "sweep.count=99999999999999999999"),
+        ("--wandb", "'--wandb'"),
+        ("wandb", "'wandb'"),
+        ("opt.type=lamb", "'adamw'"),
+        ("crop.scale=1,.5", "crop.scale=1,.5"),
+        ("crop.scale=.5", "crop.scale=.5"),
+        ("THR=1.1", "THR=1.1"),
+        ("maiou=.3", "0.5"),
         ("use_dino_maps=true", "use_box=false"),
-        ("opt.target_lr=1", "above opt.lr"),
+        ("opt.target_lr=1", "opt.lr=0.004"),
+        ("opt.accumulate=17", "batch_size=16"),
         ("sweep.resume=true", "sweep.id"),
-        ("eval.views=", "at least one view"),
-        ("num_epochs=none", "a whole number"),
+        ("eval.views=", "eval.views="),
     ],
 )
 def test_faults_are_one_line_that_names_the_key(word, told):
@@ -71,30 +98,201 @@ def test_faults_are_one_line_that_names_the_key(word, told):
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_edited_dict_is_checked_too(monkeypatch):
-    monkeypatch.setitem(config.config, "num_epochs", 2.5)
-    with pytest.raises(ConfigError, match=r"num_epochs=2\.5: must be a whole number"):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_epochs", 2.5),
+        ("num_epochs", "40"),
+        ("use_box", "False"),
+        ("use_box", 1),
+        ("patch_size", None),
+        ("opt.lr", "1e-3"),
+        ("opt.lr", True),
+        ("opt.lr", float("nan")),
+        ("opt.weight_decay", None),
+        ("THR", [1.0]),
+        ("crop.scale", 0.5),
+        ("crop.scale", "0.5,1"),
+        ("sweep.values", [0.5, "1"]),
+        ("eval.views", "full"),
+        ("opt.type", "lamb"),
+        ("dataset.root", Path("photos")),
+    ],
+)
+def test_an_edited_value_that_is_not_allowed_is_named_with_its_file(edit, key, value):
+    edit(key, value)
+    with pytest.raises(ConfigError) as error:
+        load_config([])
+    assert str(error.value).startswith(f"config.py: {key}=") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["opt", "opt.LR", "THRR", "opt.lr.x"])
+def test_an_edited_key_that_does_not_exist_is_named_with_the_nearest(edit, key):
+    if key.startswith("opt.lr"):
+        edit("opt.lr", {})
+    edit(key, 1.0)
+    with pytest.raises(ConfigError, match=rf"^config\.py: {key}: .*did you mean (opt\.|THR)"):
         load_config([])
 
 
-def test_gamma_leads_from_lr_to_target_lr():
-    opt = load_config(["preset=cub_second_training"])["opt"]
-    falls = 200 // opt["step_size"]
-    assert opt["lr"] * step_gamma(opt, 200) ** falls == pytest.approx(opt["target_lr"])
-    assert step_gamma(opt | {"gamma": 0.3}, 200) == 0.3
+@pytest.mark.parametrize("key", ["THR", "opt.lr", "sam"])
+def test_a_missing_key_is_named_with_its_default(edit, key):
+    section, _, name = key.rpartition(".")
+    del (config.config[section] if section else config.config)[name]
+    with pytest.raises(ConfigError, match=rf"^config\.py: {key}.* is missing; its default is "):
+        load_config([])
 
 
-def test_workers_come_from_the_key_the_machines_name_or_its_cores(monkeypatch):
+def test_a_fault_of_a_preset_names_the_preset(monkeypatch):
+    monkeypatch.setitem(presets, "mine", {"num_epochs": "many"})
+    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epochs=many"):
+        load_config(["preset=mine"])
+    monkeypatch.setitem(presets, "mine", {"num_epoch": 3})
+    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epoch: .*num_epochs\?"):
+        load_config(["preset=mine"])
+
+
+# --- edited by hand -----------------------------------------------------------------------------------------------
+
+
+def test_an_int_is_a_float_and_a_tuple_a_list(edit):
+    for key, value in {"THR": 1, "opt.weight_decay": 0, "crop.scale": (0.1, 1), "sweep.values": [-1, 0, 0.2]}.items():
+        edit(key, value)
+    edit("dino.heads", 3)
+    loaded = load_config(["THR=0.5"])
+    assert loaded["THR"] == 0.5 and loaded["crop"]["scale"] == [0.1, 1.0] and loaded["dino"]["heads"] == "3"
+    assert type(loaded["opt"]["weight_decay"]) is float and loaded["sweep"]["values"] == [-1.0, 0.0, 0.2]
+    assert load_config(["preset=cub_second_training"])["opt"]["weight_decay"] == 1e-4
+
+
+EDITED = {
+    **{"THR": 0.25, "resume": True, "run_dir": "runs/mine", "seed": None, "num_workers": 3, "opt.clip": 1.5},
+    **{
+        "crop.ratio": [1.0, 1.0],
+        "sweep.id": "x",
+        "visualize.runs": ["a", "b"],
+        "model.freeze_bn_from": 2,
+        "amp": "none",
+    },
+    **{"preset": "cub_second_training", "num_epochs": 5},
+}
+
+
+@pytest.mark.parametrize("key", EDITED)
+def test_an_edit_does_what_the_word_does(edit, key, monkeypatch):
+    monkeypatch.setattr(settings.secrets, "randbelow", lambda _: 17)
+    wanted = load_config([settings.word_of(key, EDITED[key])])
+    edit(key, EDITED[key])
+    assert load_config([]) == wanted
+
+
+def test_edits_go_over_the_preset_of_the_file_and_the_command_line_over_both(edit):
+    edit("preset", "cub_second_training")
+    edit("num_epochs", 7)
+    assert (load_config([])["num_epochs"], load_config([])["opt"]["lr"]) == (7, 2e-4)
+    assert load_config(["num_epochs=9"])["num_epochs"] == 9
+    other = load_config(["preset=cub_first_training"])  # in place of the file's
+    assert (other["preset"], other["num_epochs"], other["opt"]["lr"]) == ("cub_first_training", 90, 1e-3)
+    with pytest.raises(ConfigError, match=r"^config\.py: preset=none-such"):
+        edit("preset", "none-such")
+        load_config([])
+
+
+def test_a_continued_run_keeps_its_settings_unless_resume_stands_in_the_file(edit):
+    saved = load_config(["num_epochs=3", "log_interval=2"])
+    edit("log_interval", 9)
+    assert load_config(["resume=true"], base=saved)["log_interval"] == 2
+    edit("resume", True)
+    loaded = load_config([], base=saved)
+    assert loaded["resume"] and (loaded["log_interval"], loaded["num_epochs"]) == (9, 3)
+
+
+# --- what None leaves to the machine or to chance -----------------------------------------------------------------
+
+
+def test_a_seed_that_is_none_is_drawn_anew_and_told(capsys):
+    seeds = {load_config(["seed=none"])["seed"] for _ in range(4)}
+    assert len(seeds) > 1 and all(type(seed) is int for seed in seeds)
+    told = capsys.readouterr().out
+    assert all(f"seed={seed} " in told for seed in seeds) and load_config([])["seed"] == 0
+
+
+def test_workers_come_from_the_key_the_machines_name_or_its_cores(edit, monkeypatch):
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setattr(settings.platform, "node", lambda: "here")
     monkeypatch.setitem(config.MACHINE_WORKERS, "bird", 3)
-    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: set(range(32)))
-    assert config.worker_count(5, "bird") == 5 and config.worker_count(0, "bird") == 0
-    assert config.worker_count(None, "bird") == 3 and config.worker_count(None, "other") == 8
-    monkeypatch.setattr(config.os, "sched_getaffinity", lambda _: {0, 1})
-    assert config.worker_count(None, "other") == 1
+    found = {word: load_config([word]) for word in ("A_machine=bird", "A_machine=none", "A_machine=other")}
+    assert [one["num_workers"] for one in found.values()] == [3, 8, 8]
+    assert found["A_machine=none"]["A_machine"] == "here"
+    assert load_config(["num_workers=5", "A_machine=bird"])["num_workers"] == 5
+    assert load_config(["num_workers=0"])["num_workers"] == 0
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: {0, 1})
+    assert load_config([])["num_workers"] == 1
 
 
-def test_help_prints_the_dict_with_its_comments(capsys):
+def test_the_processes_of_torchrun_share_the_workers_of_a_machine(monkeypatch):
+    monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: set(range(32)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert load_config([])["num_workers"] == 2
+    assert load_config(["num_workers=5"])["num_workers"] == 5
+
+
+# --- help and warnings --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Return a function that lets load_config think it is called by a script."""
+    return lambda name: monkeypatch.setattr(sys, "argv", [f"/somewhere/{name}.py"])
+
+
+def test_help_prints_what_the_script_reads_and_all_on_demand(script, capsys):
+    script("generate_bbox")
     assert load_config(["--help"]) is None
-    printed = capsys.readouterr().out
-    assert '"label_smoothing": 0.1' in printed and "share of the box that a crop keeps" in printed
-    assert "cub_first_training" in printed
+    own = capsys.readouterr().out
+    assert own.startswith("python generate_bbox.py") and "cub_first_training" in own
+    assert '"padding": 0.1' in own and "share of the box's side" in own and "label_smoothing" not in own
+    assert load_config(["--help", "all"]) is None
+    everything = capsys.readouterr().out.splitlines()
+    assert set(own.splitlines()[3:-2]) < set(everything)
+    lines = Path(config.__file__).read_text().splitlines()
+    assert everything[3:] == lines[lines.index("config = {") + 1 : lines.index("}")]
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "told"),
+    [
+        ("visualize", "out=a.png", "visualize.out"),
+        ("generate_dino_boxes", "batch_size=4", "dino.batch_size"),
+        ("check_dataset", "opt.lr=1", "train.py"),
+        ("train", "mask.store=none", "generate_mask.py"),
+    ],
+)
+def test_a_word_that_the_script_does_not_use_is_told_with_the_right_one(script, capsys, name, word, told):
+    script(name)
+    load_config([word, "dataset.check=true"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {word.partition('=')[0]}: ") and told in line
+
+
+def test_toys_on_photographs_are_told_with_the_preset_to_use(script, capsys):
+    script("train")
+    load_config(["dataset.name=cub"])
+    line = capsys.readouterr().err
+    assert "model.type=toyresnet" in line and "image_size=64" in line and "preset=" in line
+    for words in (["preset=cub_first_training"], [], ["dataset.name=cub", "model.type=toyresnet", "image_size=64"]):
+        load_config(words)
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name", schema.READ_BY)
+def test_a_script_is_said_to_read_what_it_reads(name):
+    path = next(path for path in (ROOT / f"{name}.py", ROOT / "toybirds" / f"{name}.py") if path.exists())
+    subscripts = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Subscript))
+    read = {
+        node.slice.value
+        for node in subscripts
+        if ast.unparse(node.value).split(".")[-1] in ("config", "cfg") and isinstance(node.slice, ast.Constant)
+    }
+    assert read and not [key for key in read if not settings.is_read_by(name, key)]
+    assert {*schema.READ_BY[name].split()} <= config.config.keys()

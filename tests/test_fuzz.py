@@ -18,9 +18,10 @@ import safetensors.torch
 import torch
 
 import train
-from config import ConfigError, load_config
+from config import load_config
 from datasets import read_dataset
 from jobs.records import RecordFile, read_records
+from jobs.settings import ConfigError
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import MapCache

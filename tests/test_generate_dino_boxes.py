@@ -15,11 +15,12 @@ import torch
 
 import generate_dino_boxes as stage
 import train
-from config import ConfigError, load_config
+from config import load_config
 from datasets import read_dataset, source_boxes
 from figures import box_report
 from figures.box_report import evaluate_boxes
 from jobs import shared_work
+from jobs.settings import ConfigError
 from localized_crops import map_boxes
 from localized_crops.attention import cls_attention
 from localized_crops.box_file import load_boxes

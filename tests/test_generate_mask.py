@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import generate_mask as stage
-from config import ConfigError, load_config
+from config import load_config
 from datasets import read_dataset
 from figures import box_report
+from jobs.settings import ConfigError
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache

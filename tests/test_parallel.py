@@ -16,7 +16,7 @@ from torch import nn
 
 import models
 import train
-from config import ConfigError
+from jobs.settings import ConfigError
 from jobs.shared_work import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed

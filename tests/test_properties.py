@@ -12,10 +12,21 @@ import torchvision.ops
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pydantic import TypeAdapter
 
 import config
-from config import ConfigError, check_config, leaves, load_config
+from config import load_config
 from dino_transform import MapCrops
+from jobs.settings import (
+    ConfigError,
+    check_config,
+    check_value,
+    leaves,
+    parse_value,
+    split_word,
+    value_type,
+    word_of,
+)
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, coverage, expand_boxes, intersection, iou
 from localized_crops.crops import MODES, ratio_gives_way, sample_crops
@@ -52,32 +63,37 @@ WORDS = st.text("abcXYZ012_./-@", min_size=1, max_size=12).filter(lambda text: t
 
 
 def values(key: str) -> st.SearchStrategy:
-    """Return a strategy for values that one key takes by itself."""
-    kind = config.leaf_type(key)
-    element = config._element_type(key) if kind is list else kind
-    low, high = config.RANGES.get(key, (-1e6, 1e6))
-    low, high = max(low, -1e6), min(high, 1e6)
-    one = {
-        bool: st.booleans(),
-        int: st.integers(math.ceil(low), math.floor(high)),
-        float: st.floats(low, high),
-        str: st.sampled_from(config.CHOICES.get(key, ("a", "b"))) if key in config.CHOICES else WORDS,
-    }[element]
-    return st.lists(one, min_size=1, max_size=4) if kind is list else one
+    """Return a strategy for values, other than None, that one key takes by itself."""
+    kind = TypeAdapter(value_type(key)).json_schema()
+    kind = next((one for one in kind.get("anyOf", []) if one["type"] != "null"), kind)
+    if kind["type"] != "array":
+        return scalars(kind)
+    pair = {"min_size": 2, "max_size": 2} if key in ("crop.scale", "crop.ratio") else {"min_size": 1, "max_size": 4}
+    return st.lists(scalars(kind["items"]), **pair).map(sorted)
 
 
-def as_word(key: str, value: object) -> str:
-    """Return the word of the command line that sets a key."""
-    return f"{key}={','.join(map(str, value)) if isinstance(value, list) else value}"
+def scalars(kind: dict) -> st.SearchStrategy:
+    """Return a strategy for what a JSON schema allows."""
+    if "enum" in kind:
+        return st.sampled_from(kind["enum"])
+    low = max(kind.get("minimum", -1e6), kind.get("exclusiveMinimum", -1e6))
+    high = min(kind.get("maximum", 1e6), 1e6)
+    numbers = {"exclude_min": "exclusiveMinimum" in kind, "allow_nan": False}
+    return {
+        "boolean": st.booleans,
+        "integer": lambda: st.integers(math.ceil(low), math.floor(high)),
+        "number": lambda: st.floats(low, high, **numbers),
+        "string": lambda: WORDS,
+    }[kind["type"]]()
 
 
 @quick
 @given(st.sampled_from(KEYS).flatmap(lambda key: st.tuples(st.just(key), values(key))))
-def test_a_value_comes_back_from_its_own_text(pair):
+def test_a_value_comes_back_from_its_own_word(pair):
     key, value = pair
-    config.check_value(key, value)
-    found = config.parse_value(*config.split_word(as_word(key, value)))
-    assert found == value and type(found) is config.leaf_type(key)
+    check_value(key, value)
+    found = parse_value(*split_word(word_of(key, value)))
+    assert found == value and (type(found) is type(value) or isinstance(found, float))
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import torch
 from test_train import assert_same_run, run, words
 
 import train
-from config import ConfigError, load_config
+from config import load_config
 from datasets import read_dataset
+from jobs.settings import ConfigError
 from localized_crops.attention import cls_attention_and_logits
 from localized_crops.files import UserError
 from localized_crops.map_file import MapCache

@@ -15,6 +15,7 @@ import config
 import models
 import train
 from datasets import read_dataset
+from jobs.settings import ConfigError
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache
@@ -159,16 +160,16 @@ def test_a_run_goes_on_from_its_own_config(unbroken, tmp_path, monkeypatch):
     monkeypatch.setitem(config.config, "num_epochs", 99)  # config.py was edited meanwhile
     resumed = train.load_run_config(["resume=true", f"run_dir={folder}"])
     assert resumed["num_epochs"] == 4 and resumed["model"]["ema_step"] == 3
-    with pytest.raises(config.ConfigError, match=r"THR=0\.5: the run in .* has 1\.0"):
+    with pytest.raises(ConfigError, match=r"THR=0\.5: the run in .* has 1\.0"):
         train.load_run_config(["resume=true", f"run_dir={folder}", "THR=0.5"])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(config.ConfigError, match="no unfinished run"):
+    with pytest.raises(ConfigError, match="no unfinished run"):
         train.load_run_config([*SMALL, *FULL, "resume=true"])
     begun = Path(shutil.copytree(unbroken, tmp_path / "runs" / "cub_3"))
     (begun / "summary.json").unlink()
     found = train.load_run_config([*SMALL, *FULL, "resume=true", f"dataset.root={resumed['dataset']['root']}"])
     assert found["run_dir"] == "runs/cub_3"  # the same command with one word more
-    with pytest.raises(config.ConfigError, match="no run to go on with"):
+    with pytest.raises(ConfigError, match="no run to go on with"):
         train.load_run_config(["resume=true", f"run_dir={tmp_path / 'none'}"])
 
 
@@ -363,7 +364,7 @@ def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, m
     ],
 )
 def test_what_the_user_can_mend_is_one_line(birds, tmp_path, more, told):
-    with pytest.raises((UserError, config.ConfigError), match=told) as error:
+    with pytest.raises((UserError, ConfigError), match=told) as error:
         run(birds, tmp_path / "run", *more)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()  # nothing that a new try would trip over
