@@ -229,6 +229,13 @@ _CUB_SECOND = {
 }
 presets = {
     "toybirds": {},
+    "finetune": {  # photographs, a network with pretrained weights
+        "model.type": "resnet50",
+        "model.weights": "hub",
+        "image_size": 224,
+        "batch_size": 32,
+        "opt.lr": 3e-4,
+    },
     "cub_first_training": {
         **_CUB,
         "model.weights": "hub",  # IMAGENET1K_V2

@@ -21,7 +21,7 @@ LARGEST = 2**53  # beyond it a float, which some whole numbers become, no longer
 Element = TypeVar("Element")
 
 Text = Annotated[str, Field(min_length=1)]
-Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 3 is "3"
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=1, le=LARGEST)]
 Side = Annotated[int, Field(ge=1, le=4096)]  # pixels
@@ -59,7 +59,7 @@ class Reproduce(Section):
 class Visualize(Section):
     what: Literal["crops", "boxes", "curves", "accuracy"] = "crops"
     out: Text | None = None
-    ids: Many[Whole] = []
+    ids: Many[Name] = []
     split: Literal["train", "val", "test"] = "test"
     images: int = Field(6, ge=1, le=64)
     crops: int = Field(2, ge=1, le=8)
@@ -89,7 +89,7 @@ class Dino(Section):
     image_size: Side | None = None
     autocontrast: bool = False
     batch_size: Count = 32
-    heads: Annotated[Text, BeforeValidator(lambda head: str(head) if type(head) is int else head)] = "mean"
+    heads: Name = "mean"
     steps: Many[Text] = ["heads", "min_max"]
     filter_size: Side | None = None
     method: Literal["component", "published"] = "component"

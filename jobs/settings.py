@@ -98,7 +98,7 @@ def check_value(key: str, value: Any) -> None:
     try:
         _adapter(key).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(_message(key, value, error.errors()[0])) from None
+        raise ConfigError(_message(f"{key}={value!r}", error.errors()[0])) from None
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -118,7 +118,7 @@ def parse_value(key: str, text: str) -> Any:
             raise ConfigError(f"{key}={text}: must be true or false")
         return adapter.validate_python(given, strict=False)
     except ValidationError as error:
-        raise ConfigError(_message(key, text, error.errors()[0])) from None
+        raise ConfigError(_message(f"{key}={text}", error.errors()[0])) from None
 
 
 def _takes_none(adapter: TypeAdapter) -> bool:
@@ -128,16 +128,12 @@ def _takes_none(adapter: TypeAdapter) -> bool:
         return False
 
 
-def _message(key: str, value: Any, error: Mapping[str, Any]) -> str:
+def _message(given: str, error: Mapping[str, Any]) -> str:
     """Return one line on a fault that pydantic found; ``error`` is its own account of it."""
     rule = re.sub("(Input|List|String) should|Value error, must", "must", error["msg"]).split(", unable to")[0]
     rule = rule.replace("a valid integer", "a whole number").replace("after validation, ", "")
-    part = "" if error["input"] == value or isinstance(error["input"], list) else f"{error['input']!r} "
-    return f"{key}={_shown(value)}: {part}{rule}"
-
-
-def _shown(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) and (not value or value.lower() in ("true", "false")) else str(value)
+    element = f"{error['input']!r} " if any(isinstance(part, int) for part in error["loc"]) else ""
+    return f"{given}: {element}{rule}"
 
 
 def word_of(key: str, value: Any) -> str:
@@ -174,7 +170,7 @@ def check_config(tree: Any, where: str = "", presets: Iterable[str] = (), *, tog
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(part for part in first["loc"] if isinstance(part, str))
-        raise ConfigError(where + _message(key, flat.get(key), first)) from None
+        raise ConfigError(where + _message(f"{key}={flat.get(key)!r}", first)) from None
     if together and (fault := check_together(checked)):
         raise ConfigError(where + fault)
     return checked

@@ -145,7 +145,7 @@ def test_a_missing_key_is_named_with_its_default(edit, key):
 
 def test_a_fault_of_a_preset_names_the_preset(monkeypatch):
     monkeypatch.setitem(presets, "mine", {"num_epochs": "many"})
-    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epochs=many"):
+    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epochs='many'"):
         load_config(["preset=mine"])
     monkeypatch.setitem(presets, "mine", {"num_epoch": 3})
     with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epoch: .*num_epochs\?"):

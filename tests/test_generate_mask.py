@@ -277,7 +277,7 @@ def test_masks_of_another_data_set_are_not_gone_on_with(root, tmp_path):
         (["mask.prompt=dino"], r"needs mask\.engine=sam and dino_maps"),
         ([*SAM, "mask.prompt=dino", "dino_maps=none.json"], "there is no such file"),
         (["mask.engine=sand"], "must be one of"),
-        (["mask.image_batch=0"], "must lie between"),
+        (["mask.image_batch=0"], "mask.image_batch=0"),
         (["mask.folder=."], "is no folder of this script"),
     ],
 )

@@ -149,5 +149,5 @@ def test_words_give_back_the_values_that_they_were_made_of():
 
 
 def test_the_preset_is_the_tables():
-    with pytest.raises(ConfigError, match="leave this word out"):
+    with pytest.raises(ConfigError, match="each table has its own preset"):
         reproduce.load_request(["preset=toybirds"])
