@@ -391,7 +391,7 @@ def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
         [sys.executable, str(ROOT / "train.py"), "THRR=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert (
+    assert done.stderr.startswith("error: THRR: ") and "did you mean THR?" in done.stderr and done.stderr.count("\n") == 1
         done.stderr == "error: THRR: there is no such key; did you mean THR? (python train.py --help all lists all)\n"
     )
     assert list(tmp_path.iterdir()) == []
