@@ -135,14 +135,16 @@ config = {
     },
     # --- augmentation
     "augment": False,  # colour-only augmentation, one drawn per image
-    "augment_p": 1.0,  # its strength, 0 to 1: colour jitter of (.5 p, .5 p, .5 p, .1 p)
+    "augment_p": 1.0,  # probability that an image is augmented
+    "augment_strength": 1.0,  # s, 0 to 1: of the colour jitter, (0.5 s, 0.5 s, 0.5 s, 0.1 s)
     "use_augment_mix": False,  # AugMix instead
     "flip": 0.5,  # probability of a horizontal flip
     # --- evaluation
     "eval": {
         "views": ["full", "center"],  # full | center | whole | box, each also as VIEW@SIZE; validation uses the first
         "size": None,  # side of the network's input in pixels; None: image_size
-        "crop_pct": 0.875,  # view center: share of the short side that the centre crop shows
+        "crop_pct": 0.875,  # view center: share of the short side that the centre crop shows; None: the network's own
+        "interpolation": "bilinear",  # of the views' resizing: bilinear | bicubic; None: the network's own
         "box_margin": 0.1,  # view box: margin on each side, as a share of the box's side
         "batch_size": 64,  # images
     },
@@ -154,7 +156,10 @@ config = {
         "n_classes": None,  # None: as many as the data set has
         "weights": None,  # start of the backbone: hub | the path of a state dict; None: from scratch
         "resumed_model": None,  # start from this trained model, head included: best.pt of a run, or a state dict
-        "resumed_ema": True,  # of a checkpoint of ours take the EMA; false: the model itself
+        "resumed_ema": None,  # of a checkpoint of ours take the EMA; false: the model itself; None: whichever of the
+        # two validated better
+        "mean": None,  # of the input's red, green and blue in [0, 1], for normalising; None: the network's own
+        "std": None,  # and their deviation
         "freeze_backbone": False,  # train the head alone
         "train_cls": False,  # train the CLS token and the head alone (ViT)
         "freeze_bn_from": None,  # BatchNorm's statistics stand still from this epoch on; None: never
@@ -169,7 +174,7 @@ config = {
     "opt": {
         "type": "adamw",  # sgd | adam | adamw
         "lr": 4e-3,
-        "target_lr": 1e-5,  # where the schedule ends
+        "target_lr": 1e-5,  # of the last epoch
         "momentum": 0.9,  # sgd
         "weight_decay": 0.05,  # not on norms and biases
         "accumulate": 1,  # a batch goes through the network in so many parts, for less memory
@@ -177,11 +182,11 @@ config = {
         "scheduler": "cosine",  # cosine | step
         "warmup_epochs": 2,  # linear rise at the start
         "step_size": 10,  # step: epochs between two falls
-        "gamma": None,  # step: factor of one fall; None: (target_lr / lr) ** (step_size / num_epochs)
+        "gamma": None,  # step: factor of one fall; None: such that the last fall ends at target_lr
     },
     "other": {
         "label_smoothing": 0.1,
-        "ema_decay": 0.97,  # per update; averages over ema_step / (1 - ema_decay) steps, here 33, 4% of 1,000
+        "ema_decay": 0.97,  # per update, after a warm-up; averages over ema_step / (1 - ema_decay) steps: 33
     },
     # --- machine
     "seed": 0,  # None: one is drawn, printed and recorded
@@ -226,6 +231,7 @@ _CUB_SECOND = {
     "opt.target_lr": 1e-5,
     "opt.scheduler": "step",
     "opt.step_size": 10,
+    "opt.gamma": 0.8609,  # as published, (target_lr / lr) ** (step_size / num_epochs): the last epochs have 1.16e-5
 }
 presets = {
     "toybirds": {},

@@ -73,6 +73,7 @@ class Stage:
     data: DataSet
     candidates: dict[int, np.ndarray]  # row of the data set -> (N, 4) boxes x y width height inside the image
     model: nn.Module
+    statistics: dict[str, list[float]]  # mean and std of the model's input
     image_size: int  # of the cut-outs, pixels
     device: torch.device
     work: SharedWork  # finished units, until all are there
@@ -90,7 +91,7 @@ def prepare(config: dict) -> Stage:
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     candidates, setup = read_candidates(Path(config["masks"]), data)
     device = choose_device(config["device"])
-    model, image_size = load_classifier(wanted["classifier"], data)
+    model, image_size, statistics = load_classifier(wanted["classifier"], data)
     out = Path(config["out"] or f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
     identity = {
         "dataset": data.fingerprint(),
@@ -113,6 +114,7 @@ def prepare(config: dict) -> Stage:
         data=data,
         candidates=candidates,
         model=model.to(device),
+        statistics=statistics,
         image_size=wanted["image_size"] or image_size,
         device=device,
         work=work,
@@ -143,8 +145,10 @@ def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray],
     return boxes, setup
 
 
-def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int]:
-    """Return a trained network (its EMA) in eval mode, and the side of its training crops.
+def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, dict[str, list[float]]]:
+    """Return a trained network in eval mode, the side of its training crops, and mean and std of its input.
+
+    Its weights are the EMA or the model, whichever validated better.
 
     Raises:
         UserError: if there is none, it is no checkpoint of train.py, or it knows another number of classes.
@@ -163,8 +167,9 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int]:
         raise UserError(f"{path}: is no checkpoint of train.py (it names no model and image_size)") from None
     if wanted["n_classes"] < len(data.class_names):
         raise UserError(f"{path}: knows {wanted['n_classes']} classes, the data set has {len(data.class_names)}")
-    load_trained(model, path, ema=True)
-    return model.eval(), image_size
+    load_trained(model, path)
+    statistics = {key: wanted[key] for key in ("mean", "std") if wanted.get(key)}  # older ones: ImageNet's
+    return model.eval(), image_size, statistics
 
 
 def claim_out(out: Path, work: SharedWork, again: bool) -> None:
@@ -328,7 +333,9 @@ def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stage.config["amp"], torch.bfloat16)
     on = stage.device.type == "cuda" and stage.config["amp"] != "none"
     with torch.inference_mode(), torch.autocast(stage.device.type, kind, enabled=on):
-        features, logits = features_of(stage.model, normalize(crops.to(stage.device, non_blocking=True)))
+        features, logits = features_of(
+            stage.model, normalize(crops.to(stage.device, non_blocking=True), **stage.statistics)
+        )
     return features.float(), logits.float()
 
 

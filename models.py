@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -92,6 +93,21 @@ def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, fr
     return timm.create_model(
         name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True
     )
+
+
+def input_config(model_type: str) -> dict[str, Any]:
+    """Return what timm says of a network's input: ``mean``, ``std`` (in [0, 1]), ``interpolation`` and ``crop_pct``.
+
+    The built-in networks and those that timm knows no weights of take ImageNet's statistics.
+    """
+    published = None if model_type in ("toyresnet", "resnet50") else timm.get_pretrained_cfg(timm_name(model_type))
+    about = published.to_dict() if published else {}
+    return {
+        "mean": list(about.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(about.get("std") or IMAGENET_DEFAULT_STD),
+        "interpolation": "bicubic" if about.get("interpolation") == "bicubic" else "bilinear",
+        "crop_pct": about.get("crop_pct") or 0.875,
+    }
 
 
 def _is_vit(name: str) -> bool:
@@ -216,10 +232,27 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
 
 
 def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
-    """Return the exponential moving average of the model's weights and buffers; its first update is a copy."""
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
+    """Return the exponential moving average of the model's weights and buffers.
+
+    Its first update is a copy; the decay of update n is `warmed_up_decay`, so that the first weights do not stay in
+    the average of a short training.
+    """
+    ema = AveragedModel(model, use_buffers=True)
     ema.n_averaged = ema.n_averaged.cpu()  # it is looked at in each update: no waiting for the device
+
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], _updates: Any) -> None:
+        get_ema_multi_avg_fn(warmed_up_decay(ema_decay, int(ema.n_averaged)))(averaged, current, None)
+
+    ema.multi_avg_fn = average
     return ema
+
+
+def warmed_up_decay(ema_decay: float, updates: int) -> float:
+    """Return the decay of an EMA after so many updates: (1 + n) / (10 + n), at most ``ema_decay``.
+
+    The rule of TensorFlow's ExponentialMovingAverage (num_updates), which timm's ModelEmaV2 and V3 come from.
+    """
+    return min(ema_decay, (1 + updates) / (10 + updates))
 
 
 # --- reading checkpoints ------------------------------------------------------------------------------------------
@@ -232,24 +265,41 @@ def load_backbone(model: nn.Module, path: Path | str) -> None:
         UserError: if it is not a state dict of this architecture.
     """
     head = _head_prefix(model)
-    state = {key: value for key, value in _state_dict(load_tensors(path), path, "ema").items()
-             if not key.startswith(head)}  # fmt: skip
+    content = load_tensors(path)
+    state = _state_dict(content, path, _chosen(content))
+    state = {key: value for key, value in state.items() if not key.startswith(head)}
     own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
     _load_strictly(model, state, path, kept=own)
 
 
-def load_trained(model: nn.Module, path: Path | str, *, ema: bool) -> None:
-    """Load a trained model, head included: a checkpoint of train.py (``ema``: its EMA), or a plain state dict.
+def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
+    """Load a trained model, head included: a checkpoint of train.py, or a plain state dict.
+
+    Args:
+        model: the network that takes the weights.
+        path: the file.
+        ema: of a checkpoint of train.py take the EMA or the model; None: whichever validated better.
+
+    Returns:
+        Which of a checkpoint's weights these are, model or ema; of a plain state dict: model.
 
     Raises:
         UserError: if it is of another architecture or has another number of classes.
     """
-    state = _state_dict(load_tensors(path), path, "ema" if ema else "model")
+    content = load_tensors(path)
+    which = _chosen(content) if ema is None else "ema" if ema else "model"
+    state = _state_dict(content, path, which)
     weight = f"{_head_prefix(model)}weight"
     own, found = model.state_dict().get(weight), state.get(weight)
     if own is not None and found is not None and found.ndim == own.ndim and len(own) != len(found):
         raise UserError(f"{path}: trained on {len(found)} classes, the data set has {len(own)}")
     _load_strictly(model, state, path)
+    return which if isinstance(content.get(which), dict) else "model"
+
+
+def _chosen(content: Any) -> str:
+    """Return which weights of a checkpoint validated better: model or ema; older checkpoints were chosen by the EMA."""
+    return "model" if isinstance(content, dict) and content.get("chosen") == "model" else "ema"
 
 
 def _head_prefix(model: nn.Module) -> str:

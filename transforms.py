@@ -33,15 +33,15 @@ __all__ = [
 VIEWS = ("full", "center", "whole", "box")
 
 
-def build_colour_augmentation(augment_p: float) -> v2.Transform:
+def build_colour_augmentation(augment_strength: float) -> v2.Transform:
     """Return the colour-only augmentation: one of five, drawn per image.
 
     Args:
-        augment_p: strength of the colour jitter, 0 to 1.
+        augment_strength: of the colour jitter, 0 to 1.
     """
     return v2.RandomChoice(
         [
-            v2.ColorJitter(0.5 * augment_p, 0.5 * augment_p, 0.5 * augment_p, 0.1 * augment_p),
+            v2.ColorJitter(*(share * augment_strength for share in (0.5, 0.5, 0.5, 0.1))),
             v2.RandomChoice([v2.RandomPosterize(bits, p=1.0) for bits in (4, 3, 2)]),
             v2.RandomChoice([v2.RandomSolarize(threshold, p=1.0) for threshold in (192, 230)]),
             v2.RandomEqualize(p=1.0),
@@ -111,11 +111,19 @@ def resized_crop(image: torch.Tensor, crop: Sequence[int], size: int, interpolat
 
 
 def build_train_transform(
-    image_size: int, interpolation: str, *, augment: bool, augment_p: float, use_augment_mix: bool
+    image_size: int,
+    interpolation: str,
+    *,
+    augment: bool,
+    augment_p: float = 1.0,
+    augment_strength: float = 1.0,
+    use_augment_mix: bool = False,
 ) -> TrainTransform:
     """Build the training transform; arguments are the config's keys of these names."""
-    colour = build_colour_augmentation(augment_p) if augment else None
-    return TrainTransform(image_size, interpolation, v2.AugMix() if use_augment_mix else colour)
+    if not (augment or use_augment_mix):
+        return TrainTransform(image_size, interpolation)
+    colour = v2.AugMix() if use_augment_mix else build_colour_augmentation(augment_strength)
+    return TrainTransform(image_size, interpolation, v2.RandomApply([colour], augment_p) if augment_p < 1 else colour)
 
 
 def flip_images(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
@@ -138,16 +146,19 @@ class View:
     size: int  # pixels, both sides of the network's input
     crop_pct: float = 0.875
     box_margin: float = 0.1  # on each side, as a share of the box's side
+    interpolation: str = "bilinear"  # of the resizing, antialiased: bilinear | bicubic
 
     def __call__(self, image: torch.Tensor, box_xywh: np.ndarray) -> torch.Tensor:
         """Return the view, (3, size, size) uint8, of an image (3, H, W) uint8."""
         _, height, width = image.shape
         if self.kind == "whole":
-            return resized_crop(image, (0, 0, height, width), self.size)
+            return resized_crop(image, (0, 0, height, width), self.size, self.interpolation)
         if self.kind == "box":
-            return resized_crop(image, square_crop(box_xywh, (width, height), self.box_margin), self.size)
+            crop = square_crop(box_xywh, (width, height), self.box_margin)
+            return resized_crop(image, crop, self.size, self.interpolation)
         short = self.size if self.kind == "full" else round(self.size / self.crop_pct)
-        return F.center_crop(F.resize(image, [short], antialias=True), [self.size, self.size])
+        resized = F.resize(image, [short], v2.InterpolationMode(self.interpolation), antialias=True)
+        return F.center_crop(resized, [self.size, self.size])
 
 
 def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
@@ -168,7 +179,9 @@ def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: 
     return top, left, height, width
 
 
-def build_views(names: Sequence[str], size: int, crop_pct: float, box_margin: float) -> dict[str, View]:
+def build_views(
+    names: Sequence[str], size: int, crop_pct: float, box_margin: float, interpolation: str = "bilinear"
+) -> dict[str, View]:
     """Build test views by name: ``full``, ``center``, ``whole``, ``box``, each also as ``VIEW@SIZE``.
 
     Raises:
@@ -179,10 +192,19 @@ def build_views(names: Sequence[str], size: int, crop_pct: float, box_margin: fl
         match = re.fullmatch(rf"({'|'.join(VIEWS)})(?:@([1-9][0-9]{{0,3}}))?", name)
         if not match:
             raise ValueError(f"eval.views: {name!r} is not understood; write {', '.join(VIEWS)}, or such as full@96")
-        views[name] = View(match[1], int(match[2] or size), crop_pct, box_margin)
+        views[name] = View(match[1], int(match[2] or size), crop_pct, box_margin, interpolation)
     return views
 
 
-def normalize(images: torch.Tensor) -> torch.Tensor:
-    """Return a batch (B, 3, H, W) uint8 as float32 with ImageNet's mean and deviation, on its device."""
-    return F.normalize(images.float().div_(255), IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, inplace=True)
+def normalize(
+    images: torch.Tensor,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+) -> torch.Tensor:
+    """Return a batch (B, 3, H, W) uint8 as float32, on its device, with the mean and deviation of the network's input.
+
+    Args:
+        images: red, green and blue from 0 to 255.
+        mean, std: of each colour, in [0, 1]; ImageNet's by default.
+    """
+    return F.normalize(images.float().div_(255), list(mean), list(std), inplace=True)

@@ -195,7 +195,7 @@ def environment() -> dict[str, Any]:
         "processor": f"{cpu_name()}, {os.cpu_count()} cores",
         "gpu": cuda,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str, which a plain checkpoint may not hold
     }
 
 

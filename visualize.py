@@ -208,7 +208,7 @@ def crop_panels(
     config: dict, subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image], rng: np.random.Generator
 ) -> dict[str, list[list[Panel]]]:
     """Return drawn crops as the training makes them (not flipped), by the method's name."""
-    about = {key: config[key] for key in ("augment", "augment_p", "use_augment_mix")}
+    about = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
     transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **about)
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():

@@ -22,6 +22,8 @@ import train
 from config import load_config
 from training import train_data
 from training.batches import Batch
+from training.loop import train_one_epoch
+from training.run import Run, build_run
 from utils import environment
 
 ROUNDS, CPU = 9, torch.device("cpu")
@@ -60,12 +62,12 @@ def prepare(config: dict, changes: dict) -> tuple:
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
-    return train.build_run(Path("runs/crop_cost"), config, CPU), config, loader
+    return build_run(Path("runs/crop_cost"), config, CPU), config, loader
 
 
-def one_epoch(run: train.Run, config: dict, loader: Iterable[Batch], device: torch.device = CPU) -> None:
+def one_epoch(run: Run, config: dict, loader: Iterable[Batch], device: torch.device = CPU) -> None:
     """Train one epoch."""
-    train.train_one_epoch(run, config, loader, device)
+    train_one_epoch(run, config, loader, device)
 
 
 def timed(work, clock=time.process_time) -> float:

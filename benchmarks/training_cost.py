@@ -27,6 +27,8 @@ from config import load_config
 from dino_transform import MapCrops
 from training import train_data
 from training.batches import Batch
+from training.optimization import build_optimizer
+from training.run import Run, build_run
 from utils import environment
 
 ROUNDS = 21
@@ -112,7 +114,7 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
     steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]
-    return train.build_run(folder, config, device), config, Steps(loader, steps)
+    return build_run(folder, config, device), config, Steps(loader, steps)
 
 
 def use_maps(config: dict, steps: Steps) -> None:
@@ -123,10 +125,10 @@ def use_maps(config: dict, steps: Steps) -> None:
     )
 
 
-def use_foreach_kernels(run: train.Run, config: dict) -> None:
+def use_foreach_kernels(run: Run, config: dict) -> None:
     """Step with torch's optimizer kernels for lists of weights in place of the fused one."""
     groups = models.parameter_groups(run.model, config["opt"]["weight_decay"])
-    run.optimizer = train.build_optimizer(groups, config["opt"], fused=False)
+    run.optimizer = build_optimizer(groups, config["opt"], fused=False)
 
 
 def peak_memory(device: torch.device) -> str:

@@ -35,6 +35,9 @@ def _ordered(pair: list[float]) -> list[float]:
     return pair
 
 
+Colour = Annotated[list[float], Field(strict=False, min_length=3, max_length=3)]  # red, green, blue
+
+
 class Section(BaseModel):
     """Strict: "False" is no bool, "0.5" no number; but an int is a float, and a tuple a list."""
 
@@ -146,7 +149,8 @@ class SelfDistillation(Section):
 class Eval(Section):
     views: Annotated[Many[Text], Field(min_length=1)] = ["full", "center"]
     size: Side | None = None
-    crop_pct: float = Field(0.875, ge=0.05, le=1)
+    crop_pct: float | None = Field(0.875, ge=0.05, le=1)
+    interpolation: Literal["bilinear", "bicubic"] | None = "bilinear"
     box_margin: float = Field(0.1, ge=0, le=10)
     batch_size: Count = 64
 
@@ -156,7 +160,9 @@ class Model(Section):
     n_classes: int | None = Field(None, ge=2, le=10_000_000)  # of more the head alone would fill the memory
     weights: Text | None = None
     resumed_model: Text | None = None
-    resumed_ema: bool = True
+    resumed_ema: bool | None = None
+    mean: Colour | None = None
+    std: Colour | None = None
     freeze_backbone: bool = False
     train_cls: bool = False
     freeze_bn_from: Natural | None = None
@@ -217,6 +223,7 @@ class Config(Section):
     self_distillation: SelfDistillation = SelfDistillation()
     augment: bool = False
     augment_p: Share = 1.0
+    augment_strength: Share = 1.0
     use_augment_mix: bool = False
     flip: Share = 0.5
     eval: Eval = Eval()
@@ -275,13 +282,14 @@ def check_together(c: dict) -> str | None:
 _MACHINE = "A_machine num_workers num_threads device amp"
 READ_BY = {
     "train": f"{_MACHINE} run_dir resume save log_interval wandb sweeprun sweep cache cache_side cache_folder source "
-    "use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment augment_p use_augment_mix flip eval "
-    "eval_box model patch_size num_epochs batch_size image_size opt other seed deterministic compile",
+    "use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment augment_p "
+    "augment_strength use_augment_mix flip eval eval_box "
+    "model patch_size num_epochs batch_size image_size opt other seed deterministic compile",
     "check_dataset": "",
     "generate_dino_boxes": f"{_MACHINE} out dino",
     "generate_mask": f"{_MACHINE} out mask sam dino dino_maps",
     "generate_bbox": f"{_MACHINE} out masks bbox",
-    "visualize": "visualize source dino_maps masks THR maiou crop image_size augment augment_p use_augment_mix eval "
-    "seed",
+    "visualize": "visualize source dino_maps masks THR maiou crop image_size augment augment_p augment_strength "
+    "use_augment_mix eval seed",
     "make_localizer": "out seed deterministic num_threads",
 }

@@ -8,7 +8,6 @@ from typing import Any
 
 import timm
 import torch
-import torchvision.transforms.v2.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
@@ -16,6 +15,7 @@ from localized_crops.attention import last_attention
 from localized_crops.files import UserError
 from models import load_backbone, timm_name, weights_address
 from toybirds.network import build_toy_vit
+from transforms import normalize
 from utils import UNREADABLE, load_tensors, torch_seed
 
 TOY_WEIGHTS = Path(__file__).parent.parent / "toybirds" / "toy_localizer.pt"  # made by toybirds/make_localizer.py
@@ -37,7 +37,7 @@ class Localizer:
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (B, 3, H, W) uint8 images as the float32 that the network wants, on their device."""
-        return F.normalize(images.float().div_(255), list(self.mean), list(self.std), inplace=True)
+        return normalize(images, self.mean, self.std)
 
 
 def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
@@ -175,7 +175,8 @@ def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) 
         raise UserError(f"{path}: its image_size={image_size} must lie between 1 and {MAX_SIDE}; train it again")
     model = _create(trained, img_size=image_size)
     _load(model, path, "its own model.type")
-    return as_localizer(model, trained, path, image_size=image_size)
+    statistics = {key: tuple(config["model"][key]) for key in ("mean", "std") if config["model"].get(key)}
+    return as_localizer(model, trained, path, image_size=image_size, **statistics)
 
 
 def _from_toy(path: str, content: dict[str, Any], about: dict[str, Any]) -> Localizer:

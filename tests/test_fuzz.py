@@ -29,6 +29,7 @@ from masks.mask_files import load_masks, load_masks_info
 from models import build_model, load_trained
 from readers import image_cache
 from readers.images import read_image
+from training.run import LOGGED
 from utils import load_log, load_tensors
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
@@ -162,7 +163,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "maps_index": ("boxes.maps.json", read_maps),
     "maps_data": ("boxes.maps.bin", read_maps),
     "decoded_index": ("decoded_images.json", lambda folder: image_cache.fault(folder, "ab" * 32)),
-    "log": ("run/log.jsonl", lambda folder: load_log(folder / "run" / "log.jsonl", train.LOGGED)),
+    "log": ("run/log.jsonl", lambda folder: load_log(folder / "run" / "log.jsonl", LOGGED)),
     "run_config": ("run/config.json", lambda folder: train.resumed_config([], folder / "run")),
     "summary": ("run/summary.json", lambda folder: load_json(folder / "run" / "summary.json")),
     "records": ("units.records", read_all_records),

@@ -1,5 +1,6 @@
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -126,15 +127,37 @@ def test_ema_follows_its_formula_for_weights_and_buffers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     ema, expected = models.build_ema(model, 0.9), None
-    for _ in range(4):
+    for n in range(4):
         with torch.no_grad():
             model[0].weight.add_(torch.randn(3, 3))
             model(torch.randn(8, 3))
         ema.update_parameters(model)
         now = {key: value.clone().float() for key, value in model.state_dict().items()}
-        expected = now if expected is None else {k: 0.9 * expected[k] + 0.1 * now[k] for k in now}
+        decay = (1 + n) / (10 + n)  # under 0.9 in these first updates
+        expected = now if expected is None else {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
     for key in ("0.weight", "1.running_mean", "1.running_var"):
         torch.testing.assert_close(ema.module.state_dict()[key], expected[key])
+
+
+@pytest.mark.parametrize("updates", [22, 725])
+def test_the_first_weights_do_not_stay_in_the_ema_of_a_short_training(updates):
+    left = np.prod([models.warmed_up_decay(0.999, n) for n in range(1, updates)])  # the first update is a copy
+    assert left < 1e-3 and models.warmed_up_decay(0.999, 10**6) == 0.999
+
+
+@pytest.mark.parametrize(
+    ("name", "mean"),
+    [
+        ("toyresnet", 0.485),
+        ("resnet50", 0.485),
+        ("tf_efficientnet_lite0", 0.5),
+        ("vit_small_patch16_224.augreg_in21k", 0.5),
+        ("dinov2_vits14", 0.485),
+        ("vit_base_patch16_clip_224.openai", 0.48145466),
+    ],
+)
+def test_the_input_statistics_are_the_networks_own(name, mean):
+    assert models.input_config(name)["mean"][0] == mean
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

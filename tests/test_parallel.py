@@ -21,6 +21,8 @@ from jobs.shared_work import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed
 from training.batches import EpochBatches
+from training.loop import autocast_of, backward, update
+from training.run import Run, build_run
 from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -110,10 +112,10 @@ def test_a_clip_shortens_the_gradient_to_its_norm():
     model = nn.Linear(3, 2)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     off = torch.amp.GradScaler("cpu", enabled=False)
-    one = train.Run(Path(), model, model, models.build_ema(model, 0.5), sgd, None, off)
+    one = Run(Path(), model, model, models.build_ema(model, 0.5), sgd, None, off)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     (1000 * model(torch.ones(4, 3)).sum()).backward()
-    train.update(one, 1, 0.5)
+    update(one, 1, 0.5)
     moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
@@ -215,7 +217,7 @@ def test_a_step_waits_for_nothing(birds, tmp_path):
     config = train.load_run_config([*SMALL, "amp=bf16", "deterministic=false", "device=cuda"])
     config["model"]["n_classes"] = 8
     device = torch.device("cuda")
-    one = train.build_run(tmp_path, config, device)
+    one = build_run(tmp_path, config, device)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
     labels, flips = torch.arange(8).pin_memory(), torch.zeros(8, dtype=torch.bool).pin_memory()
     batch = Batch(images, labels, flips, torch.ones(8), 8, 8)
@@ -223,7 +225,7 @@ def test_a_step_waits_for_nothing(birds, tmp_path):
     for checked in (False, True):  # the first step warms up
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
-            train.backward(one, batch, criterion, train.autocast_of(config, device), device, True)
-            train.update(one, 1, 1.0)
+            backward(one, batch, criterion, autocast_of(config, device), device, True)
+            update(one, 1, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")

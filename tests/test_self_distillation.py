@@ -16,6 +16,7 @@ from localizer.attention_maps import clean
 from localizer.networks import as_localizer
 from models import build_model
 from readers.images import read_image
+from training.loop import train_and_log_epoch
 from training.self_distillation import maps_path, refresh_epoch
 from utils import load_tensors
 
@@ -88,7 +89,7 @@ def test_the_maps_change_the_training(birds, distilled, tmp_path):
 
 @pytest.mark.parametrize("epochs_done", [1, 2, 3])
 def test_a_run_goes_on_with_the_maps_of_its_epoch(birds, distilled, tmp_path, monkeypatch, epochs_done):
-    original = train.train_and_log_epoch
+    original = train_and_log_epoch
 
     def break_off(one, *args):
         if one.epoch == epochs_done:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import config
 import models
@@ -19,6 +22,8 @@ from jobs.settings import ConfigError, leaves
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache
+from training.optimization import build_optimizer, build_scheduler, learning_rate
+from training.summary import last_epochs
 from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +226,7 @@ def test_a_second_training_starts_from_the_first(birds, unbroken, tmp_path):
     best = unbroken / "best.pt"
     still = ["num_epochs=1", f"model.resumed_model={best}", "opt.lr=1e-12", "opt.target_lr=1e-12", "augment=false"]
     run(birds, tmp_path / "run", *still, "model.freeze_bn_from=0", "opt.type=sgd", "opt.weight_decay=0")
-    ours, theirs = load_tensors(tmp_path / "run" / "last.pt")["model"], load_tensors(best)["ema"]
+    ours, theirs = load_tensors(tmp_path / "run" / "last.pt")["model"], load_tensors(best)["state_dict"]
     for key in theirs:
         torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-9)
 
@@ -232,29 +237,89 @@ def test_box_view_and_views_of_other_sizes(birds, tmp_path, capsys):
     assert "oracle" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("scheduler", ["cosine", "step"])
-def test_the_schedule_ends_at_target_lr(scheduler):
-    cfg = config.load_config([f"opt.scheduler={scheduler}", "num_epochs=40", "opt.step_size=4", "opt.warmup_epochs=0"])
-    optimizer = train.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], cfg["opt"])
-    schedule = train.build_scheduler(optimizer, cfg["opt"], 40)
-    rates = []
-    for _ in range(40):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert rates[0] == pytest.approx(cfg["opt"]["lr"]) and rates == sorted(rates, reverse=True)
-    assert schedule.get_last_lr()[0] == pytest.approx(cfg["opt"]["target_lr"], rel=1e-3)
+@given(
+    st.sampled_from(["cosine", "step"]),
+    st.integers(1, 60),
+    st.integers(0, 8),
+    st.integers(1, 20),
+    st.floats(1e-6, 1e-2),
+)
+def test_the_last_epoch_is_trained_at_target_lr(scheduler, num_epochs, warmup, step_size, target):
+    opt = {"scheduler": scheduler, "lr": 1e-2, "target_lr": target, "warmup_epochs": warmup, "step_size": step_size}
+    rates = [learning_rate(epoch, opt | {"gamma": None}, num_epochs) for epoch in range(num_epochs)]
+    rise = min(warmup, num_epochs - 1)
+    assert rates[: rise + 1] == sorted(rates[: rise + 1]) and rates[rise] == pytest.approx(1e-2)
+    assert rates[rise:] == sorted(rates[rise:], reverse=True)
+    room_to_fall = num_epochs - 1 - rise >= (step_size if scheduler == "step" else 1)
+    assert rates[-1] == pytest.approx(target if room_to_fall else 1e-2)
+
+
+def test_the_published_steps():
+    cfg = config.load_config(["preset=cub_second_training"])
+    rates = [learning_rate(epoch, cfg["opt"], cfg["num_epochs"]) for epoch in range(200)]
+    assert rates[10] / rates[9] == pytest.approx((1e-5 / 2e-4) ** (10 / 200), abs=1e-4)
+    assert rates[0] == 2e-4 and rates[-1] == pytest.approx(1.16e-5, rel=0.01)
 
 
 def test_warmup_rises_to_lr():
     cfg = config.load_config(["opt.warmup_epochs=3", "num_epochs=9"])
-    optimizer = train.build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], cfg["opt"])
-    schedule, rates = train.build_scheduler(optimizer, cfg["opt"], 9), []
+    optimizer = build_optimizer([{"params": [torch.nn.Parameter(torch.zeros(1))]}], cfg["opt"])
+    schedule, rates = build_scheduler(optimizer, cfg["opt"], 9), []
     for _ in range(9):
         rates.append(schedule.get_last_lr()[0] / cfg["opt"]["lr"])
         optimizer.step()
         schedule.step()
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0]) and rates[4] < 1
+
+
+def test_a_short_training_with_the_published_ema_does_not_end_at_its_start(birds, tmp_path):
+    run(birds, tmp_path / "run", "num_epochs=2", "model.ema_step=1", "other.ema_decay=0.9999")
+    state = load_tensors(tmp_path / "run" / "last.pt")
+    key = "layer1.0.conv1.weight"
+    moved, behind = (state["model"][key] - state["ema"][key]).norm(), state["model"][key].norm()
+    assert moved < 0.2 * behind
+
+
+def test_timm_loads_what_best_pt_was_chosen_by(unbroken):
+    best = load_tensors(unbroken / "best.pt")
+    model = timm.create_model(
+        "resnet18", channels=models.TOY_CHANNELS, num_classes=8, checkpoint_path=str(unbroken / "best.pt")
+    )
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, best[best["chosen"]][key])
+    late = load_log(unbroken / "log.jsonl")
+    assert best["best_top1"] == max(max(record["top1"], record["ema_top1"]) for record in late)
+
+
+def test_a_checkpoint_says_all_that_prediction_needs(unbroken, birds):
+    best = load_tensors(unbroken / "best.pt")
+    assert best["class_names"] == read_dataset("cub", birds).class_names and len(best["class_names"]) == 8
+    told = best["config"]
+    assert told["model"]["mean"] == pytest.approx([0.485, 0.456, 0.406]) and told["image_size"] == 32
+    assert told["eval"]["views"] and told["eval"]["crop_pct"] and best["versions"]["torch"]
+
+
+def test_a_run_that_cannot_take_its_first_step_leaves_nothing(birds, tmp_path, monkeypatch):
+    def fail(*_arguments):
+        raise UserError("no memory")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no memory"):
+        patch.setattr("training.loop.backward", fail)
+        run(birds, tmp_path / "run", "num_epochs=1")
+    assert not (tmp_path / "run").exists()
+    run(birds, tmp_path / "run", "num_epochs=1")
+
+
+def test_the_published_measure_is_of_the_last_hundred_epochs():
+    records = [{"epoch": n, "top1": n / 1000, "ema_top1": 0.5} for n in range(5, 205, 5)]
+    late = last_epochs(records, 200)
+    assert late["model"] == {"mean": pytest.approx(0.1525), "first": 0.105, "last": 0.2} and late["ema"]["mean"] == 0.5
+
+
+@pytest.mark.parametrize(("word", "some"), [("crop.mode=exact", True), ("crop.mode=reference", False)])
+def test_ratios_that_gave_way_are_counted_on_the_boxes_of_the_run(birds, tmp_path, word, some):
+    summary = run(birds, tmp_path / "run", "num_epochs=1", "crop.ratio=2.9,3", "source=center", "THR=1", word)
+    assert (summary["images_whose_crop_ratio_gave_way"] > 0) == some
 
 
 def test_the_ema_is_updated_every_so_many_steps(birds, tmp_path):

@@ -120,7 +120,7 @@ def test_flips_are_torchvisions():
         assert torch.equal(flipped, v2.functional.horizontal_flip(image) if flip else image)
 
 
-@pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}, {"augment_p": 0.0}])
+@pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}])
 def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
     transform = build_train_transform(24, "bilinear", **COLOUR | change)
     before = torch.get_rng_state()
@@ -128,6 +128,16 @@ def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
     assert all(image.shape == (3, 24, 24) and image.dtype == torch.uint8 for image in seen)
     assert torch.equal(seen[0], seen[1]) and not all(torch.equal(seen[1], image) for image in seen[2:])
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_augment_p_is_the_probability_of_augmenting():
+    plain = build_train_transform(24, "bilinear", augment=False)(tensor(), CROP, lambda: 0)
+    changed = []
+    for p in (0.0, 0.3):
+        transform = build_train_transform(24, "bilinear", augment=True, augment_p=p)
+        seen = [transform(tensor(), CROP, lambda seed=seed: seed) for seed in range(200)]
+        changed.append(sum(not torch.equal(image, plain) for image in seen) / len(seen))
+    assert changed[0] == 0 and 0.15 < changed[1] < 0.4
 
 
 def test_colour_augmentation_changes_colours_and_moves_nothing():

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import stats
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +26,9 @@ def predict(
     view_names: Sequence[str],
     device: torch.device,
     autocast: AbstractContextManager | None = None,
+    *,
+    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+    std: Sequence[float] = IMAGENET_DEFAULT_STD,
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """Return for each model the log-probabilities by view, each (N, K) on the CPU, and the labels (N,).
 
@@ -37,13 +41,14 @@ def predict(
         view_names: of the tuple's members.
         device: where the models are.
         autocast: entered around each forward pass; None: the models' own precision.
+        mean, std: of the models' input, by which the images are normalised.
     """
     for model in models:
         model.eval()
     found, labels = [[[] for _ in view_names] for _ in models], []
     for batch, batch_labels in loader:
         for number, images in enumerate(batch):
-            pixels = normalize(images.to(device, non_blocking=True))
+            pixels = normalize(images.to(device, non_blocking=True), mean, std)
             for model, views in zip(models, found, strict=True):
                 with autocast or nullcontext():
                     logits = model(pixels)

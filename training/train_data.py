@@ -83,6 +83,7 @@ def build_train_loader(
         config["crop"]["interpolation"],
         augment=config["augment"],
         augment_p=config["augment_p"],
+        augment_strength=config["augment_strength"],
         use_augment_mix=config["use_augment_mix"],
     )
     drawn = {"flip": config["flip"], "seed": config["seed"]}
@@ -163,4 +164,5 @@ def test_views(config: dict) -> dict:
     if config["eval_box"] is not None and not asks_box:
         names.append("box")
     size = config["eval"]["size"] or config["image_size"]
-    return build_views(names, size, config["eval"]["crop_pct"], config["eval"]["box_margin"])
+    about = config["eval"]
+    return build_views(names, size, about["crop_pct"], about["box_margin"], about.get("interpolation") or "bilinear")
