@@ -14,7 +14,7 @@ from localized_crops.files import UserError
 from localized_crops.map_file import MapCache
 from localizer.attention_maps import clean
 from localizer.networks import as_localizer
-from models import build_model
+from models import build_model, input_config
 from readers.images import read_image
 from training.loop import train_and_log_epoch
 from training.self_distillation import maps_path, refresh_epoch
@@ -57,7 +57,8 @@ def test_the_last_maps_are_of_the_images_that_the_ema_classified_rightly(birds, 
     maps = MapCache.open(maps_path(tmp_path / "long", 3), dataset=data.fingerprint())
     model = build_model("test_vit", len(data.class_names), image_size=64, patch_size=16)
     model.load_state_dict(load_tensors(tmp_path / "short" / "last.pt")["ema"])
-    localizer = as_localizer(model, "test_vit", "test", image_size=64)
+    statistics = {key: tuple(input_config("test_vit")[key]) for key in ("mean", "std")}
+    localizer = as_localizer(model, "test_vit", "test", image_size=64, **statistics)
     assert maps.header["weights_sha256"] == localizer.weights_sha256
     right = 0
     for row in data.rows("train"):
