@@ -3,7 +3,7 @@
 Reads a data set. Writes, for out=FOLDER/STEM.json:
 
     STEM.json            the boxes: train.py source=FOLDER/STEM.json holds its crops to them
-    STEM.maps.json/.bin  the attention maps, for density-map crops
+    STEM.maps.safetensors  the attention maps, for density-map crops
     STEM.eval.json/.md   mean IoU, coverage and shares beside the trivial boxes, time per stage
     STEM.png             best, median and worst boxes
     errors.txt           a count, then a line per image that could not be read (it gets no box; exit status 2)
@@ -37,7 +37,7 @@ from localized_crops.attention import last_attention
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
-from localized_crops.map_file import MapCache, cache_paths, save_map_cache
+from localized_crops.map_file import MapCache, maps_path, save_map_cache
 from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer, build_localizer
 from readers.data_set import DataSet
@@ -146,10 +146,10 @@ def claim_out(stage: Stage) -> None:
     Raises:
         UserError: if it is of other settings, another model or data set, or of another script.
     """
-    index, data_path = cache_paths(stage.out)
+    index = maps_path(stage.out)
     if stage.config["dino"]["again"]:
         stage.work.start_anew()
-        for path in (index, data_path, stage.out):
+        for path in (index, stage.out):
             path.unlink(missing_ok=True)
     if index.exists():
         header = MapCache.open(stage.out).header
@@ -157,14 +157,14 @@ def claim_out(stage: Stage) -> None:
         if not isinstance(header.get("errors"), dict):
             raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
     elif stage.out.exists():
-        raise UserError(f"{stage.out}: was not made by this script (it has no maps beside it); give another out=FILE")
+        raise UserError(f"{stage.out}: was not made by this script (no {index.name} beside it); give another out=FILE")
     stage.work.check()
 
 
 def finished_batches(stage: Stage) -> set[int]:
     """Return the batches that need not be done: those in a finished cache without a failed image, and in parts."""
     done = {record.header["batch"] for record in stage.work.records()}
-    index, _ = cache_paths(stage.out)
+    index = maps_path(stage.out)
     if index.exists():
         failed = set(MapCache.open(stage.out).header["errors"])
         done |= {b.number for b in stage.batches if failed.isdisjoint(str(i) for i in stage.data.ids[b.rows])}
@@ -215,13 +215,13 @@ def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[st
 
 def gather_maps(stage: Stage) -> MapCache:
     """Put all maps into the cache, in the order of the data set; the parts go once it is written."""
-    index, _ = cache_paths(stage.out)
+    index = maps_path(stage.out)
     if stage.work.begun or not index.exists():
         stage.work.wait_for_others(lambda: {batch.number for batch in stage.batches} - finished_batches(stage))
         with timed(stage.seconds, "cache"):
             errors, maps = {}, {}
             if index.exists():
-                maps = dict(_cached_maps(MapCache.open(stage.out)))
+                maps = dict(MapCache.open(stage.out))
             for record in stage.work.records():
                 batch = np.frombuffer(record.payload, np.float16).reshape(-1, *record.header["feat"])
                 maps |= dict(zip(record.header["ids"], batch, strict=True))
@@ -230,10 +230,6 @@ def gather_maps(stage: Stage) -> MapCache:
             save_map_cache(index, ordered, stage.work.identity | {"errors": errors} | cache_about(stage))
         stage.work.remove()
     return MapCache.open(stage.out, dataset=stage.work.identity["dataset"])
-
-
-def _cached_maps(cache: MapCache) -> Iterator[tuple[int, np.ndarray]]:
-    return ((image_id, cache[image_id]) for image_id in cache.ids.tolist())
 
 
 def cache_about(stage: Stage) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from jobs.shared_work import choose_device
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
 from localized_crops.files import UserError, load_json, save_json, user_errors
-from localized_crops.map_file import MapCache, cache_paths
+from localized_crops.map_file import MapCache
 from localizer.networks import as_localizer
 from readers.data_set import DataSet
 from training.distributed import (
@@ -239,7 +239,7 @@ def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, dev
     if epoch is None:
         return loader
     path = maps_path(run.folder, epoch)
-    if getattr(loader.dataset.crops.maps, "path", None) == cache_paths(path)[1]:
+    if getattr(loader.dataset.crops.maps, "path", None) == path:
         return loader
     if epoch == run.epoch:
         on_rank_0(lambda: make_own_maps(path, run, config, data, device))

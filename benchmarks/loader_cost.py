@@ -64,8 +64,8 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
 def saved_maps(folder: Path, ids: np.ndarray) -> MapCache:
     """Return random maps by image id, read from a file as in a training."""
     about = {"dataset": "", "model": "", "weights_sha256": "", "settings": {}}
-    save_map_cache(folder / "random.maps.json", random_maps(ids).items(), about)
-    return MapCache.open(folder / "random.maps.json")
+    save_map_cache(folder / "random.maps.safetensors", random_maps(ids).items(), about)
+    return MapCache.open(folder / "random.maps.safetensors")
 
 
 def crops_of(data, rows, maps: MapCache) -> dict:

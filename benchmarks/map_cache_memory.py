@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from localized_crops.map_file import MapCache, cache_paths, save_map_cache
+from localized_crops.map_file import MapCache, maps_path, save_map_cache
 
 SIDE, COUNTS = 37, (1_000, 11_788, 47_152)  # cells; CUB once and four times
 
@@ -25,7 +25,7 @@ def main() -> None:
             save_map_cache(path, ((i, cells) for i in range(count)), {"dataset": "", "model": "", "weights_sha256": ""})
             with multiprocessing.get_context("spawn").Pool(1) as pool:
                 opened, read = pool.apply(growth, (path,))
-            size = cache_paths(path)[1].stat().st_size / 1e6
+            size = maps_path(path).stat().st_size / 1e6
             print(f"{count} maps of {SIDE} x {SIDE}: {size:.1f} MB on disk; a worker grows by {opened:.1f} MB when it "
                   f"opens the cache and by {read:.1f} MB when it reads all maps")  # fmt: skip
 
@@ -35,7 +35,7 @@ def growth(path: Path) -> tuple[float, float]:
     start = resident()
     cache = MapCache.open(path)
     opened = resident()
-    for image_id in cache.ids.tolist():
+    for image_id in cache:
         cache[image_id].sum()
     return opened - start, resident() - opened
 

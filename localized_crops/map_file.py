@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from localized_crops.files import UserError, whole_file
 from localized_crops.image_ids import ImageId, id_to_key, key_to_id
@@ -56,9 +56,11 @@ def save_map_cache(path: Path | str, maps: Iterable[tuple[ImageId, np.ndarray]],
         shapes.append(attention_map.shape)
         cells += np.ascontiguousarray(attention_map, dtype=np.float16).tobytes()
     tensors = _tensors(np.array(keys, dtype=np.bytes_), np.array(shapes, dtype=np.int32).reshape(-1, 2), cells)
-    header = {"kind": KIND, "version": VERSION, "sha256": _content_hash(tensors)} | header
+    header = {"kind": KIND, "version": VERSION} | header
+    header["sha256"] = _content_hash(header, tensors)
+    content = save(tensors, {"header": json.dumps(header)})  # one entry: the order of several is random
     with whole_file(maps_path(path)) as scratch:
-        save_file(tensors, scratch, {"header": json.dumps(header, allow_nan=False)})
+        scratch.write_bytes(content)
 
 
 def _tensors(keys: np.ndarray, shapes: np.ndarray, cells: bytearray) -> dict[str, np.ndarray]:
@@ -74,8 +76,10 @@ def _tensors(keys: np.ndarray, shapes: np.ndarray, cells: bytearray) -> dict[str
     }
 
 
-def _content_hash(tensors: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256()
+def _content_hash(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    """Return a hash of all that a file holds but for this hash itself."""
+    header = {key: value for key, value in header.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(header, allow_nan=False).encode())
     for name in DTYPES:
         digest.update(np.ascontiguousarray(tensors[name]))
     return digest.hexdigest()
@@ -179,7 +183,7 @@ def _open(path: Path, known: str | None) -> _Opened:
     cells = file.get_slice("cells")
     if known is None and path.stat().st_size <= MOST_BYTES_HASHED:
         tensors = {"ids": ids, "shapes": shapes, "starts": starts, "cells": file.get_tensor("cells")}
-        if _content_hash(tensors) != header["sha256"] or {k: t.dtype for k, t in tensors.items()} != DTYPES:
+        if _content_hash(header, tensors) != header["sha256"] or {k: t.dtype for k, t in tensors.items()} != DTYPES:
             raise ValueError("its content is not what was written, it is damaged")
     return _Opened(header, ids.view(f"S{ids.shape[1]}").ravel(), shapes, starts, cells)
 

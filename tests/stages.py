@@ -198,8 +198,8 @@ def check_whole(folder: Path) -> None:
             load_tensors(path)
         elif path.suffix == ".png":
             PIL.Image.open(path).load()
-        elif path.name.endswith(".maps.bin") and path.with_suffix(".json").exists():
-            MapCache.open(path.with_suffix(".json"))
+        elif path.suffix == ".safetensors":
+            MapCache.open(path)
 
 
 def contents(folder: Path) -> dict[str, Any]:

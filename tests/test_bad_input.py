@@ -16,14 +16,17 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 import models
 from datasets import read_dataset
 from jobs.guard import LONGEST_LINE, run_script
+from localized_crops.map_file import MapCache, save_map_cache
 from localizer.networks import build_localizer
 from masks.mask_files import load_masks
 from readers import image_cache
@@ -384,7 +387,7 @@ MASKS_INFO = [
 ]
 
 MAPS = (*TRAIN, "use_box=false", "use_dino_maps=true", "dino_maps={folder}/boxes.json")
-INDEX = "boxes.maps.json"
+MAP_FILE = "boxes.maps.safetensors"
 
 
 def maps(name: str, damage: Damage, *told: str, **door) -> Row:
@@ -392,41 +395,34 @@ def maps(name: str, damage: Damage, *told: str, **door) -> Row:
     return row(f"maps-{name}", damage, MAPS, "boxes.maps", *told, **door)
 
 
-def place(*numbers: int) -> Damage:
-    """Change where the first map lies."""
-    return content(INDEX, lambda index: first(index["maps"], list(numbers)))
+def edited_byte(folder: Path) -> None:
+    """Change the last byte of the maps."""
+    data = bytearray((folder / MAP_FILE).read_bytes())
+    data[-1] ^= 1
+    (folder / MAP_FILE).write_bytes(data)
 
 
-def edited_head(folder: Path) -> None:
-    """Change a byte of the head of the maps."""
-    data = bytearray((folder / "boxes.maps.bin").read_bytes())
-    data[10] ^= 1
-    (folder / "boxes.maps.bin").write_bytes(data)
+def edited_header(change: Callable[[dict], Any]) -> Damage:
+    """Change the header in the metadata of the maps."""
 
+    def damage(folder: Path) -> None:
+        maps = dict(MapCache.open(folder / MAP_FILE))
+        header = MapCache.open(folder / MAP_FILE).header
+        change(header)
+        save_map_cache(folder / MAP_FILE, maps.items(), header)
 
-def far_maps(index: dict) -> None:
-    """Declare data of a trillion bytes and a map at their end."""
-    index["bytes"] = 10**12
-    first(index["maps"], [10**12 - 30, 3, 5])
+    return damage
 
 
 MAP_CACHE = [
-    maps("index-missing", remove(INDEX), "no such file"),
-    maps("index-cut", cut(INDEX, 0.8), "not a whole JSON file"),
-    maps("index-nested", put(INDEX, DEEP), "nested too deeply"),
-    maps("index-kind", put(INDEX, "[]"), "kind is None"),
-    maps("index-version", content(INDEX, lambda index: index.update(version=7)), "version 7"),
-    maps("index-id", content(INDEX, lambda index: index["maps"].update(x=[64, 1, 1])), "'x' is not a number"),
-    maps("data-missing", remove("boxes.maps.bin"), "boxes.maps.bin is missing"),
-    maps("data-cut", cut("boxes.maps.bin", 0.5), "bytes"),
-    maps("data-head", edited_head, "another run"),
-    maps("data-empty", put("boxes.maps.bin", ""), "has 0 bytes"),
-    maps("huge-map", place(64, 10**9, 10**9), "is not [offset"),
-    maps("huge-offset", place(int(HUGE), 3, 5), "lies outside"),
-    maps("huge-data", content(INDEX, far_maps), "bytes"),
-    maps("negative-offset", place(-64, 3, 5), "lies outside"),
-    maps("no-sides", place(64), "is not [offset"),
-    maps("other-data", content(INDEX, lambda index: index.update(dataset="y")), "another data set"),
+    maps("missing", remove(MAP_FILE), "no such file"),
+    maps("cut", cut(MAP_FILE, 0.5)),
+    maps("empty", put(MAP_FILE, "")),
+    maps("text", put(MAP_FILE, DEEP)),
+    maps("byte", edited_byte, "damaged"),
+    maps("no-header", lambda folder: safetensors.numpy.save_file({"x": np.zeros(3)}, folder / MAP_FILE), "header"),
+    maps("version", edited_header(lambda header: header.update(version=7)), "version"),
+    maps("other-data", edited_header(lambda header: header.update(dataset="y")), "another data set"),
 ]
 
 WEIGHTS = (*TRAIN, "model.resumed_model={folder}/run/best.pt")
@@ -593,7 +589,7 @@ FINISHED = [
     taken("bbox-text", "generate_bbox", CHOOSE, put("boxes.json", "mine"), "was not made by this script"),
     taken("bbox-list", "generate_bbox", CHOOSE, content("boxes.json", lambda file: file.update(settings=[])),
           "was not made by this script"),
-    taken("dino-foreign", "generate_dino_boxes", DATA, remove(INDEX), "was not made by this script"),
+    taken("dino-foreign", "generate_dino_boxes", DATA, remove(MAP_FILE), "was not made by this script"),
     taken("dino-other", "generate_dino_boxes", DATA, nothing, "made with model=test", "dino.again=true"),
 ]  # fmt: skip
 

@@ -52,7 +52,7 @@ def write(kind: str, folder: Path, amount: int) -> Path:
         return folder / "masks_info.json"
     if kind == "maps":
         save_map_cache(folder / "boxes.json", ((n, np.resize(numbers, (20, 20))) for n in range(amount // 100)), {})
-        return folder / "boxes.maps.bin"
+        return folder / "boxes.maps.safetensors"
     save_json(folder / "decoded_images.json", {"key": list(range(amount))})
     return folder / "decoded_images.json"
 

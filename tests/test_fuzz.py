@@ -131,7 +131,7 @@ def read_birds(folder: Path) -> None:
 def read_maps(folder: Path) -> None:
     """Open the cache of maps and read each."""
     maps = MapCache.open(folder / "boxes.json")
-    for image_id in maps.ids.tolist():
+    for image_id in maps:
         maps[image_id]
 
 
@@ -160,8 +160,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "train_test_split.txt": ("birds/train_test_split.txt", read_birds),
     "boxes": ("boxes.json", lambda folder: load_boxes(folder / "boxes.json")),
     "masks_info": ("masks/masks_info.json", lambda folder: load_masks_info(folder / "masks")),
-    "maps_index": ("boxes.maps.json", read_maps),
-    "maps_data": ("boxes.maps.bin", read_maps),
+    "maps": ("boxes.maps.safetensors", read_maps),
     "decoded_index": ("decoded_images.json", lambda folder: image_cache.fault(folder, "ab" * 32)),
     "log": ("run/log.jsonl", lambda folder: load_log(folder / "run" / "log.jsonl", LOGGED)),
     "run_config": ("run/config.json", lambda folder: train.resumed_config([], folder / "run")),

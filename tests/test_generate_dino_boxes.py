@@ -25,7 +25,7 @@ from localized_crops import map_boxes
 from localized_crops.attention import cls_attention
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
-from localized_crops.map_file import MapCache, cache_paths
+from localized_crops.map_file import MapCache, maps_path
 from localizer import attention_maps
 from localizer.networks import build_localizer
 from toybirds.make_localizer import save_localizer
@@ -76,7 +76,7 @@ def unbroken(birds, tiny, tmp_path_factory):
 
 
 def assert_same_files(a, b):
-    for one, two in zip((a, *cache_paths(a)), (b, *cache_paths(b)), strict=True):
+    for one, two in zip((a, maps_path(a)), (b, maps_path(b)), strict=True):
         assert one.read_bytes().replace(str(a).encode(), b"") == two.read_bytes().replace(str(b).encode(), b""), one
     assert not b.with_name("boxes.partial").exists()
 
@@ -86,7 +86,7 @@ def assert_same_files(a, b):
 
 def test_the_maps_are_those_of_the_network(birds, tiny, unbroken):
     data, localizer, cache = read_dataset("cub", birds), build_localizer(None, str(tiny)), MapCache.open(unbroken)
-    assert cache.ids.tolist() == sorted(data.ids.tolist())
+    assert sorted(cache) == sorted(data.ids.tolist())
     for row in (0, 17, 50):
         with PIL.Image.open(data.paths[row]) as image:
             scale = 32 / min(image.size)
@@ -161,8 +161,7 @@ def test_workers_change_nothing(birds, tiny, unbroken, tmp_path):
     _, error = done.communicate(timeout=300)
     assert done.returncode == 0, error
     assert "images/s" in error
-    for one, two in zip(cache_paths(unbroken), cache_paths(tmp_path / "boxes.json"), strict=True):
-        assert one.read_bytes() == two.read_bytes()
+    assert maps_path(unbroken).read_bytes() == maps_path(tmp_path / "boxes.json").read_bytes()
 
 
 def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
@@ -258,7 +257,7 @@ def test_maps_of_something_else_are_refused(birds_copy, birds, tiny, unbroken, t
     save_localizer(tmp_path / "other.pt", build_toy_vit(**TINY), {"architecture": TINY})
     with pytest.raises(UserError, match="made with weights_sha256="):
         run(birds, tmp_path / "other.pt", out)
-    cache_paths(out)[1].write_bytes(b"")
+    maps_path(out).write_bytes(b"")
     with pytest.raises(UserError, match=r"make the maps again: python generate_dino_boxes\.py"):
         run(birds, tiny, out)
     run(birds, tiny, out, "dino.again=true")
@@ -267,7 +266,7 @@ def test_maps_of_something_else_are_refused(birds_copy, birds, tiny, unbroken, t
 
 def assert_same_maps(a, b):
     one, two = MapCache.open(a), MapCache.open(b)
-    assert all(np.array_equal(one[i], two[i]) for i in one.ids.tolist())
+    assert all(np.array_equal(one[i], two[i]) for i in one)
 
 
 def test_another_scripts_box_file_is_not_overwritten(birds, tiny, unbroken, tmp_path):

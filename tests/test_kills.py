@@ -72,7 +72,7 @@ def finished_work(name: str, folder: Path) -> list[str]:
         done = [path.parent for path in points if (path.parent / "summary.json").exists()]
         begun = [line for path in points if path.parent not in done for line in finished_epochs(path.parent)]
         return [f"--- {place.name}: done already" for place in done] + begun
-    finished = {"mask": "masks_0/masks_info.json", "dino": "boxes.maps.json", "bbox": "boxes.json"}[name]
+    finished = {"mask": "masks_0/masks_info.json", "dino": "boxes.maps.safetensors", "bbox": "boxes.json"}[name]
     if (folder / finished).exists():
         return ["72 of 72 images"]
     return [f"{done} of 72 images" for done in [stages.units_done(folder)] if done]

@@ -50,7 +50,7 @@ def test_which_maps_serve_an_epoch(epoch, every, start, expected):
 
 
 def test_the_last_maps_are_of_the_images_that_the_ema_classified_rightly(birds, distilled, tmp_path):
-    assert [path.name for path in sorted(distilled.glob("own_*.json"))] == ["own_epoch_3.maps.json"]
+    assert [path.name for path in sorted(distilled.glob("own_*"))] == ["own_epoch_3.maps.safetensors"]
     run(birds, tmp_path / "short", *OWN, "num_epochs=3", "opt.target_lr=3e-3")  # a constant rate: as far as epoch 3
     run(birds, tmp_path / "long", *OWN, "opt.target_lr=3e-3")
     data = read_dataset("cub", birds, val_fraction=0.3333)

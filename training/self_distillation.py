@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from localized_crops.map_file import MapCache, cache_paths, save_map_cache
+from localized_crops.map_file import MapCache, save_map_cache
 from localizer.attention_maps import attend_batches, clean_batch, plan_batches
 from localizer.networks import Localizer
 from readers.data_set import DataSet
@@ -29,8 +29,8 @@ def refresh_epoch(epoch: int, every: int, start: int) -> int | None:
 
 
 def maps_path(folder: Path, epoch: int) -> Path:
-    """Return the index of the maps that a run makes before ``epoch``."""
-    return folder / f"own_epoch_{epoch}.maps.json"
+    """Return the file of the maps that a run makes before ``epoch``."""
+    return folder / f"own_epoch_{epoch}.maps.safetensors"
 
 
 def refresh_maps(
@@ -47,7 +47,7 @@ def refresh_maps(
     """Write and return the cache of maps of the images among ``rows`` that the network classifies rightly.
 
     Args:
-        path: the index to write; older maps of the run beside it are removed.
+        path: the file to write; older maps of the run beside it are removed.
         localizer: the EMA, with its head, on ``device``.
         data: the data set.
         rows: its training images.
@@ -67,7 +67,7 @@ def refresh_maps(
         num_workers=num_workers,
         with_logits=True,
     )
-    maps: dict[int, np.ndarray] = {}
+    maps: dict[int | str, np.ndarray] = {}
     for one in tqdm(attended, total=len(batches), desc="own maps", unit=" batches", leave=False, disable=None):
         places = rows[one.batch.rows]
         right = one.logits.argmax(1).cpu().numpy() == data.labels[places]
@@ -76,7 +76,7 @@ def refresh_maps(
     settings = {key: wanted[key] for key in ("autocontrast", "heads", "steps", "filter_size")} | {"image_size": side}
     save_map_cache(
         path,
-        sorted(maps.items()),
+        maps.items(),
         {
             "dataset": data.fingerprint(),
             "model": localizer.name,
@@ -90,7 +90,6 @@ def refresh_maps(
 
 
 def _remove_older(path: Path) -> None:
-    for index in path.parent.glob("own_epoch_*.maps.json"):
+    for index in path.parent.glob("own_epoch_*.maps.safetensors"):
         if index != path:
-            for file in cache_paths(index):
-                file.unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
