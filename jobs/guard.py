@@ -1,9 +1,11 @@
 """The guard around every script: signals, dead workers, one line and the exit status."""
 
 import contextlib
+import io
 import multiprocessing
 import os
 import re
+import select
 import shlex
 import signal
 import sys
@@ -40,13 +42,15 @@ class Terminated(BaseException):
 def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], dict | None]) -> None:
     """Run a script from the command line: load its config, call ``main``, end with the right exit status.
 
-    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM. Where `going_on_with`
+    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM, 141 (SIGPIPE) without a
+    word where nobody reads what is printed any more, as after ``| head``. Where `going_on_with`
     was told a command, the line ends with it.
 
     Args:
         main: the script, given the resolved config.
         load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
     """
+    _make_printing_safe()
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, _stop)
@@ -55,7 +59,10 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
             config = load_config(sys.argv[1:])
         if config is not None:
             main(config)
+        sys.stdout.flush()
     except (UserError, OSError) as error:
+        if _reader_has_gone():
+            sys.exit(128 + signal.SIGPIPE)
         if isinstance(error, DeadWorkerError):
             _end_within(LONGEST_END, 2, error)
         _exit(f"error: {_one_line(error)}", error, 2)
@@ -63,6 +70,27 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         _exit("interrupted", error, 130)
     except Terminated as error:
         _exit("terminated", error, 143)
+
+
+def _make_printing_safe() -> None:
+    """Let a closed stream swallow what is printed, and escape what the locale's encoding cannot say."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before Python began
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - for as long as it runs
+        getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _reader_has_gone() -> bool:
+    """Tell whether stdout or stderr is a pipe that nobody reads; what is still printed into it goes nowhere."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        poll = select.poll()
+        with contextlib.suppress(io.UnsupportedOperation):  # no stream of the system
+            poll.register(stream.fileno(), 0)
+        if any(events & select.POLLERR for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            gone = True
+    return gone
 
 
 @contextlib.contextmanager

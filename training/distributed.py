@@ -53,7 +53,8 @@ def process_group(device: torch.device) -> Iterator[None]:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         stack.callback(dist.destroy_process_group)
         if rank():
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(lost_process())
         yield
 
