@@ -1,5 +1,6 @@
 """Networks by name, which of their weights learn, their EMA, and reading checkpoints into them."""
 
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,16 @@ def build_model(
 def _create(model_type, n_classes, image_size, patch_size, from_hub) -> nn.Module:
     try:
         if model_type == "resnet50":
-            model = torchvision.models.resnet50(weights="IMAGENET1K_V2" if from_hub else None)
+            model = torchvision.models.resnet50()
+            if from_hub:  # torchvision's own way runs whatever code a pickle in the hub's cache holds
+                published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+                model.load_state_dict(published.get_state_dict(check_hash=True, weights_only=True))
             model.fc = nn.Linear(model.fc.in_features, n_classes)
             return model
         if model_type == "toyresnet":
             return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes)
         return _create_timm(timm_name(model_type), n_classes, image_size, patch_size, from_hub)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         if not from_hub:
             raise
         raise UserError(
@@ -85,7 +89,11 @@ def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, fr
         hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
         raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
     if not _is_vit(name):
-        return timm.create_model(name, num_classes=n_classes, pretrained=from_hub)
+        model = _create_for_size(name, image_size, num_classes=n_classes, pretrained=from_hub)
+        if not _takes(model, image_size):
+            good = ", ".join(map(str, _sizes_that_work(name, image_size)))
+            raise UserError(f"image_size={image_size}: {name} cannot take it; sizes that work: {good or 'none found'}")
+        return model
     patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
     if patch_size != patch:
         raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
@@ -93,6 +101,49 @@ def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, fr
     return timm.create_model(
         name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True
     )
+
+
+def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
+    """Create a timm model that is told its input size, where it has to be told; others find it out by themselves."""
+    for told in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
+        try:
+            return timm.create_model(name, **told, **options)
+        except TypeError:  # it has no such argument
+            continue
+        except (AssertionError, ValueError, RuntimeError, ZeroDivisionError):  # it has, and refuses this size
+            break
+    return timm.create_model(name, **options)
+
+
+def _takes(model: nn.Module, image_size: int) -> bool:
+    """Tell whether a network answers an image of this side; its mode and buffers stay as they are."""
+    was_training = model.training
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    except Exception:  # each network has its own way of failing
+        return False
+    finally:
+        model.train(was_training)
+    return True
+
+
+def _sizes_that_work(name: str, image_size: int, count: int = 3) -> list[int]:
+    """Return the nearest image sides that a timm model takes, tried on its shapes alone."""
+    found = []
+    own = (timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224))[-1]
+    for size in sorted({*range(32, 513, 32), own},
+                       key=lambda size: abs(size - image_size)):  # fmt: skip
+        with torch.device("meta"):
+            try:
+                if _takes(_create_for_size(name, size, num_classes=2), size):
+                    found.append(size)
+            except Exception:  # it cannot even be built for this size, or not without memory
+                continue
+        if len(found) == count:
+            break
+    return sorted(found)
 
 
 def input_config(model_type: str) -> dict[str, Any]:
@@ -316,7 +367,15 @@ def _state_dict(content: Any, path: Path | str, which: str) -> dict[str, torch.T
     named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
     if not named or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); give a checkpoint of train.py or of timm")
-    return content
+    return _without_prefixes(content)
+
+
+def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights without what wrappers put before all their names."""
+    for prefix in 2 * ("module.", "_orig_mod.", "backbone."):  # twice: in either order
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def _fit_vit(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -338,10 +397,14 @@ def _load_strictly(
 ) -> None:
     """Load a state dict that leaves nothing out but ``kept``, the model's own values."""
     try:
-        model.load_state_dict(_fit_vit(model, state) | (kept or {}), strict=True)
+        fitting = _fit_vit(model, state) | (kept or {})
+        missing, unexpected = model.state_dict().keys() - fitting.keys(), fitting.keys() - model.state_dict().keys()
+        if missing or unexpected:
+            first = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in
+                     (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
+            raise ValueError("weights by name: " + "; ".join(first))
+        model.load_state_dict(fitting, strict=True)
     except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
-        lines = [line.strip() for line in str(error).splitlines()[1:]]
-        raise UserError(
-            f"{path}: of another architecture than model.type ({len(lines)} kinds of mismatch; first: "
-            f"{lines[0][:120] if lines else error})"
-        ) from None
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = (lines[1:] or lines or [type(error).__name__])[0][:200]
+        raise UserError(f"{path}: of another architecture than model.type ({reason})") from None

@@ -42,6 +42,7 @@ from training.distributed import (
     refuse_many,
     world_size,
 )
+from training.fingerprints import fingerprints
 from training.loop import train_and_log_epoch
 from training.optimization import step_gamma
 from training.run import Run, build_run, load_run
@@ -150,14 +151,15 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     data = on_rank_0(lambda: load_data(config))
     boxes, notes = crop_boxes(config, data)
     resolve(config, folder, data, boxes)
-    decoded = decoded_images(config, data)
-    train_loader = build_train_loader(config, data, build_crops(config, data, boxes), device, decoded)
+    decoded, crops = decoded_images(config, data), build_crops(config, data, boxes)
+    train_loader = build_train_loader(config, data, crops, device, decoded)
     val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
-    run = build_run(folder, config, data.class_names, device)
+    made_from = fingerprints(data, boxes, getattr(crops, "maps", None))
+    run = build_run(folder, config, data.class_names, made_from, device)
     print(describe(config, run, data, device))
     if config["resume"]:
-        load_run(run, device)
+        load_run(run, config, RESUME_MAY_CHANGE, device)
     if rank() == 0:
         run.begin = lambda: begin(run, config)
     own_wandb = wandb_run is None and config["wandb"] and rank() == 0

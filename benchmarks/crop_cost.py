@@ -62,7 +62,7 @@ def prepare(config: dict, changes: dict) -> tuple:
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
-    return build_run(Path("runs/crop_cost"), config, data.class_names, CPU), config, loader
+    return build_run(Path("runs/crop_cost"), config, data.class_names, {}, CPU), config, loader
 
 
 def one_epoch(run: Run, config: dict, loader: Iterable[Batch], device: torch.device = CPU) -> None:

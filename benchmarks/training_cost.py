@@ -114,7 +114,7 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
     steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]
-    return build_run(folder, config, data.class_names, device), config, Steps(loader, steps)
+    return build_run(folder, config, data.class_names, {}, device), config, Steps(loader, steps)
 
 
 def use_maps(config: dict, steps: Steps) -> None:

@@ -160,6 +160,38 @@ def test_the_input_statistics_are_the_networks_own(name, mean):
     assert models.input_config(name)["mean"][0] == mean
 
 
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "deit3_small_patch16_224"])
+def test_a_size_that_a_network_cannot_take_is_named_with_those_that_work(name):
+    with pytest.raises(UserError, match="image_size"):
+        models.build_model(name, 2, image_size=10, patch_size=16)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone.", "module._orig_mod."])
+def test_names_of_wrapped_weights(tmp_path, prefix):
+    model = models.build_model("toyresnet", 3, image_size=32, patch_size=14)
+    path = tmp_path / "wrapped.pt"
+    torch.save({prefix + key: value for key, value in model.state_dict().items()}, path)
+    other = models.build_model("toyresnet", 3, image_size=32, patch_size=14)
+    models.load_trained(other, path)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_foreign_state_dict_shows_names_that_are_missing_and_unexpected(tmp_path):
+    path = tmp_path / "foreign.pt"
+    torch.save({"stem.weight": torch.zeros(2)}, path)
+    with pytest.raises(UserError) as caught:
+        models.load_trained(models.build_model("toyresnet", 3, image_size=32, patch_size=14), path)
+    assert "stem.weight" in str(caught.value) and "bn1.bias" in str(caught.value)
+
+
+def test_hub_weights_of_resnet50_are_loaded_as_weights_only(monkeypatch):
+    asked = {}
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_a, **how: asked.update(how) or {})
+    with pytest.raises(UserError, match="hub"):
+        models.build_model("resnet50", 2, image_size=32, patch_size=14, weights="hub")
+    assert asked["weights_only"] and asked["check_hash"]
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 

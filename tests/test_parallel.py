@@ -112,7 +112,7 @@ def test_a_clip_shortens_the_gradient_to_its_norm():
     model = nn.Linear(3, 2)
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     off = torch.amp.GradScaler("cpu", enabled=False)
-    one = Run(Path(), model, model, models.build_ema(model, 0.5), sgd, None, off, [], [], [])
+    one = Run(Path(), model, model, models.build_ema(model, 0.5), sgd, None, off, [], [], [], {})
     before = [parameter.detach().clone() for parameter in model.parameters()]
     (1000 * model(torch.ones(4, 3)).sum()).backward()
     update(one, 1, 0.5)
@@ -217,7 +217,7 @@ def test_a_step_waits_for_nothing(birds, tmp_path):
     config = train.load_run_config([*SMALL, "amp=bf16", "deterministic=false", "device=cuda"])
     config["model"]["n_classes"] = 8
     device = torch.device("cuda")
-    one = build_run(tmp_path, config, ["a", "b"], device)
+    one = build_run(tmp_path, config, ["a", "b"], {}, device)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
     labels, flips = torch.arange(8).pin_memory(), torch.zeros(8, dtype=torch.bool).pin_memory()
     batch = Batch(images, labels, flips, torch.ones(8), 8, 8)

@@ -310,6 +310,79 @@ def test_a_run_that_cannot_take_its_first_step_leaves_nothing(birds, tmp_path, m
     run(birds, tmp_path / "run", "num_epochs=1")
 
 
+@pytest.fixture
+def stopped(birds_copy, tmp_path, monkeypatch):
+    """Return the folder of a run that was stopped after two epochs of four, and its data set's."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "finish", lambda *_a: 1 / 0)
+        once = train.train_and_log_epoch
+
+        def two_epochs(one, *arguments):
+            if one.epoch == 2:
+                raise KeyboardInterrupt
+            once(one, *arguments)
+
+        patch.setattr(train, "train_and_log_epoch", two_epochs)
+        run(birds_copy, tmp_path / "run")
+    return tmp_path / "run", birds_copy
+
+
+def swap_classes(root):
+    lines = (root / "image_class_labels.txt").read_text().splitlines()
+    first, last = lines[0].split(), lines[-1].split()
+    lines[0], lines[-1] = f"{first[0]} {last[1]}", f"{last[0]} {first[1]}"
+    (root / "image_class_labels.txt").write_text("\n".join(lines))
+
+
+def swap_splits(root):
+    lines = [line.split() for line in (root / "train_test_split.txt").read_text().splitlines()]
+    (root / "train_test_split.txt").write_text("\n".join(f"{i} {1 - int(flag)}" for i, flag in lines))
+
+
+def shrink_boxes(root):
+    lines = [line.split() for line in (root / "bounding_boxes.txt").read_text().splitlines()]
+    text = "\n".join(f"{i} {x} {y} {float(w) / 2} {h}" for i, x, y, w, h in lines)
+    (root / "bounding_boxes.txt").write_text(text)
+
+
+@pytest.mark.parametrize("change", [swap_classes, swap_splits, shrink_boxes])
+def test_a_run_does_not_go_on_with_other_data(stopped, change):
+    folder, root = stopped
+    change(root)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        train.train_run(train.load_run_config(["resume=true", f"run_dir={folder}"]))
+
+
+def empty_optimizer(state):
+    state["optimizer"]["state"] = {}
+
+
+def reshape_optimizer(state):
+    first = state["optimizer"]["state"][0]
+    first["exp_avg"] = first["exp_avg"].flatten()[:3].clone()
+
+
+def other_seed(state):
+    state["config"]["seed"] = 99
+
+
+@pytest.mark.parametrize("change", [empty_optimizer, reshape_optimizer, other_seed])
+def test_a_run_does_not_go_on_from_another_checkpoint(stopped, change):
+    folder, _ = stopped
+    state = load_tensors(folder / "last.pt")
+    change(state)
+    torch.save(state, folder / "last.pt")
+    with pytest.raises(UserError, match=r"last\.pt"):
+        train.train_run(train.load_run_config(["resume=true", f"run_dir={folder}"]))
+
+
+def test_a_run_does_not_go_on_without_its_log(stopped):
+    folder, _ = stopped
+    (folder / "log.jsonl").unlink()
+    with pytest.raises(UserError, match=r"log\.jsonl"):
+        train.train_run(train.load_run_config(["resume=true", f"run_dir={folder}"]))
+
+
 def test_the_published_measure_is_of_the_last_hundred_epochs():
     records = [{"epoch": n, "top1": n / 1000, "ema_top1": 0.5} for n in range(5, 205, 5)]
     late = last_epochs(records, 200)

@@ -1,6 +1,6 @@
 """A training in progress: building it, its checkpoints, going on from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,9 +10,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 
 import models
+from jobs.settings import leaves
 from localized_crops.attention import last_attention
-from localized_crops.files import user_errors
+from localized_crops.files import UserError, user_errors
 from training.distributed import rank, world_size
+from training.fingerprints import first_difference, optimizer_fault
 from training.optimization import build_optimizer, build_scheduler
 from training.train_data import test_views
 from utils import (
@@ -44,6 +46,7 @@ class Run:
     mean: list[float]  # of the network's input, by which images are normalised
     std: list[float]
     class_names: list[str]
+    made_from: dict[str, str]  # fingerprints of data, boxes and maps
     begin: Callable[[], None] = lambda: None  # called after every optimizer step
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
@@ -52,7 +55,9 @@ class Run:
     records: list[dict] = field(default_factory=list)  # log.jsonl
 
 
-def build_run(folder: Path, config: dict, class_names: list[str], device: torch.device) -> Run:
+def build_run(
+    folder: Path, config: dict, class_names: list[str], made_from: dict[str, str], device: torch.device
+) -> Run:
     """Build model, EMA, optimizer, schedule and scaler."""
     wanted = config["model"]
     model = models.build_model(
@@ -91,6 +96,7 @@ def build_run(folder: Path, config: dict, class_names: list[str], device: torch.
         mean=wanted["mean"],
         std=wanted["std"],
         class_names=class_names,
+        made_from=made_from,
     )
 
 
@@ -108,6 +114,7 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
         "step": run.step,
         "best_top1": run.best_top1,
         "config": config,
+        "made_from": run.made_from,
         "versions": environment(),
     }
     if is_best:
@@ -123,8 +130,12 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
     save_tensors(run.folder / "last.pt", weights | about | state)
 
 
-def load_run(run: Run, device: torch.device) -> None:
-    """Go on from last.pt where there is one; epochs logged after it are done again."""
+def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.device) -> None:
+    """Go on from last.pt where there is one; epochs logged after it are done again.
+
+    Raises:
+        UserError: if it is of another run: of other data, boxes, maps, or settings other than ``may_change``.
+    """
     if not (run.folder / "last.pt").exists():
         print("no last.pt yet: starting from the first epoch")
         return
@@ -132,6 +143,7 @@ def load_run(run: Run, device: torch.device) -> None:
     with user_errors(UNREADABLE, f"{run.folder / 'last.pt'}: not of this run: "):
         if not isinstance(state, dict):
             raise TypeError("it holds no dict")
+        check_origin(run, state, config, may_change)
         run.model.load_state_dict(state["model"])
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.copy_(state["ema_updates"])
@@ -145,4 +157,20 @@ def load_run(run: Run, device: torch.device) -> None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
     records = load_log(run.folder / "log.jsonl", LOGGED)
     run.records = [record for record in records if record["epoch"] <= run.epoch]
+    if run.epoch >= config["log_interval"] and not run.records:
+        raise UserError(f"{run.folder / 'log.jsonl'}: has no epoch up to {run.epoch}, the one of last.pt; restore it")
     print(f"going on after epoch {run.epoch}")
+
+
+def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str]) -> None:
+    """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
+    changed = first_difference(state["made_from"], run.made_from)
+    if changed:
+        raise ValueError(f"the {changed} are others than when it was written; start a new run")
+    kept = {key: value for key, value in leaves(config).items() if key.split(".")[0] not in may_change}
+    changed = first_difference(leaves(state["config"]), kept)
+    if changed:
+        raise ValueError(f"it was trained with {changed}={leaves(state['config']).get(changed)}, now {kept[changed]}")
+    fault = optimizer_fault(run.optimizer, state["optimizer"], int(state["step"]))
+    if fault:
+        raise ValueError(fault)
