@@ -70,6 +70,7 @@ config = {
     },
     # --- attention maps and boxes of generate_dino_boxes.py
     "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
+    # predict.py: the .csv or .jsonl to write; None: predictions_{images}.csv beside the checkpoint
     "dino": {
         "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
         "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a
@@ -187,6 +188,19 @@ config = {
     "other": {
         "label_smoothing": 0.1,
         "ema_decay": 0.97,  # per update, after a warm-up; averages over ema_step / (1 - ema_decay) steps: 33
+    },
+    # --- trained classifiers in use: data set, views and boxes are those of their training unless given here
+    "checkpoint": [],  # best.pt of a run; for evaluate.py several, separated by commas, are compared
+    "evaluate": {
+        "split": "test",  # train | val | test
+        "out": None,  # the folder to write; None: the first free evaluation_{split}_{i} beside the first checkpoint
+    },
+    "export": None,  # evaluate.py: write weights for timm, ONNX, class names and preprocessing into this folder instead
+    "images": None,  # predict.py: a file, a folder, a pattern in quotes, or - for paths on stdin
+    "predict": {
+        "top_k": 5,  # classes for each image
+        "sheet": None,  # the PNG of a contact sheet to draw
+        "sheet_images": 24,  # on it, from all over the list
     },
     # --- machine
     "seed": 0,  # None: one is drawn, printed and recorded

@@ -141,6 +141,17 @@ class Bbox(Section):
     again: bool = False
 
 
+class Evaluate(Section):
+    split: Literal["train", "val", "test"] = "test"
+    out: Text | None = None
+
+
+class Predict(Section):
+    top_k: Count = 5
+    sheet: Text | None = None
+    sheet_images: int = Field(24, ge=1, le=240)
+
+
 class SelfDistillation(Section):
     every: Natural = 0
     start: Natural = 5
@@ -235,6 +246,11 @@ class Config(Section):
     image_size: Side = 64
     opt: Opt = Opt()
     other: Other = Other()
+    checkpoint: Many[Text] = []
+    evaluate: Evaluate = Evaluate()
+    export: Text | None = None
+    images: Text | None = None
+    predict: Predict = Predict()
     seed: int | None = Field(0, ge=0, lt=2**32)
     deterministic: bool = True
     device: Text | None = None
@@ -291,5 +307,7 @@ READ_BY = {
     "generate_bbox": f"{_MACHINE} out masks bbox",
     "visualize": "visualize source dino_maps masks THR maiou crop image_size augment augment_p augment_strength "
     "use_augment_mix eval seed",
+    "evaluate": f"{_MACHINE} checkpoint evaluate export eval eval_box",
+    "predict": f"{_MACHINE} checkpoint images out predict eval eval_box dino",
     "make_localizer": "out seed deterministic num_threads",
 }

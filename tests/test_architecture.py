@@ -24,7 +24,7 @@ LAYERS = [
 ]
 COMMANDS = {
     *("config", "train", "check_dataset", "generate_dino_boxes", "generate_mask", "generate_bbox"),
-    *("visualize", "reproduce"),
+    *("visualize", "reproduce", "evaluate", "predict"),
 }
 RUN_AS_MODULES = {"toybirds.make_localizer"}  # python -m; they read the config as the commands do
 FILES = sorted(

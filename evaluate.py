@@ -1,0 +1,94 @@
+"""Evaluate trained classifiers on labelled images, without training; or export one for use elsewhere.
+
+Reads checkpoints of train.py and a data set: that of the first one's training, unless dataset.root names another. The
+split is evaluate.split; the views and the boxes for them are those of each training, unless eval.views and eval_box say
+otherwise. Writes into evaluate.out (None: the first free folder evaluation_SPLIT_{i} beside the first checkpoint)
+
+    evaluation.json, .md   top-1 with its interval, top-5, cross-entropy and calibration by view; accuracy by the size
+                           of the object where true boxes are known, and by class; McNemar's paired test of every two
+                           checkpoints
+    predictions.csv        a row for each checkpoint, view and image
+    confusion.png, calibration.png
+
+    python evaluate.py checkpoint=runs/photos_0/best.pt
+    python evaluate.py checkpoint=runs/photos_0/best.pt,runs/photos_1/best.pt evaluate.split=val eval.views=full,center
+    python evaluate.py checkpoint=runs/photos_0/best.pt export=exported   # weights for timm, ONNX, names, preprocessing
+"""
+
+import time
+from pathlib import Path
+
+import torch
+
+from config import load_config
+from datasets import read_dataset
+from inference.classifier import load_classifier, training_defaults
+from inference.evaluation import Evaluated, evaluate, write_report
+from inference.export import export_classifier
+from jobs.guard import run_script
+from jobs.settings import ConfigError
+from localized_crops.files import UserError, user_errors
+from readers.data_set import DataSet
+from utils import environment, new_folder
+
+
+def main(configs: list[dict]) -> None:
+    """Evaluate or export the checkpoint of each config, which differ in what their trainings used."""
+    if configs[0]["num_threads"]:
+        torch.set_num_threads(configs[0]["num_threads"])
+    with user_errors(ValueError):
+        if configs[0]["export"]:
+            print(export_classifier(load_classifier(configs[0]["checkpoint"][0], localize=False), configs[0]["export"]))
+        else:
+            run_evaluation(configs)
+
+
+def load_evaluation_configs(arguments: list[str]) -> list[dict] | None:
+    """Return a config for each checkpoint: what its training used, and config.py and the command line over it."""
+    config = load_config(arguments)
+    if config is None:
+        return None
+    paths = config["checkpoint"]
+    if not paths or len(set(paths)) < len(paths):
+        raise ConfigError("evaluate.py needs checkpoint=FILE[,FILE...], such as best.pt of a run, each once")
+    if config["export"] and len(paths) > 1:
+        raise ConfigError(f"export={config['export']}: is for one checkpoint, checkpoint names {len(paths)}")
+    return [load_config(arguments, base=training_defaults(path)) for path in paths]
+
+
+def run_evaluation(configs: list[dict]) -> None:
+    """Evaluate every checkpoint on the same images and write the report."""
+    wanted, first = configs[0]["evaluate"], configs[0]
+    data = read_dataset(**first["dataset"] | {"check": False})
+    rows = data.rows(wanted["split"])
+    if not len(rows):
+        raise UserError(f"{data.root}: no image in the split {wanted['split']}; {other_splits(data)}")
+    start, evaluated = time.perf_counter(), []
+    for path, config in zip(first["checkpoint"], configs, strict=True):
+        classifier = load_classifier(path, config=config, device=config["device"], localize=False)
+        how = {"batch_size": config["eval"]["batch_size"], "num_workers": config["num_workers"]}
+        evaluated.append(evaluate(classifier, data, rows, **how))
+    report(evaluated, data, configs, time.perf_counter() - start)
+
+
+def other_splits(data: DataSet) -> str:
+    """Return which splits the data set has, as a remedy."""
+    counts = {name: len(data.rows(name)) for name in ("train", "val", "test")}
+    return "set evaluate.split: " + ", ".join(f"{name} has {count}" for name, count in counts.items() if count)
+
+
+def report(evaluated: list[Evaluated], data: DataSet, configs: list[dict], seconds: float) -> None:
+    """Write the report into the folder that the config names, print its tables."""
+    first, split = configs[0], configs[0]["evaluate"]["split"]
+    beside = Path(first["checkpoint"][0]).parent
+    folder = Path(first["evaluate"]["out"]) if first["evaluate"]["out"] else new_folder(beside, f"evaluation_{split}")
+    if (folder / "evaluation.json").exists():
+        raise UserError(f"evaluate.out={folder}: holds an evaluation already; give another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"split": split, "seconds": round(seconds, 2), "environment": environment(), "settings": configs}
+    print(write_report(folder, evaluated, data, data.rows(split), about))
+    print(f"{folder}: evaluation.md, evaluation.json, predictions.csv, pictures; {seconds:.1f} s")
+
+
+if __name__ == "__main__":
+    run_script(main, load_evaluation_configs)

@@ -1,0 +1,1 @@
+"""Trained classifiers in use: evaluation, prediction, export."""

@@ -1,0 +1,201 @@
+"""A trained classifier from one checkpoint file, ready to be used.
+
+from inference.classifier import load_classifier
+
+classifier = load_classifier("runs/photos_0/best.pt")
+predictions = classifier.predict(["a.jpg", "b.jpg"])  # each: path, classes, probabilities, box, error
+"""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import models
+from inference.photos import PhotoBatches, find_boxes
+from jobs.loader import build_loader
+from jobs.settings import DEFAULTS
+from jobs.shared_work import choose_device
+from localized_crops.files import UserError, user_errors
+from localizer.networks import Localizer, build_localizer
+from training.evaluation import AVERAGE, predict
+from training.train_data import test_views
+from transforms import View
+from utils import load_tensors
+
+# Sections of the config that evaluation and prediction take from the training, unless a word says otherwise.
+OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "dino")
+
+
+class Prediction(NamedTuple):
+    """What a classifier says of one image."""
+
+    path: Path
+    classes: list[str]  # the most probable first; empty if the image could not be read
+    probabilities: list[float]
+    box_xywh: tuple[float, float, float, float] | None  # that the localizer found, in upright pixels
+    error: str | None  # why the image could not be read
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network with its weights, the names of its classes, and the views that it is shown of an image."""
+
+    path: str
+    model: nn.Module  # in eval mode, on ``device``
+    weights: str  # which of the checkpoint's: model | ema
+    class_names: list[str]
+    views: dict[str, View]
+    config: dict[str, Any]
+    device: torch.device
+    mean: tuple[float, ...]  # of the network's input
+    std: tuple[float, ...]
+    localizer: Localizer | None = None  # finds the box for the views that look at one
+
+    @property
+    def answer(self) -> str:
+        """The view whose probabilities are the answer: the average where there are several."""
+        return AVERAGE if len(self.views) > 1 else next(iter(self.views))
+
+    @property
+    def needs_box(self) -> bool:
+        """Whether a view looks at the object's box."""
+        return any(view.kind == "box" for view in self.views.values())
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """What forward passes are run under: bf16 or fp16 on CUDA, else nothing."""
+        dtype = torch.float16 if self.config["amp"] == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+
+    @property
+    def precision(self) -> str:
+        """float32 | bf16 | fp16, the latter two on CUDA alone."""
+        return self.config["amp"] if self.device.type == "cuda" and self.config["amp"] != "none" else "float32"
+
+    def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
+        """Return the prediction for each image file, in order; options as of `stream`."""
+        return list(self.stream(images, **options))
+
+    def stream(
+        self,
+        images: Sequence[Path | str],
+        *,
+        top_k: int = 5,
+        batch_size: int = 64,
+        num_workers: int = 0,
+        progress: bool = False,
+    ) -> Iterator[Prediction]:
+        """Yield the prediction for each image file, in order, while the next ones are decoded.
+
+        Where a view looks at the box, the localizer first goes through all images.
+
+        Args:
+            images: the files; their EXIF orientation is applied.
+            top_k: classes for each image.
+            batch_size: images that go through the network together.
+            num_workers: processes that decode ahead; 0: this one decodes.
+            progress: show bars.
+        """
+        paths, boxes, failed = [Path(path) for path in images], None, {}
+        if self.needs_box:
+            about = {"precision": self.precision, "num_workers": num_workers, "progress": progress}
+            boxes, failed = find_boxes(paths, self.localizer, self.config["dino"], self.device, **about)
+        batches = PhotoBatches(paths, list(self.views.values()), batch_size, boxes, failed)
+        loader = build_loader(batches, num_workers=num_workers, pin_memory=self.device.type == "cuda", batch_size=None)
+        with tqdm(total=len(paths), desc="classes", unit=" images", disable=None if progress else True) as bar:
+            for number, (views, errors) in enumerate(loader):
+                best = self.log_probs(views)[self.answer].exp().topk(min(top_k, len(self.class_names)))
+                found = zip(batches.rows(number), best.values.tolist(), best.indices.tolist(), errors, strict=True)
+                for row, probabilities, classes, error in found:
+                    box = None if boxes is None else tuple(boxes[row].tolist())
+                    names = [self.class_names[k] for k in classes]
+                    yield Prediction(paths[row], *(([], [], None) if error else (names, probabilities, box)), error)
+                bar.update(len(errors))
+
+    def log_probs(self, views: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the log-probabilities (B, K) by view, on the CPU, of images (B, 3, size, size) uint8 in each view."""
+        labels = torch.zeros(len(views[0]), dtype=torch.int64)
+        statistics = {"mean": self.mean, "std": self.std}
+        networks, names = [self.model], list(self.views)
+        (found,), _ = predict(networks, [(views, labels)], names, self.device, self.autocast, **statistics)
+        return found
+
+
+def load_classifier(
+    path: Path | str,
+    *,
+    config: dict[str, Any] | None = None,
+    device: str | None = None,
+    localize: bool = True,
+) -> Classifier:
+    """Build the classifier of a checkpoint of train.py.
+
+    Args:
+        path: best.pt or last.pt of a run.
+        config: the settings to use; None: those of its training.
+        device: cpu | cuda | ...; None: CUDA where there is one.
+        localize: load the localizer of the config's section ``dino`` too where a view looks at the object's box.
+
+    Raises:
+        UserError: if the file is no such checkpoint, or names no classes.
+    """
+    content, where = load_checkpoint(path), choose_device(device)
+    config = config or content["config"]
+    with user_errors((LookupError, TypeError, AttributeError), f"{path}: its config is of another version: "):
+        model, weights = build_trained(content["config"], path, len(content["class_names"]))
+        views = test_views(config)
+        statistics = {key: tuple(map(float, content["config"]["model"][key])) for key in ("mean", "std")}
+    needs = localize and any(view.kind == "box" for view in views.values())
+    return Classifier(
+        path=str(path),
+        model=model.eval().to(where, memory_format=torch.channels_last),
+        weights=weights,
+        class_names=content["class_names"],
+        views=views,
+        config=config,
+        device=where,
+        **statistics,
+        localizer=build_localizer(config["dino"]["model"], config["dino"]["weights"]) if needs else None,
+    )
+
+
+def build_trained(config: Mapping[str, Any], path: Path | str, n_classes: int) -> tuple[nn.Module, str]:
+    """Return the network of a checkpoint with its weights, and which they are: model or ema."""
+    wanted, shape = config["model"], {key: config[key] for key in ("image_size", "patch_size")}
+    model = models.build_model(wanted["type"], n_classes, **shape)
+    return model, models.load_trained(model, path)
+
+
+def load_checkpoint(path: Path | str) -> dict[str, Any]:
+    """Return what a checkpoint of train.py holds.
+
+    Raises:
+        UserError: if it is something else, or of a version that wrote no class names.
+    """
+    content = load_tensors(path)
+    if not isinstance(content, dict) or not isinstance(content.get("config"), dict):
+        raise UserError(f"{path}: no checkpoint of train.py (it holds no config); give best.pt of a run")
+    if not content.get("class_names"):
+        raise UserError(f"{path}: names no classes; it is of an older version: train it again")
+    return content
+
+
+def training_defaults(path: Path | str) -> dict[str, Any]:
+    """Return the default config with the sections OF_TRAINING as the checkpoint's training had them.
+
+    Keys that the training did not know yet stay as they are.
+    """
+    merged, saved = copy.deepcopy(DEFAULTS), load_checkpoint(path)["config"]
+    for name in OF_TRAINING:
+        if isinstance(merged[name], dict):
+            section = saved[name] if isinstance(saved.get(name), dict) else {}
+            merged[name] |= {key: value for key, value in section.items() if key in merged[name]}
+        else:
+            merged[name] = saved.get(name, merged[name])
+    return merged

@@ -1,0 +1,191 @@
+"""Image files without labels: finding them, the object's box in each, and batches of their views."""
+
+import glob
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from torch.utils.data import Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2.functional import pil_to_tensor
+from tqdm import tqdm
+
+from localized_crops.files import UserError
+from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
+from localizer.networks import Localizer
+from readers.images import image_size, read_image
+from training.batches import stack_images
+
+
+def find_images(images: str, lines: Iterable[str] | None = None) -> list[Path]:
+    """Return the image files that ``images`` names, in a stable order.
+
+    Args:
+        images: a file; a folder, of which all files with an image's suffix are taken, those of its folders too; a
+            pattern such as ``photos/*.jpg`` (``**`` stands for any folders); or ``-``, the paths in ``lines``.
+        lines: one path a line, empty lines are left out; None: of stdin.
+
+    Raises:
+        UserError: if that is no file at all.
+    """
+    if images == "-":
+        found = [Path(line.rstrip("\r\n")) for line in lines or sys.stdin if line.strip()]
+    elif Path(images).is_dir():
+        files = (path for path in Path(images).rglob("*") if path.is_file())
+        found = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
+    elif Path(images).exists():
+        found = [Path(images)]
+    else:
+        found = sorted(Path(path) for path in glob.glob(images, recursive=True) if Path(path).is_file())
+    if not found:
+        raise UserError(f"images={images}: no image there; give a file, a folder, a pattern in quotes, or - for stdin")
+    return found
+
+
+def read_upright(path: Path) -> PIL.Image.Image:
+    """Return an image as 8-bit RGB, turned as its EXIF orientation says; errors as of ``read_image``."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    return PIL.ImageOps.exif_transpose(read_image(path))
+
+
+def upright_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of the image that `read_upright` gives, from the file's head alone."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file")
+    width, height = image_size(path)
+    with PIL.Image.open(path) as image:
+        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (height, width) if turned else (width, height)
+
+
+def reason(error: Exception | str, path: Path) -> str:
+    """Return an error as one line that names the file."""
+    line = " ".join(str(error).split())[:300] or type(error).__name__
+    return line if str(path) in line else f"{path}: {line}"
+
+
+# --- boxes --------------------------------------------------------------------------------------------------------
+
+
+def image_sizes(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the upright sizes (N, 2), width height, of image files; 0 0 and the reason for those that are none."""
+
+    def look(path: Path) -> tuple[tuple[int, int], str | None]:
+        try:
+            return upright_size(path), None
+        except Exception as error:  # whatever one file does, the others go on; decoders raise many kinds
+            return (0, 0), reason(error, path)
+
+    with ThreadPoolExecutor(8) as pool:
+        sizes, errors = zip(*pool.map(look, paths), strict=True)
+    return np.array(sizes), {row: error for row, error in enumerate(errors) if error}
+
+
+def find_boxes(
+    paths: Sequence[Path],
+    localizer: Localizer,
+    wanted: Mapping[str, Any],
+    device: torch.device,
+    *,
+    precision: str = "float32",
+    num_workers: int = 0,
+    progress: bool = True,
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Return the box of the object in each image, (N, 4) x y width height in upright pixels, and why some have none.
+
+    An image whose map points nowhere gets the whole image; one that cannot be read gets zeros and a reason.
+
+    Args:
+        paths: of the images.
+        localizer: the Vision Transformer whose attention is followed.
+        wanted: the section ``dino`` of the config.
+        device: where the localizer works.
+        precision: float32 | bf16 | fp16 (on CUDA).
+        num_workers: processes that decode ahead.
+        progress: show a bar.
+    """
+    sizes, errors = image_sizes(paths)
+    rows = np.array([row for row in range(len(paths)) if row not in errors], dtype=np.int64)
+    boxes = np.zeros((len(paths), 4))
+    side = wanted["image_size"] or localizer.image_size
+    localizer.model.to(device)
+    attended = attend_batches(
+        localizer,
+        plan_batches(sizes[rows], side, localizer.patch, wanted["batch_size"]),
+        [paths[row] for row in rows],
+        device,
+        autocontrast=wanted["autocontrast"],
+        precision=precision,
+        num_workers=num_workers,
+        read=read_upright,
+    )
+    with tqdm(total=len(rows), desc="boxes", unit=" images", disable=None if progress else True) as bar:
+        for one in attended:
+            in_batch = rows[one.batch.rows]
+            for row, attention_map, error in zip(in_batch, clean_batch(one, wanted), one.errors, strict=True):
+                boxes[row] = map_to_box(attention_map, tuple(sizes[row].tolist()), wanted).xywh
+                if error is not None:
+                    errors[int(row)] = reason(error, paths[row])
+            bar.update(len(in_batch))
+    return boxes, errors
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+class PhotoBatches(Dataset):
+    """Batches of image files, each image in several views; a file that cannot be read costs no other its place."""
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        views: Sequence[Callable],
+        batch_size: int,
+        boxes: np.ndarray | None = None,
+        failed: Mapping[int, str] | None = None,
+    ) -> None:
+        """Keep what is to be shown.
+
+        Args:
+            paths: of the images.
+            views: (image, box) -> (3, size, size) uint8.
+            batch_size: images of a batch.
+            boxes: (N, 4) x y width height, for the views that look at one; None: the whole image.
+            failed: row -> why it is not to be tried again.
+        """
+        self.paths, self.views, self.batch_size, self.boxes = paths, views, batch_size, boxes
+        self.failed = failed or {}
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.batch_size)
+
+    def rows(self, number: int) -> range:
+        """Return the rows of a batch."""
+        return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.paths)))
+
+    def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], list[str | None]]:
+        """Return the views, each (B, 3, size, size) uint8, zeros where a file failed, and why (None: it did not)."""
+        shown, errors = [], []
+        for row in self.rows(number):
+            views, error = self._load(row)
+            shown.append(views)
+            errors.append(error)
+        return tuple(stack_images(list(images)) for images in zip(*shown, strict=True)), errors
+
+    def _load(self, row: int) -> tuple[list[torch.Tensor], str | None]:
+        error = self.failed.get(row)
+        if error is None:
+            try:
+                image = pil_to_tensor(read_upright(self.paths[row]))
+                box = np.array([0, 0, *image.shape[:0:-1]]) if self.boxes is None else self.boxes[row]
+                return [view(image, box) for view in self.views], None
+            except Exception as fault:  # see image_sizes
+                error = reason(fault, self.paths[row])
+        return [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views], error

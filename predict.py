@@ -1,0 +1,111 @@
+"""Name the class of every image, by a trained classifier.
+
+Reads a checkpoint of train.py and image files: a file, a folder, a pattern in quotes, or ``-``, paths on stdin. Writes
+
+    out.csv or out.jsonl   a row for each image: path, then class and probability of the predict.top_k best classes
+    out.errors.txt         the files that could not be read, where there are any: they have no row, exit status 2
+
+The views are those of the training; where one looks at the object's box, the localizer of the config's section dino
+finds it first (eval_box=none leaves the box out). With several views the answer is their average.
+
+    python predict.py checkpoint=runs/photos_0/best.pt images=new_photos/ out=new_photos.csv
+    python predict.py checkpoint=runs/photos_0/best.pt images='trip/**/*.jpg' predict.sheet=sheet.png
+    find . -name '*.jpg' | python predict.py checkpoint=runs/photos_0/best.pt images=- out=found.jsonl
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from config import load_config
+from figures.plots import save_figure
+from inference.classifier import Classifier, Prediction, load_classifier, training_defaults
+from inference.photos import find_images
+from inference.predictions import check_out, save_predictions, sheet_figure
+from jobs.guard import run_script
+from jobs.settings import ConfigError
+from localized_crops.files import UserError, save_text, user_errors
+
+WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
+
+
+def main(config: dict) -> None:
+    """Classify the images of ``config``."""
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
+    with user_errors(ValueError):
+        classifier = load_classifier(config["checkpoint"][0], config=config, device=config["device"])
+    out = Path(config["out"] or default_out(config))
+    check_out(out)
+    paths = find_images(config["images"])
+    print(describe(classifier, len(paths)), flush=True)
+    predictions = classify(classifier, paths, config)
+    top_k = min(config["predict"]["top_k"], len(classifier.class_names))
+    save_predictions(out, predictions, top_k)
+    draw_sheet(predictions, config)
+    refuse_to_hide(predictions, out)
+
+
+def load_prediction_config(arguments: list[str]) -> dict | None:
+    """Return the config: what the training used, and config.py and the command line over it."""
+    config = load_config(arguments)
+    if config is None:
+        return None
+    if len(config["checkpoint"]) != 1 or config["images"] is None:
+        raise ConfigError("predict.py needs checkpoint=FILE (best.pt of a run) and images=FOLDER|FILE|PATTERN|-")
+    return load_config(arguments, base=training_defaults(config["checkpoint"][0]))
+
+
+def default_out(config: dict) -> Path:
+    """Return where predictions go when ``out`` is None: beside the checkpoint, named after the images."""
+    name = Path(config["images"]).stem.strip("*") or "images"
+    return Path(config["checkpoint"][0]).parent / f"predictions_{'stdin' if config['images'] == '-' else name}.csv"
+
+
+def describe(classifier: Classifier, count: int) -> str:
+    """Return the line that the work starts with."""
+    views = f"views {', '.join(classifier.views)}"
+    box = f", box by {classifier.localizer.name} ({classifier.localizer.weights})" if classifier.localizer else ""
+    what = f"{classifier.path} ({classifier.weights}), {len(classifier.class_names)} classes"
+    return f"{count} images; {what}; {views}{box}, on {classifier.device}"
+
+
+def classify(classifier: Classifier, paths: Sequence[Path], config: dict) -> list[Prediction]:
+    """Return the prediction for each path; say how fast it went."""
+    workers = config["num_workers"] if len(paths) >= WORTH_A_WORKER else 0
+    start = time.perf_counter()
+    predictions = classifier.predict(
+        paths,
+        top_k=config["predict"]["top_k"],
+        batch_size=config["eval"]["batch_size"],
+        num_workers=workers,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.1f} s, {len(paths) / seconds:.0f} images/s")
+    return predictions
+
+
+def draw_sheet(predictions: Sequence[Prediction], config: dict) -> None:
+    """Draw the contact sheet that ``predict.sheet`` asks for, where an image could be read."""
+    wanted = config["predict"]
+    if wanted["sheet"] and any(one.error is None for one in predictions):
+        save_figure(sheet_figure(predictions, wanted["sheet_images"]), wanted["sheet"])
+        print(f"contact sheet: {wanted['sheet']}")
+
+
+def refuse_to_hide(predictions: Sequence[Prediction], out: Path) -> None:
+    """Say where the predictions are; list the files that could not be read and end with status 2 for them."""
+    errors, listed = [one.error for one in predictions if one.error], out.with_suffix(".errors.txt")
+    print(f"{out}: {len(predictions) - len(errors)} images")
+    if not errors:
+        listed.unlink(missing_ok=True)  # of an earlier run
+        return
+    save_text(listed, "\n".join([f"{len(errors)} files cannot be read", *errors]) + "\n")
+    raise UserError(f"{len(errors)} of {len(predictions)} files cannot be read, see {listed}; the others are in {out}")
+
+
+if __name__ == "__main__":
+    run_script(main, load_prediction_config)

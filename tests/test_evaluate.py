@@ -1,0 +1,134 @@
+"""Evaluation and export of a trained classifier."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import evaluate
+import models
+from inference import export
+from inference.classifier import load_classifier
+from localized_crops.files import UserError, load_json
+from utils import load_tensors
+
+
+def run(checkpoint, *words):
+    words = [f"checkpoint={checkpoint}", "num_workers=0", "device=cpu", *words]
+    evaluate.main(evaluate.load_evaluation_configs(words))
+
+
+def test_the_figures_are_those_of_the_trainings_own_test(site_copy):
+    run(site_copy / "run" / "best.pt", f"dataset.root={site_copy}/birds", "eval.views=full,whole")
+    folder = site_copy / "run" / "evaluation_test_0"
+    (found,) = load_json(folder / "evaluation.json")["checkpoints"].values()
+    predictions = load_json(site_copy / "run" / "predictions.json")
+    expected = [one["views"]["full"][found["weights"]] == one["label"] for one in predictions.values()]
+    assert found["views"]["full"]["top1"] == pytest.approx(np.mean(expected))
+    assert set(found["views"]) == {"full", "whole", "average"} and found["answer"] == "average"
+    assert sum(one["n"] for one in found["per_class"]) == len(predictions) == found["views"]["whole"]["n"]
+    assert sum(third["n"] for third in found["views"]["full"]["by_size"].values()) == len(predictions)
+    with open(folder / "predictions.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["view"] == "full"]
+    names = load_tensors(site_copy / "run" / "best.pt")["class_names"]
+    assert [row["predicted"] for row in rows] == [
+        names[one["views"]["full"][found["weights"]]] for one in predictions.values()
+    ]
+    assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("confusion.png", "calibration.png"))
+    run(site_copy / "run" / "best.pt", f"dataset.root={site_copy}/birds")
+    assert (site_copy / "run" / "evaluation_test_1" / "evaluation.md").exists()
+
+
+def test_checkpoints_are_compared_image_by_image(site_copy, tmp_path):
+    for answer, name in enumerate("ab"):
+        content = load_tensors(site_copy / "run" / "best.pt")
+        for weights in ("model", "ema"):
+            content[weights]["fc.bias"][answer] += 100  # always answers this class; all images are of class 0
+        torch.save(content, tmp_path / f"{name}.pt")
+    both = f"{tmp_path}/a.pt,{tmp_path}/b.pt"
+    run(both, f"dataset.root={site_copy}/birds", f"evaluate.out={tmp_path}/out", "evaluate.split=train")
+    (pair,) = load_json(tmp_path / "out" / "evaluation.json")["comparisons"]
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    a, b = (
+        np.array([row["label"] == row["predicted"] for row in rows if row["checkpoint"] == path])
+        for path in (pair["a"], pair["b"])
+    )
+    assert (pair["only_a"], pair["only_b"]) == ((a & ~b).sum(), (b & ~a).sum()) and pair["only_a"] == 4
+    assert pair["difference"] == 1 and pair["p_images"] == pytest.approx(2 * 0.5**4)
+    assert {"confusion_0.png", "confusion_1.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match=r"evaluate\.out"):
+        run(both, f"dataset.root={site_copy}/birds", f"evaluate.out={tmp_path}/out")
+
+
+def test_a_data_set_of_other_classes_or_without_the_split_is_refused(site_copy, tmp_path):
+    checkpoint = site_copy / "run" / "best.pt"
+    with pytest.raises(UserError, match=r"evaluate\.split"):
+        run(checkpoint, f"dataset.root={site_copy}/birds", "evaluate.split=val")
+    names = (site_copy / "birds" / "classes.txt").read_text()
+    (site_copy / "birds" / "classes.txt").write_text(names.replace("\n", "x\n", 1))
+    with pytest.raises(UserError, match="other classes"):
+        run(checkpoint, f"dataset.root={site_copy}/birds")
+    assert not list((site_copy / "run").glob("evaluation*"))
+
+
+@pytest.mark.parametrize("words", [[], ["checkpoint=a.pt,a.pt"], ["checkpoint=a.pt,b.pt", "export=x"]])
+def test_what_the_command_needs_is_said(words):
+    with pytest.raises(UserError, match=r"checkpoint|export"):
+        evaluate.load_evaluation_configs(words)
+
+
+# --- export -------------------------------------------------------------------------------------------------------
+
+
+def checkpoint_of(model_type, site, tmp_path):
+    """Return a checkpoint of a network that was not trained, as train.py writes them."""
+    content = load_tensors(site / "run" / "best.pt")
+    config = content["config"]
+    config["model"]["type"], config["patch_size"] = model_type, 16
+    torch.manual_seed(0)
+    model = models.build_model(model_type, 8, image_size=32, patch_size=16)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.05) if parameter.ndim < 2 else None
+    weights = model.state_dict()
+    torch.save(content | {"model": weights, "ema": weights, "state_dict": weights}, tmp_path / "best.pt")
+    return tmp_path / "best.pt"
+
+
+@pytest.mark.parametrize("model_type", ["toyresnet", "resnet50", "vit_tiny_patch16_224"])
+def test_timm_loads_what_was_exported(site, tmp_path, monkeypatch, capsys, model_type):
+    monkeypatch.setattr(export, "NEEDED", ("no_such_package",))
+    checkpoint = checkpoint_of(model_type, site, tmp_path)
+    with pytest.raises(UserError, match=r"pip install no_such_package"):
+        run(checkpoint, f"export={tmp_path}/out")
+    assert not (tmp_path / "out" / "model.onnx").exists()
+    call = capsys.readouterr().out.partition("to load: ")[2].splitlines()[0]
+    model = eval(call, {"timm": timm}).eval()
+    classifier = load_classifier(checkpoint, localize=False)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), classifier.model.cpu()(images), rtol=1e-4, atol=1e-5)
+    about = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert about["label_names"] == classifier.class_names and about["pretrained_cfg"]["mean"] == list(classifier.mean)
+    assert set(safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")) == set(model.state_dict())
+    with pytest.raises(UserError, match=r"export="):
+        run(checkpoint, f"export={tmp_path}/out")
+
+
+def test_onnx_gives_the_logits_of_torch_for_any_batch(site, tmp_path):
+    for name in export.NEEDED:
+        pytest.importorskip(name)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    run(site / "run" / "best.pt", f"export={tmp_path}/out")
+    classifier = load_classifier(site / "run" / "best.pt", localize=False, device="cpu")
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    for count in (1, 4):
+        images = torch.randn(count, 3, 32, 32)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(found), classifier.model(images), rtol=1e-3, atol=1e-4)
+    assert not list((tmp_path / "out").glob(".*"))
