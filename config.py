@@ -16,11 +16,18 @@ config = {
     "log_interval": 5,  # validate and log every so many epochs, and after the last one
     "wandb": False,  # log to Weights & Biases too (WANDB_MODE=offline needs no network)
     "A_machine": None,  # the host's name, recorded, and looked up in MACHINE_WORKERS; None: the system is asked
-    # --- sweep over the crop's threshold: a wandb sweep, or with wandb=false the same grid here, run after run
+    # --- sweep over one key, judged on the validation images: by a wandb agent, or with wandb=false run after run here
     "sweeprun": False,  # run the sweep instead of one training
     "sweep": {
-        "parameter": "THR",  # THR | maiou
-        "values": [-1.0, 0.0, 0.2, 0.5, 0.8, 1.0],  # the grid; -1 is plain RandomResizedCrop
+        "parameter": "THR",  # any key that a training depends on, such as maiou or opt.lr
+        "values": [
+            -1.0,
+            0.0,
+            0.2,
+            0.5,
+            0.8,
+            1.0,
+        ],  # the grid (THR=-1 is RandomResizedCrop); lists: [[0.1, 1], [0.2, 1]]
         "seeds": 1,  # trainings per value, with seed, seed + 1, ...
         "resume": False,  # join the wandb sweep `id` instead of making a new one
         "count": 100,  # at most so many trainings by this process

@@ -1,15 +1,16 @@
-"""Make a table of the README or docs/results.md: from data and weights to the finished Markdown and picture.
+"""Make a table of docs/results.md: from data and weights to the finished Markdown and picture.
 
-First the stages that the table needs (boxes, maps, a classifier), each only if what it makes is not there; then the
-trainings. Writes ``run_dir`` (default runs/TABLE): one run folder per training, TABLE.md, TABLE.json, TABLE.png. What
-is done is not repeated; the same command started twice shares the trainings (one per core: num_workers=0).
+First come the stages that the table needs (boxes, maps, a classifier), each only if its result does not exist yet;
+then the trainings. Writes ``run_dir`` (default runs/TABLE): a run folder per training, TABLE.md, TABLE.json, TABLE.png.
+What is done is not repeated; the same command started twice shares the trainings (one process per core, each with
+num_workers=0). A table has as many trainings as it has rows and budgets, times ``reproduce.seeds``.
 
-    python reproduce.py reproduce.table=toybirds_crops num_workers=0    # 55 trainings
-    python reproduce.py reproduce.table=toybirds_boxes num_workers=0    # 20 trainings
+    python reproduce.py reproduce.table=toybirds_crops num_workers=0
+    python reproduce.py reproduce.table=toybirds_boxes num_workers=0
     python reproduce.py reproduce.table=small_photos reproduce.seeds=3 dataset.root=FOLDER num_workers=0
     python reproduce.py reproduce.table=cub_dino_boxes dataset.root=CUB_200_2011    # a GPU, weights from the hub
 
-Other words of the command line hold for stages and trainings alike; wandb=true logs each training there too.
+The other words of the command line go to stages and trainings alike; wandb=true logs each training to wandb too.
 """
 
 import shlex
@@ -19,12 +20,12 @@ from pathlib import Path
 
 from config import load_config
 from datasets import read_dataset
-from experiments.sweep import FolderInUseError, run_point
-from experiments.table_report import place_of, write_table
+from experiments.grid import run_grid
+from experiments.table_report import numbers_of, table_points, write_report
 from experiments.tables import TABLES, Step, Table
 from jobs.guard import going_on_with, run_script, same_command
 from jobs.settings import ConfigError, is_read_by, parse_value, split_word, word_of
-from localized_crops.files import UserError
+from localized_crops.files import UserError, save_json
 from train import train_run
 from training.distributed import refuse_many
 
@@ -60,8 +61,11 @@ def main(request: dict) -> None:
     with going_on_with(same_command):
         for step in table.steps:
             run_step(step, own)
-        run_trainings(table, shared, seeds, folder)
-        write_table(table, name, seeds, folder, read_dataset(**shared["dataset"]))
+        run_grid(shared, table_points(table, seeds, folder), train_run)
+        blocks = write_report(table, name, seeds, folder, read_dataset(**shared["dataset"]))
+        numbers = {budget: {row: numbers_of(cells) for row, cells in found.items()} for budget, found in blocks.items()}
+        if numbers:
+            save_json(folder / f"{name}.json", numbers)
 
 
 def run_step(step: Step, own: dict) -> None:
@@ -82,35 +86,10 @@ def run_step(step: Step, own: dict) -> None:
         raise UserError(f"{step.script} ended with status {done.returncode} and did not make {step.makes}; see above")
 
 
-def run_trainings(table: Table, shared: dict, seeds: range, folder: Path) -> None:
-    """Train the points of a table that are not done."""
-    points = table_points(table, seeds)
-    for number, (label, overrides, place) in enumerate(points, 1):
-        print(f"--- {number}/{len(points)} {label}", flush=True)
-        try:
-            run_point(shared, overrides, folder / place, train_run)
-        except FolderInUseError:
-            print("another process works on it")
-
-
 def point_config(table: Table, own: dict) -> dict:
     """Return the config that all trainings of the table share; ``own`` (dotted key -> value) is laid over it."""
     words = (word_of(key, value) for key, value in (table.common | own).items())
     return load_config([f"preset={table.preset}", *words])
-
-
-def table_points(table: Table, seeds: range) -> list[tuple[str, dict, str]]:
-    """Return (label, overrides, folder name) of each training; every row's first seed before any second."""
-    return [
-        (
-            ", ".join(filter(None, [row, budget, f"seed {seed}"])),
-            table.rows[row] | table.budgets[budget] | {"seed": seed},
-            place_of(table, budget, row, seed),
-        )
-        for budget in table.budgets
-        for seed in seeds
-        for row in table.rows
-    ]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader
 
 import models
 from config import load_config
-from experiments.sweep import FolderInUseError, run_sweep, start_wandb
+from experiments.grid import FolderInUseError
+from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import going_on_with, run_script
 from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device

@@ -37,7 +37,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from config import load_config
 from datasets import read_dataset, source_boxes
 from dino_transform import MapCrops
-from experiments.sweep import crop_family, settings_key
+from experiments.grid import crop_family, settings_key
 from figures.box_report import METHOD_NAMES, SPLITS
 from figures.plots import (
     Panel,
@@ -329,7 +329,7 @@ def read_curves(folder: Path) -> dict[str, np.ndarray]:
 
 
 def read_point(folder: Path, view: str) -> dict[str, Any]:
-    """Return a run's maiou, top1 (of the EMA in this view) and family (kind of crop).
+    """Return a run's x (maIoU of its crops), top1 (of the EMA in this view) and family (kind of crop and budget).
 
     Raises:
         UserError: if the training has not ended or was not tested in this view.
@@ -342,9 +342,10 @@ def read_point(folder: Path, view: str) -> dict[str, Any]:
     with user_errors((KeyError, TypeError), f"{folder / 'summary.json'}: not a summary of train.py, it lacks "):
         if view not in summary["top1"]:
             raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
-        point = {"maiou": summary["maiou"], "top1": summary["top1"][view]["ema"]}
+        point = {"x": summary["maiou"], "top1": summary["top1"][view]["ema"]}
     with user_errors((KeyError, TypeError), f"{folder / 'config.json'}: not of this version: "):
-        return point | {"family": crop_family(load_json(folder / "config.json"))}
+        saved = load_json(folder / "config.json")
+        return point | {"family": f"{crop_family(saved)}, {saved['num_epochs']} epochs"}
 
 
 PICTURES = {"crops": crops_picture, "boxes": boxes_picture, "curves": curves_picture, "accuracy": accuracy_picture}

@@ -1,7 +1,7 @@
-"""The tables of the README and docs/results.md: which trainings make them, and what must be made before.
+"""The tables of the README and docs/results.md: the trainings that make them, and the stages these need.
 
 A row is a set of overrides of the table's preset. Published figures are quoted from the original work (ResNet-50 on
-CUB-200-2011); they are no results of this code.
+CUB-200-2011); they are not results of this code.
 """
 
 from dataclasses import dataclass, field
@@ -19,25 +19,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Table:
-    """A table: each row a method, each budget a block of rows, every cell over several seeds."""
+    """A table: a row per method, a block of rows per budget, every cell over several seeds."""
 
     title: str
     preset: str
     rows: dict[str, dict[str, Any]]  # name in the table -> overrides
-    controls: tuple[str, ...]  # rows that the others are compared with: with the one that validates best
+    controls: tuple[str, ...]  # the others are compared with the one of these rows that validates best
     budgets: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     common: dict[str, Any] = field(default_factory=dict)
     oracles: tuple[str, ...] = ()  # views that see true boxes at test
     steps: tuple[Step, ...] = ()  # done in this order
     published: dict[str, str] = field(default_factory=dict)  # row -> its top-1, as quoted
-    folder: str | None = None  # under runs/, where trainings lie that several tables share; None: the table's name
+    folder: str | None = None  # under runs/, of trainings that several tables share; None: the table's name
+    folders: dict[str, str] = field(default_factory=dict)  # row -> its run folders, without the seed; else by its name
 
 
 PLAIN = {"use_box": False}
-# Plain crops: the controls of every table, of which the one that validates best is compared with.
+# Plain crops: the controls of every table.
 SCALES = {
-    f"RandomResizedCrop, scale {least:g}".replace("0.", "."): PLAIN | {"crop.scale": [least, 1.0]}
-    for least in (0.08, 0.2, 0.35, 0.5)
+    f"RandomResizedCrop, scale {least:g}": PLAIN | {"crop.scale": [least, 1.0]} for least in (0.08, 0.2, 0.35, 0.5)
 }
 REFERENCE = {"crop.mode": "reference"}
 CENTER, WHOLE = {"source": "center"}, {"source": "image"}
@@ -65,12 +65,12 @@ TABLES = {
         rows={
             **SCALES,
             "reference, true boxes, thr 1": REFERENCE,
-            "exact, true boxes, maIoU .9": {"maiou": 0.9},
+            "exact, true boxes, maIoU 0.9": {"maiou": 0.9},
             "exact, true boxes, thr 1": {},
-            "exact, centred boxes, maIoU .9": CENTER | {"maiou": 0.9},
+            "exact, centred boxes, maIoU 0.9": CENTER | {"maiou": 0.9},
             "exact, centred boxes, thr 1": CENTER,
             "whole image": WHOLE,
-            "RandomResizedCrop, scale .35, EMA over 10%": SCALES["RandomResizedCrop, scale .35"] | EMA_10,
+            "RandomResizedCrop, scale 0.35, EMA over 10%": SCALES["RandomResizedCrop, scale 0.35"] | EMA_10,
             "exact, true boxes, thr 1, EMA over 10%": EMA_10,
         },
         controls=tuple(SCALES),
@@ -81,14 +81,14 @@ TABLES = {
         title="Training crops on ToyBirds, 120 epochs",
         preset="toybirds",
         rows={
-            "RandomResizedCrop, scale .08": SCALES["RandomResizedCrop, scale .08"],
-            "RandomResizedCrop, scale .35": SCALES["RandomResizedCrop, scale .35"],
+            "RandomResizedCrop, scale 0.08": SCALES["RandomResizedCrop, scale 0.08"],
+            "RandomResizedCrop, scale 0.35": SCALES["RandomResizedCrop, scale 0.35"],
             "reference, true boxes, thr 1": REFERENCE,
             "exact, true boxes, thr 1": {},
-            "exact, centred boxes, maIoU .9": CENTER | {"maiou": 0.9},
+            "exact, centred boxes, maIoU 0.9": CENTER | {"maiou": 0.9},
             "exact, centred boxes, thr 1": CENTER,
         },
-        controls=("RandomResizedCrop, scale .08", "RandomResizedCrop, scale .35"),
+        controls=("RandomResizedCrop, scale 0.08", "RandomResizedCrop, scale 0.35"),
         common={
             "num_epochs": 120,
             "eval.views": ["full", "center", "full@96"],
@@ -156,11 +156,11 @@ TABLES["small_photos"] = Table(
     preset="toybirds",
     rows={
         **SCALES,
-        "reference, true boxes, maIoU .8": REFERENCE | {"maiou": 0.8},
-        "reference, true boxes, maIoU .9": REFERENCE | {"maiou": 0.9},
+        "reference, true boxes, maIoU 0.8": REFERENCE | {"maiou": 0.8},
+        "reference, true boxes, maIoU 0.9": REFERENCE | {"maiou": 0.9},
         "reference, true boxes, thr 1": REFERENCE,
-        "exact, true boxes, maIoU .8": {"maiou": 0.8},
-        "exact, true boxes, maIoU .9": {"maiou": 0.9},
+        "exact, true boxes, maIoU 0.8": {"maiou": 0.8},
+        "exact, true boxes, maIoU 0.9": {"maiou": 0.9},
         "exact, true boxes, thr 1": {},
         "exact, centred boxes, thr 1": CENTER,
         "whole image": WHOLE,
@@ -169,11 +169,11 @@ TABLES["small_photos"] = Table(
     common=PHOTOS,
     oracles=("box", "average"),
 )
-BEST_SCALE = "RandomResizedCrop, scale .2"  # of small_photos, by validation
+BEST_SCALE = "RandomResizedCrop, scale 0.2"  # of small_photos, by validation
 TABLES["photos_learning_rate"] = Table(
     title="Photographs: the learning rate, chosen on the validation images",
     preset="toybirds",
-    rows={BEST_SCALE: SCALES[BEST_SCALE], "exact, true boxes, maIoU .9": {"maiou": 0.9}},
+    rows={BEST_SCALE: SCALES[BEST_SCALE], "exact, true boxes, maIoU 0.9": {"maiou": 0.9}},
     controls=(BEST_SCALE,),
     budgets={f"learning rate {rate:g}": {"opt.lr": rate} for rate in (0.002, 0.004, 0.008)},
     common=PHOTOS,
@@ -187,13 +187,13 @@ TABLES["photos_pseudo_boxes"] = Table(
     preset="toybirds",
     rows={
         **SCALES,
-        "exact, true boxes, maIoU .9": {"maiou": 0.9},
-        "exact, saliency boxes, maIoU .9": {"source": SALIENCY, "maiou": 0.9},
-        "reference, saliency boxes, maIoU .9": REFERENCE | {"source": SALIENCY, "maiou": 0.9},
-        "exact, centred boxes, maIoU .9": CENTER | {"maiou": 0.9},
-        "reference, centred boxes, maIoU .9": REFERENCE | CENTER | {"maiou": 0.9},
-        "centred by saliency maps, temperature .1": BY_MAPS | {"crop.temperature": 0.1},
-        "centred by saliency maps, temperature .5": BY_MAPS | {"crop.temperature": 0.5},
+        "exact, true boxes, maIoU 0.9": {"maiou": 0.9},
+        "exact, saliency boxes, maIoU 0.9": {"source": SALIENCY, "maiou": 0.9},
+        "reference, saliency boxes, maIoU 0.9": REFERENCE | {"source": SALIENCY, "maiou": 0.9},
+        "exact, centred boxes, maIoU 0.9": CENTER | {"maiou": 0.9},
+        "reference, centred boxes, maIoU 0.9": REFERENCE | CENTER | {"maiou": 0.9},
+        "centred by saliency maps, temperature 0.1": BY_MAPS | {"crop.temperature": 0.1},
+        "centred by saliency maps, temperature 0.5": BY_MAPS | {"crop.temperature": 0.5},
     },
     controls=tuple(SCALES),
     common=PHOTOS | {"eval_box": SALIENCY},
@@ -212,7 +212,7 @@ CUB_CONTROLS = {
     "fixed centred box, exact": CENTER | {"crop.mode": "exact"},
     "whole image": WHOLE,
 }
-PLAIN_PUBLISHED = {"RandomResizedCrop, scale .08": "85.01 ± .076 (9 runs)"}
+PLAIN_PUBLISHED = {"RandomResizedCrop, scale 0.08": "85.01 ± 0.076 (9 runs)"}
 
 
 def second_training(
@@ -250,7 +250,7 @@ TABLES["cub_thr"] = second_training(
     "Accuracy against the maIoU of the crops, true boxes",
     {f"reference, true boxes, thr {thr:g}": {"THR": thr} for thr in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)}
     | {f"exact, true boxes, thr {thr:g}": {"THR": thr, "crop.mode": "exact"} for thr in (0.5, 1.0)},
-    published={"reference, true boxes, thr 1": "up to +.6 over RandomResizedCrop"},
+    published={"reference, true boxes, thr 1": "up to +0.6 over RandomResizedCrop"},
 )
 TABLES["cub_sam_boxes"] = second_training(
     "Boxes of SAM's masks",

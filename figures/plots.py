@@ -1,4 +1,4 @@
-"""Pictures: curves over epochs, accuracy against maIoU, histograms, images with what was found in them."""
+"""Pictures: curves over epochs, accuracy against maIoU, histograms, images with boxes, attention maps and masks."""
 
 from collections.abc import Sequence
 from functools import reduce
@@ -25,6 +25,7 @@ BINS = 50  # of a histogram over [0, 1]
 MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
 COLOURS = matplotlib.colormaps["tab20"]
 LEGEND_COLUMNS = 2  # folder names are long
+LEAST_POINTS = 5  # runs that a line is fitted through
 MAIOU = "mean asymmetric IoU of the training crops"
 
 
@@ -35,7 +36,7 @@ def save_figure(figure: Figure, path: Path | str) -> None:
 
 
 def draw_curves(records: list[dict], path: Path | str) -> None:
-    """Draw loss, accuracy, and learning rate with the crops' maIoU over the epochs of a log."""
+    """Draw loss, accuracy, and learning rate with the crops' maIoU over the epochs of a log; titled by the folder."""
     epochs = [record["epoch"] for record in records]
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -60,51 +61,8 @@ def draw_curves(records: list[dict], path: Path | str) -> None:
         axes.grid(alpha=0.3)
     loss.legend(fontsize=8)
     accuracy.legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{Path(path).resolve().parent.name}, {epochs[-1]} epochs", fontsize=10)
     save_figure(figure, path)
-
-
-def fit_line(x: Sequence[float], y: Sequence[float]) -> dict[str, float] | None:
-    """Fit y = slope x + intercept by least squares; None where x has fewer than two values.
-
-    Returns:
-        slope, intercept, r2 and the number of points n.
-    """
-    if len(set(x)) < 2:
-        return None
-    fit = stats.linregress(x, y)
-    r2 = fit.rvalue**2 if np.ptp(y) > 0 else 0.0
-    return {"slope": float(fit.slope), "intercept": float(fit.intercept), "r2": float(r2), "n": len(x)}
-
-
-def draw_sweep(rows: list[dict], path: Path | str, title: str) -> None:
-    """Draw accuracy against the maIoU of the crops really drawn, each run a point, with the fitted line.
-
-    Args:
-        rows: one a run: maiou and top1 (fractions), value (of the swept key; negative THR is RandomResizedCrop).
-        path: the PNG to write.
-        title: over the picture.
-    """
-    figure = Figure(figsize=(6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    plain = [row for row in rows if row["value"] < 0]
-    held = [row for row in rows if row["value"] >= 0]
-    for some, label, style in ((held, "held to the boxes", "o"), (plain, "RandomResizedCrop", "s")):
-        axes.plot([r["maiou"] for r in some], [100 * r["top1"] for r in some], style, alpha=0.7, label=label)
-    _draw_fit(axes, held, "held")
-    axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 (%)")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
-
-
-def _draw_fit(axes: Axes, rows: list[dict], name: str, style: str = "--", colour: str = "black") -> None:
-    """Draw the line through runs' top1 against their maiou, if they have more than one maiou."""
-    maiou = np.array([row["maiou"] for row in rows])
-    fit = fit_line(maiou.tolist(), [row["top1"] for row in rows])
-    if fit:
-        x = np.array([maiou.min(), maiou.max()])
-        label = f"{name}: {100 * fit['slope']:+.1f} points per unit of maIoU, R² = {fit['r2']:.2f}, n = {fit['n']}"
-        axes.plot(x, 100 * (fit["slope"] * x + fit["intercept"]), style, color=colour, label=label)
 
 
 # --- several runs over each other ---------------------------------------------------------------------------------
@@ -140,31 +98,51 @@ def _mean_and_band(axes: Axes, epochs: np.ndarray, values: list[np.ndarray], col
         axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 
-def accuracy_figure(groups: dict[str, list[dict]], title: str) -> Figure:
-    """Return a figure of accuracy against maIoU: the mean of each group of runs, with bars of a standard deviation.
+def accuracy_figure(
+    groups: dict[str, list[dict]], title: str, x_label: str = MAIOU, ticks: Sequence[str] | None = None
+) -> Figure:
+    """Return a figure of accuracy against a number: the mean of each group of runs, with bars of a standard deviation.
+
+    A line is fitted through the runs of each family that has several groups and at least LEAST_POINTS runs.
 
     Args:
-        groups: label -> runs that differ in their seed alone: maiou and top1 (fractions), and family, the name of
-            the kind of crop. A line is fitted through the runs of each family that has more than one group.
+        groups: label -> runs that differ in their seed alone: x, top1 (a fraction) and family, which names what
+            a line may go through: one kind of crop, trained on one budget.
         title: over the picture.
+        x_label: what x is.
+        ticks: names of x = 0, 1, ...; no line is fitted then.
     """
     figure = Figure(figsize=(8, 4.2 + 0.2 * _legend_lines(groups)), layout="constrained")
     axes = figure.subplots()
     families = {}
     for number, (label, runs) in enumerate(groups.items()):
         families.setdefault(runs[0]["family"], []).append(runs)
-        points = np.array([[run["maiou"], 100 * run["top1"]] for run in runs])
+        points = np.array([[run["x"], 100 * run["top1"]] for run in runs])
         bars = points.std(axis=0, ddof=1) if len(runs) > 1 else (0, 0)
         marker = MARKERS[list(families).index(runs[0]["family"]) % len(MARKERS)]
         style = {"color": COLOURS(number % COLOURS.N), "fmt": marker, "capsize": 3, "label": label}
         axes.errorbar(*points.mean(axis=0), xerr=bars[0], yerr=bars[1], **style)
-    drawn = {family: members for family, members in families.items() if len(members) > 1}
-    for (family, members), style in zip(drawn.items(), cycle(LINE_STYLES), strict=False):
-        _draw_fit(axes, [run for runs in members for run in runs], family, style, "grey")
-    axes.set(title=title, xlabel=MAIOU, ylabel="test top-1 of the EMA (%)")
+    if ticks is None:
+        _draw_fits(axes, families)
+    else:
+        axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(title=title, xlabel=x_label, ylabel="test top-1 of the EMA (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
     return figure
+
+
+def _draw_fits(axes: Axes, families: dict[str, list[list[dict]]]) -> None:
+    """Draw the least-squares line of top1 over x through the runs of each family that has enough of them."""
+    styles = cycle(LINE_STYLES)
+    for family, groups in families.items():
+        x, top1 = (np.array([run[key] for runs in groups for run in runs]) for key in ("x", "top1"))
+        if len(groups) < 2 or len(x) < LEAST_POINTS or np.ptp(x) == 0:
+            continue
+        fit, ends = stats.linregress(x, 100 * top1), np.array([x.min(), x.max()])
+        r2 = fit.rvalue**2 if np.ptp(top1) > 0 else 0.0
+        label = f"{family}: {fit.slope:+.1f} points per unit of maIoU, R² = {r2:.2f}, n = {len(x)}"
+        axes.plot(ends, fit.slope * ends + fit.intercept, next(styles), color="grey", label=label)
 
 
 # --- histograms ---------------------------------------------------------------------------------------------------

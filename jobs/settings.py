@@ -20,6 +20,9 @@ from jobs.schema import READ_BY, Config, check_together
 from localized_crops.files import UserError
 
 NONE_WORDS = ("None", "none", "null", "")
+# What a sweep cannot go over: it changes no result, or has a key of its own.
+NOT_SWEPT = {"preset", "run_dir", "resume", "save", "log_interval", "wandb", "A_machine", "sweeprun", "sweep", "seed"}
+NOT_SWEPT |= {"num_workers", "device"}
 
 
 class ConfigError(UserError):
@@ -109,7 +112,8 @@ def parse_value(key: str, text: str) -> Any:
     """
     _check_known(key)
     is_list, is_bool = isinstance(KNOWN[key], list), isinstance(KNOWN[key], bool)
-    given = [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
+    nested = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
+    given = nested or [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
     adapter = _adapter(key)
     try:
         if text in NONE_WORDS and _takes_none(adapter):
@@ -226,7 +230,24 @@ def load(
             _apply_preset(resolved, name, presets)
     for key, text in words:
         set_key(resolved, key, parse_value(key, text))
-    return _fill_in(check_config(resolved), machine_workers or {})
+    resolved = check_config(resolved)
+    if resolved["sweeprun"]:
+        resolved["sweep"]["values"] = _sweep_values(resolved)
+    return _fill_in(resolved, machine_workers or {})
+
+
+def _sweep_values(config: dict) -> list:
+    """Return the values of the sweep as values of its key, each once; every training's config must be valid."""
+    key, values = config["sweep"]["parameter"], []
+    _check_known(key, where="sweep.parameter=")
+    if key in NOT_SWEPT or key.split(".")[0] in NOT_SWEPT or not is_read_by("train", key):
+        raise ConfigError(f"sweep.parameter={key}: no training's result depends on it (seeds: sweep.seeds)")
+    for value in config["sweep"]["values"]:
+        point = copy.deepcopy(config)
+        set_key(point, key, parse_value(key, value) if isinstance(value, str) else value)
+        value = get_key(check_config(point, "sweep.values: "), key)
+        values += [value] if value not in values else []
+    return values
 
 
 def _split_known(word: str, presets: Iterable[str]) -> tuple[str, str]:

@@ -113,7 +113,7 @@ def test_faults_are_one_line_that_names_the_key(word, told):
         ("THR", [1.0]),
         ("crop.scale", 0.5),
         ("crop.scale", "0.5,1"),
-        ("sweep.values", [0.5, "1"]),
+        ("sweep.values", 0.5),
         ("eval.views", "full"),
         ("opt.type", "lamb"),
         ("dataset.root", Path("photos")),
@@ -296,3 +296,28 @@ def test_a_script_is_said_to_read_what_it_reads(name):
     }
     assert read and not [key for key in read if not settings.is_read_by(name, key)]
     assert {*schema.READ_BY[name].split()} <= config.config.keys()
+
+
+def test_a_sweep_goes_over_any_key_with_values_of_its_type():
+    def values(*words):
+        return load_config(["sweeprun=true", *words])["sweep"]["values"]
+
+    assert values("sweep.parameter=opt.lr", "sweep.values=0.002,4e-3,0.0040") == [0.002, 0.004]
+    assert values("sweep.parameter=model.type", "sweep.values=resnet18,toyresnet") == ["resnet18", "toyresnet"]
+    assert values("sweep.parameter=crop.scale", "sweep.values=[[0.1,1],[0.2,1]]") == [[0.1, 1.0], [0.2, 1.0]]
+    assert values("sweep.parameter=maiou", "sweep.values=none,0.7") == [None, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["sweep.parameter=opt.LR"], "opt.lr"),
+        (["sweep.parameter=seed"], "sweep.seeds"),
+        (["sweep.parameter=maiou", "sweep.values=0.3"], "maiou=0.3"),
+        (["sweep.parameter=opt.lr", "sweep.values=0.1,1e-9"], "opt.target_lr"),  # with target_lr it is too low
+    ],
+)
+def test_a_sweep_that_cannot_be_trained_is_refused_before_its_first_training(words, named):
+    with pytest.raises(ConfigError) as error:
+        load_config(["sweeprun=true", *words])
+    assert named in str(error.value)

@@ -412,7 +412,7 @@ def sweep(birds, folder, *more):
 
 def test_a_local_sweep_does_each_point_once(birds, tmp_path, capsys, monkeypatch):
     sweep(birds, tmp_path, "sweep.count=2")
-    assert "sweep.count=2 reached" in capsys.readouterr().out
+    assert "2 trainings done by this process" in capsys.readouterr().out
     assert len(load_json(tmp_path / "sweep.json")["rows"]) == 2
     trained = []
     once = train.train_run
@@ -420,7 +420,7 @@ def test_a_local_sweep_does_each_point_once(birds, tmp_path, capsys, monkeypatch
     sweep(birds, tmp_path)
     assert len(trained) == 1
     found = load_json(tmp_path / "sweep.json")
-    assert [row["value"] for row in found["rows"]] == [-1, 0.5, 1] and found["fit"]["n"] == 2
+    assert [row["value"] for row in found["rows"]] == [-1, 0.5, 1] and found["parameter"] == "THR"
     assert (tmp_path / "sweep.png").exists() and "RandomResizedCrop" in (tmp_path / "sweep.md").read_text()
     with pytest.raises(UserError, match="holds a run with batch_size=8"):
         sweep(birds, tmp_path, "batch_size=4")
@@ -431,6 +431,17 @@ def test_a_sweep_over_maiou(birds, tmp_path):
     rows = load_json(tmp_path / "sweep.json")["rows"]
     assert rows[0]["THR"] < rows[1]["THR"] and rows[0]["maiou"] == pytest.approx(0.85, abs=0.05)
     sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")  # recognised, though THR was derived
+
+
+def test_a_sweep_over_another_key_is_judged_on_validation_images(birds, tmp_path, capsys):
+    sweep(birds, tmp_path, "sweep.parameter=opt.lr", "sweep.values=1e-5,4e-3", "sweep.seeds=2")
+    found, lines = load_json(tmp_path / "sweep.json"), (tmp_path / "sweep.md").read_text().splitlines()
+    assert [(row["value"], row["seed"]) for row in found["rows"]] == [(1e-5, 0), (1e-5, 1), (4e-3, 0), (4e-3, 1)]
+    means = {v: sum(row["validation"] for row in found["rows"] if row["value"] == v) for v in (1e-5, 4e-3)}
+    assert means[found["best"]] == max(means.values())
+    (marked,) = [line for line in lines if line.startswith("|") and "**" in line]
+    assert marked.startswith(f"| opt.lr={found['best']:g} |")
+    assert f"opt.lr={found['best']:g}" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_a_wandb_sweep_without_a_network_is_one_line(birds, tmp_path, monkeypatch):
@@ -455,13 +466,14 @@ def test_wandb_logs_offline(birds, tmp_path):
 def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, monkeypatch):
     import wandb
 
-    folder, logged, trained = tmp_path / "sweep", [], []
+    folder, logged, trained, runs = tmp_path / "sweep", [], [], []
     folder.mkdir()
     run(birds, folder / "THR=0.5,seed=0", "num_epochs=1", "THR=0.5")
 
     class FakeRun:
         def __init__(self, values):
             self.config, self.summary = values, {}
+            runs.append(self)
 
         def __enter__(self):
             return self
@@ -479,7 +491,7 @@ def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, m
     once = train.train_run
     monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a[0]["THR"]) or once(*a))
     sweep(birds, folder, "wandb=true", "sweep.values=0.5,1.0")
-    assert trained == [1.0]
+    assert trained == [1.0] and [run.config["opt"]["lr"] for run in runs] == [4e-3, 4e-3]  # the whole config
     assert [record["test_top1"] for record in logged if "test_top1" in record] and len(logged) == 3
 
 

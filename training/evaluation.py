@@ -1,13 +1,10 @@
-"""Accuracy of a classifier: logits in several test views, their average, and the comparison of two sets of runs."""
+"""Accuracy of a classifier: log-probabilities in several test views and their average."""
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy import stats
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,7 +13,6 @@ from training.distributed import all_rows
 from transforms import normalize
 
 AVERAGE = "average"  # of the softmax over all views
-LEVEL, POWER = 0.05, 0.8  # of the tests: chance of a false alarm, and of finding the difference that is told as seen
 
 
 @torch.inference_mode()
@@ -69,51 +65,3 @@ def loss_and_top1(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[float,
     """Return mean cross-entropy (no label smoothing) and accuracy, both over images; (N, K) and (N,)."""
     loss = nn.functional.nll_loss(log_probs, labels)
     return float(loss), float((log_probs.argmax(1) == labels).float().mean())
-
-
-# --- comparing two sets of runs -----------------------------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """Difference of two methods on the same test images, over paired seeds."""
-
-    difference: float  # mean top-1 of a minus that of b, a fraction
-    p_seeds: float  # paired t-test over the seeds' accuracies; nan for fewer than two
-    p_images: float  # exact McNemar test over (seed, image) pairs
-    only_a: int  # pairs that only a gets right
-    only_b: int
-    seen_seeds: float  # difference that the t-test would have found in four of five such experiments; nan as p_seeds
-    seen_images: float  # the same of McNemar's test
-
-
-def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
-    """Compare two methods by their (seeds, images) bool arrays of right answers.
-
-    The t-test asks whether another set of seeds would show the difference, McNemar's test whether another set of
-    images would. The latter takes the pairs as independent, which repeated seeds on the same images are not: it is
-    the weaker word of the two.
-    """
-    a, b = correct_a.mean(1), correct_b.mean(1)
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
-    p_seeds = float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
-    p_images = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    return Comparison(
-        difference=float((a - b).mean()),
-        p_seeds=p_seeds,
-        p_images=float(p_images),
-        only_a=only_a,
-        only_b=only_b,
-        seen_seeds=detectable(float((a - b).std(ddof=1)), len(a)) if not math.isnan(p_seeds) else math.nan,
-        seen_images=float((stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)) * math.sqrt(only_a + only_b))
-        / correct_a.size,
-    )
-
-
-def detectable(spread: float, n: int) -> float:
-    """Return the mean of n paired differences that a t-test finds at LEVEL in the share POWER of experiments.
-
-    Args:
-        spread: standard deviation of the differences.
-        n: how many there are, at least 2.
-    """
-    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * spread / math.sqrt(n)

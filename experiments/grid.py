@@ -1,0 +1,130 @@
+"""The grid runner: many trainings, each in a folder of its own and done once.
+
+A training whose summary.json is there is done and not repeated, one that was interrupted goes on, and one that another
+process works on is left to that process: the same command started twice shares the work.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from localized_crops.files import UserError, load_json, user_errors
+from utils import UNREADABLE
+
+Train = Callable[..., dict]  # (config, wandb_run=None) -> summary
+
+# Keys that a finished training does not depend on: of the machine, of logging, of other stages.
+FREE_KEYS = {"preset", "run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
+FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
+
+
+class FolderInUseError(UserError):
+    """Another process works in this run folder."""
+
+
+class Point(NamedTuple):
+    """One training of a grid."""
+
+    label: str
+    overrides: dict[str, Any]  # dotted key -> value, laid over the config that all points share
+    folder: Path
+
+
+def run_grid(config: dict, points: Iterable[Point], train: Train, at_most: int | None = None) -> None:
+    """Train the points that are not done, one after the other; no more than ``at_most`` of them.
+
+    Raises:
+        UserError: if a folder holds a run with other settings.
+    """
+    points, trained = list(points), 0
+    for number, point in enumerate(points, 1):
+        done = (point.folder / "summary.json").exists()
+        if not done and trained == at_most:
+            print(f"{at_most} trainings done by this process; run the same command again for the others")
+            return
+        print(f"--- {number}/{len(points)} {point.label}{': done already' * done}", flush=True)
+        trained += not done
+        try:
+            run_point(config, point, train)
+        except FolderInUseError:
+            print("another process works on it")
+
+
+def run_point(config: dict, point: Point, train: Train, wandb_run: Any = None) -> dict:
+    """Train one point unless it is done; return its summary.
+
+    Raises:
+        UserError: if the folder holds a run with other settings.
+        FolderInUseError: if another process works on it.
+    """
+    settings = point_config(config, point)
+    if settings["resume"]:
+        _check_same(settings, point)
+    if (point.folder / "summary.json").exists():
+        return load_summary(point.folder)
+    return train(settings, wandb_run)
+
+
+def point_config(config: dict, point: Point) -> dict:
+    """Return the config of one training: a copy of ``config`` with the overrides of the point."""
+    changed = copy.deepcopy(config) | {"run_dir": str(point.folder), "sweeprun": False}
+    for key, value in point.overrides.items():
+        *sections, name = key.split(".")
+        target = changed
+        for section in sections:
+            target = target[section]
+        target[name] = copy.deepcopy(value)
+    changed["resume"] = (point.folder / "config.json").exists()
+    return changed
+
+
+def _check_same(settings: dict, point: Point) -> None:
+    """Refuse a folder that was made with other settings than this point has."""
+    saved = load_json(point.folder / "config.json")
+    if not isinstance(saved, dict):
+        raise UserError(f"{point.folder / 'config.json'}: holds no config; remove the folder or give another run_dir")
+    derived = {"THR"} if "maiou" in point.overrides else set()
+    for key in sorted((settings.keys() & saved.keys()) - FREE_KEYS - derived):  # later versions have further keys
+        if not _agrees(settings[key], saved[key]):
+            raise UserError(f"{point.folder}: holds a run with {key}={saved[key]}; give another run_dir")
+
+
+def _agrees(value: Any, saved: Any) -> bool:
+    """Return whether a saved value is this one; None was resolved to something when the run began."""
+    if isinstance(value, dict) and isinstance(saved, dict):
+        return all(_agrees(value[key], saved[key]) for key in value.keys() & saved.keys())
+    return value is None or value == saved
+
+
+# --- finished trainings -------------------------------------------------------------------------------------------
+
+
+def load_summary(folder: Path) -> dict[str, Any]:
+    """Return the summary of a finished run.
+
+    Raises:
+        UserError: if summary.json lacks what tables are made of.
+    """
+    summary = load_json(folder / "summary.json")
+    with user_errors(UNREADABLE, f"{folder / 'summary.json'}: not of a finished run, train it again: "):
+        for number in (summary["THR"], summary["maiou"], summary["best_validation_top1"]):
+            float(number)
+        for both in summary["top1"].values():
+            float(both["ema"])
+    return summary
+
+
+def crop_family(config: dict) -> str:
+    """Return the kind of a training's crops, whatever the share of the box that they keep."""
+    if config["use_dino_maps"]:
+        return "density maps"
+    if not config["use_box"] or config["THR"] < 0:
+        return "RandomResizedCrop"
+    return f"{config['crop']['mode']}, {config['source']}"
+
+
+def settings_key(config: dict) -> str:
+    """Return as text what two trainings share if they are the same but for their seed."""
+    return json.dumps({key: config[key] for key in sorted(config.keys() - FREE_KEYS - {"seed"})}, sort_keys=True)
