@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets import source_boxes
+from experiments.paired_tests import compare
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
 from inference.classifier import Classifier
@@ -28,7 +29,7 @@ from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
-from training.evaluation import compare, predict
+from training.evaluation import predict
 
 WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 MOST_IN_TABLE = 30  # classes, the worst first
@@ -116,7 +117,9 @@ def comparisons(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
     pairs = []
     for a, b in combinations(evaluated, 2):
         result = compare(a.right(a.classifier.answer)[None], b.right(b.classifier.answer)[None])
-        about = {key: getattr(result, key) for key in ("difference", "only_a", "only_b", "p_images", "seen_images")}
+        about = {
+            key: getattr(result, key) for key in ("difference", "only_a", "only_b", "p_images", "detectable_images")
+        }
         pairs.append({"a": a.classifier.path, "b": b.classifier.path} | about)
     return pairs
 
@@ -220,7 +223,7 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
     lines = [
         [
             *(one["a"], one["b"], f"{100 * one['difference']:+.1f}", str(one["only_a"]), str(one["only_b"])),
-            *(f"{one['p_images']:.3g}", f"{100 * one['seen_images']:.1f}"),
+            *(f"{one['p_images']:.3g}", f"{100 * one['detectable_images']:.1f}"),
         ]
         for one in pairs
     ]
