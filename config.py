@@ -10,6 +10,7 @@ from jobs import settings
 config = {
     "preset": None,  # a name of `presets` below: its values go over the defaults, what is edited here over both
     # --- where a run writes, and what it tells
+    "init_from": None,  # start a new run with the settings and the best weights of this run folder
     "run_dir": None,  # folder of the run; None: a new one under runs/
     "resume": False,  # go on with the run in run_dir (None: the last one that did not end), from its last.pt
     "save": True,  # write last.pt and best.pt (without them a run cannot be resumed)
@@ -168,6 +169,7 @@ config = {
         # two validated better
         "mean": None,  # of the input's red, green and blue in [0, 1], for normalising; None: the network's own
         "std": None,  # and their deviation
+        "drop_path": 0.0,  # share of residual branches that a training step leaves out (timm's networks)
         "freeze_backbone": False,  # train the head alone
         "train_cls": False,  # train the CLS token and the head alone (ViT)
         "freeze_bn_from": None,  # BatchNorm's statistics stand still from this epoch on; None: never
@@ -176,13 +178,16 @@ config = {
     },
     "patch_size": 14,  # of the ViT, pixels; a ViT's image_size must be a multiple
     # --- recipe
-    "num_epochs": 40,
+    "num_epochs": 40,  # may be raised when a run is resumed
+    "patience": None,  # stop when so many epochs in a row have not validated better; None: never
     "batch_size": 16,  # images of one optimizer step, over all processes of torchrun and all parts of opt.accumulate
     "image_size": 64,  # side of the training crops after resizing, pixels
     "opt": {
         "type": "adamw",  # sgd | adam | adamw
         "lr": 4e-3,
         "target_lr": 1e-5,  # of the last epoch
+        "head_lr": 1.0,  # learning rate of the classifier layer, in units of lr
+        "layer_decay": 1.0,  # factor of the rate from each layer to the one before it; 1: one rate for all
         "momentum": 0.9,  # sgd
         "weight_decay": 0.05,  # not on norms and biases
         "accumulate": 1,  # a batch goes through the network in so many parts, for less memory

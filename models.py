@@ -1,18 +1,18 @@
 """Networks by name, which of their weights learn, their EMA, and reading checkpoints into them."""
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import timm
+import timm.optim
 import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localized_crops.files import UserError
+from localized_crops.files import UserError, user_errors
 from utils import UNREADABLE, load_tensors
 
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
@@ -30,7 +30,13 @@ def timm_name(model_type: str) -> str:
 
 
 def build_model(
-    model_type: str, n_classes: int, *, image_size: int, patch_size: int, weights: str | None = None
+    model_type: str,
+    n_classes: int,
+    *,
+    image_size: int,
+    patch_size: int,
+    weights: str | None = None,
+    drop_path: float = 0.0,
 ) -> nn.Module:
     """Build a classifier with a new linear head.
 
@@ -40,19 +46,26 @@ def build_model(
         n_classes: outputs of the head.
         image_size: side of the input in pixels; a ViT's position embedding is resampled to it.
         patch_size: of a ViT, pixels.
+        drop_path: share of the residual branches that a training step leaves out (stochastic depth), timm's networks.
         weights: start of the backbone: None (from scratch), "hub", or a state dict's path (its head is left out).
 
     Raises:
         UserError: on an unknown name, weights that do not fit or cannot be had, an image size that is no multiple
             of the patch.
     """
-    model = _create(model_type, n_classes, image_size, patch_size, from_hub=weights == "hub")
+    from_hub, more = weights == "hub", {"drop_path_rate": drop_path} if drop_path else {}
+    if more and model_type == "resnet50":
+        raise UserError("model.drop_path: torchvision's resnet50 has none; set model.type=resnet50.a1_in1k, timm's")
+    with user_errors(TypeError, f"model.type={model_type}, model.drop_path={drop_path}: "):
+        model = _create(model_type, n_classes, image_size, patch_size, from_hub, more)
     if weights not in (None, "hub"):
         load_backbone(model, weights)
     return model
 
 
-def _create(model_type, n_classes, image_size, patch_size, from_hub) -> nn.Module:
+def _create(
+    model_type: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool, more: dict[str, Any]
+) -> nn.Module:
     try:
         if model_type == "resnet50":
             model = torchvision.models.resnet50()
@@ -62,8 +75,8 @@ def _create(model_type, n_classes, image_size, patch_size, from_hub) -> nn.Modul
             model.fc = nn.Linear(model.fc.in_features, n_classes)
             return model
         if model_type == "toyresnet":
-            return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes)
-        return _create_timm(timm_name(model_type), n_classes, image_size, patch_size, from_hub)
+            return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes, **more)
+        return _create_timm(timm_name(model_type), n_classes, image_size, patch_size, from_hub, more)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         if not from_hub:
             raise
@@ -83,13 +96,15 @@ def weights_address(model_type: str) -> str:
     return f"huggingface.co/{published.hf_hub_id}/model.safetensors" if published.hf_hub_id else published.url
 
 
-def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool) -> nn.Module:
+def _create_timm(
+    name: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool, more: dict[str, Any]
+) -> nn.Module:
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
         hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
         raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
     if not _is_vit(name):
-        model = _create_for_size(name, image_size, num_classes=n_classes, pretrained=from_hub)
+        model = _create_for_size(name, image_size, num_classes=n_classes, pretrained=from_hub, **more)
         if not _takes(model, image_size):
             good = ", ".join(map(str, _sizes_that_work(name, image_size)))
             raise UserError(f"image_size={image_size}: {name} cannot take it; sizes that work: {good or 'none found'}")
@@ -99,7 +114,7 @@ def _create_timm(name: str, n_classes: int, image_size: int, patch_size: int, fr
         raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
     check_patches("image_size", image_size, patch)
     return timm.create_model(
-        name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True
+        name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True, **more
     )
 
 
@@ -254,29 +269,32 @@ def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
             module.train(not (freeze_bn or frozen))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the learning parameters into one group with weight decay and one, norms and biases, without.
+def parameter_groups(
+    model: nn.Module, *, lr: float, weight_decay: float, head_lr: float = 1.0, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Split the learning parameters into groups with their own ``lr`` and ``weight_decay``, by timm's rules.
 
-    Norms are told by their type, biases by being a module's ``bias``. Tokens and position embeddings, which are
-    parameters of no layer, get no decay either.
+    Norms, biases, tokens and position embeddings get no weight decay.
+
+    Args:
+        model: the network.
+        lr: of the last layers of the backbone.
+        weight_decay: of the other parameters.
+        head_lr: the head's learning rate, in units of ``lr``.
+        layer_decay: factor of the learning rate from each layer to the one before it (BEiT).
     """
-    decayed, plain = [], []
-    for parameter, decays in _parameters(model):
-        if parameter.requires_grad:
-            (decayed if decays else plain).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _parameters(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield each parameter once, with whether it decays."""
-    seen = set()
-    for module in model.modules():
-        layer = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd, nn.Embedding, nn.MultiheadAttention))
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in seen:
-                seen.add(parameter)
-                yield parameter, layer and name != "bias"
+    without = {"no_weight_decay_list": getattr(model, "no_weight_decay", set)()}
+    if layer_decay < 1:
+        groups = timm.optim.param_groups_layer_decay(model, weight_decay, layer_decay=layer_decay, **without)
+    else:
+        groups = timm.optim.param_groups_weight_decay(model, weight_decay, **without)
+    head, split = set(head_of(model).parameters()), []
+    for group in groups:
+        for factor, is_head in ((1.0, False), (head_lr, True)):
+            params = [parameter for parameter in group["params"] if (parameter in head) == is_head]
+            rate = lr * group.get("lr_scale", 1.0) * factor
+            split.append({"params": params, "weight_decay": group["weight_decay"], "lr": rate})
+    return [group for group in split if group["params"]]
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------

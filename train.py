@@ -45,7 +45,6 @@ from training.distributed import (
 )
 from training.fingerprints import fingerprints
 from training.loop import train_and_log_epoch
-from training.optimization import step_gamma
 from training.run import Run, build_run, load_run
 from training.self_distillation import maps_path, refresh_epoch, refresh_maps
 from training.summary import finish
@@ -67,7 +66,17 @@ from utils import (
 )
 
 # What may change between a run and its continuation: it does not change the numbers.
-RESUME_MAY_CHANGE = {"preset", "resume", "run_dir", "num_workers", "device", "wandb", "A_machine", "log_interval"}
+RESUME_MAY_CHANGE = {
+    "preset",
+    "patience",
+    "resume",
+    "run_dir",
+    "num_workers",
+    "device",
+    "wandb",
+    "A_machine",
+    "log_interval",
+}
 
 
 def main(config: dict) -> None:
@@ -86,7 +95,11 @@ def load_run_config(arguments: list[str]) -> dict | None:
         ConfigError: if a continued run is asked to change what its numbers depend on.
     """
     config = load_config(arguments)
-    if config is None or config["sweeprun"] or not config["resume"]:
+    if config is None or config["sweeprun"]:
+        return config
+    if config["init_from"] and not config["resume"]:
+        return forked_config(arguments, Path(config["init_from"]))
+    if not config["resume"]:
         return config
     return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(config["dataset"]["name"])))
 
@@ -103,17 +116,35 @@ def unfinished_run(stem: str) -> Path:
     return max(begun, key=lambda path: path.stat().st_mtime).parent
 
 
+def forked_config(arguments: list[str], folder: Path) -> dict:
+    """Return the config of a new run with the settings of the run in ``folder``, started from its best weights."""
+    if not (folder / "best.pt").exists():
+        raise ConfigError(f"init_from={folder}: holds no run with a best.pt")
+    saved = saved_config(folder)
+    saved |= {"run_dir": None, "resume": False, "num_workers": None, "A_machine": None}
+    saved["model"] |= {"weights": None, "resumed_model": str(folder / "best.pt")}
+    return load_config(arguments, base=saved)
+
+
+def saved_config(folder: Path) -> dict:
+    """Return the checked config.json of the run in ``folder``."""
+    return check_config(load_json(folder / "config.json"), f"{folder / 'config.json'}: ")
+
+
 def resumed_config(arguments: list[str], folder: Path) -> dict:
     """Return the saved config of the run in ``folder`` with the command line laid over it."""
     if not (folder / "config.json").exists():
         raise ConfigError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
-    saved = load_json(folder / "config.json")
-    check_config(saved, f"{folder / 'config.json'}: ")
+    saved = saved_config(folder)
     config = load_config(arguments, base=saved) | {"run_dir": str(folder)}
     before, now = leaves(saved), leaves(config)
     for key in sorted(before.keys() - RESUME_MAY_CHANGE):
-        if before[key] != now[key]:
-            raise ConfigError(f"{key}={now[key]}: the run in {folder} has {before[key]}; a continued run keeps it")
+        is_extended = key == "num_epochs" and now[key] > before[key]
+        if before[key] != now[key] and not is_extended:
+            raise ConfigError(
+                f"{key}={now[key]}: the run in {folder} has {before[key]}; a continued run keeps it; "
+                f"init_from={folder} starts a new one with other settings"
+            )
     return config
 
 
@@ -169,6 +200,9 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     for _ in range(run.epoch, config["num_epochs"]):
         train_loader = with_own_maps(train_loader, run, config, data, device)
         train_and_log_epoch(run, config, train_loader, val_loader, device, wandb_run)
+        if config["patience"] is not None and run.epoch - run.best_epoch >= config["patience"]:
+            print(f"stopped early: validated best after epoch {run.best_epoch}")
+            break
     summary = finish(run, config, data, test_loader, device, notes)
     if wandb_run is not None:
         wandb_run.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
@@ -222,8 +256,6 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
         config[section][key] = config[section][key] or about[key]
     if config["model"]["n_classes"] < len(data.class_names):
         raise UserError(f"model.n_classes={config['model']['n_classes']}: the data set has {len(data.class_names)}")
-    if config["opt"]["scheduler"] == "step":
-        config["opt"]["gamma"] = step_gamma(config["opt"], config["num_epochs"])
     if config["maiou"] is not None and config["use_box"]:
         rows, crop = data.rows("train"), config["crop"]
         config["THR"] = maiou_to_thr(

@@ -127,7 +127,7 @@ def use_maps(config: dict, steps: Steps) -> None:
 
 def use_foreach_kernels(run: Run, config: dict) -> None:
     """Step with torch's optimizer kernels for lists of weights in place of the fused one."""
-    groups = models.parameter_groups(run.model, config["opt"]["weight_decay"])
+    groups = models.parameter_groups(run.model, lr=config["opt"]["lr"], weight_decay=config["opt"]["weight_decay"])
     run.optimizer = build_optimizer(groups, config["opt"], fused=False)
 
 

@@ -174,6 +174,7 @@ class Model(Section):
     resumed_ema: bool | None = None
     mean: Colour | None = None
     std: Colour | None = None
+    drop_path: float = Field(0.0, ge=0, le=0.9)
     freeze_backbone: bool = False
     train_cls: bool = False
     freeze_bn_from: Natural | None = None
@@ -185,6 +186,8 @@ class Opt(Section):
     type: Literal["sgd", "adam", "adamw"] = "adamw"
     lr: float = Field(4e-3, gt=0, le=1e3)
     target_lr: float = Field(1e-5, gt=0, le=1e3)
+    head_lr: float = Field(1.0, gt=0, le=1e6)
+    layer_decay: float = Field(1.0, gt=0, le=1)
     momentum: Share = 0.9
     weight_decay: float = Field(0.05, ge=0, le=1e3)
     accumulate: Count = 1
@@ -204,6 +207,7 @@ class Config(Section):
     """The whole dict of config.py."""
 
     preset: Text | None = None
+    init_from: Text | None = None
     run_dir: Text | None = None
     resume: bool = False
     save: bool = True
@@ -242,6 +246,7 @@ class Config(Section):
     model: Model = Model()
     patch_size: Side = 14
     num_epochs: Count = 40
+    patience: Count | None = None
     batch_size: Count = 16
     image_size: Side = 64
     opt: Opt = Opt()
@@ -293,10 +298,10 @@ def check_together(c: dict) -> str | None:
 # The keys at the top level of the dict that each script reads; all scripts read preset and dataset.
 _MACHINE = "A_machine num_workers num_threads device amp"
 READ_BY = {
-    "train": f"{_MACHINE} run_dir resume save log_interval wandb sweeprun sweep cache cache_side cache_folder source "
-    "use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment augment_p "
+    "train": f"{_MACHINE} init_from run_dir resume save log_interval wandb sweeprun sweep cache cache_side "
+    "cache_folder source use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment augment_p "
     "augment_strength use_augment_mix flip eval eval_box "
-    "model patch_size num_epochs batch_size image_size opt other seed deterministic compile",
+    "model patch_size num_epochs patience batch_size image_size opt other seed deterministic compile",
     "check_dataset": "",
     "generate_dino_boxes": f"{_MACHINE} out dino",
     "generate_mask": f"{_MACHINE} out mask sam dino dino_maps",

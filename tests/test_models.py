@@ -1,4 +1,5 @@
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_without_a_network_the_file_to_fetch_is_named(model_type, told, monkeypa
     monkeypatch.setattr(torchvision.models, "resnet50", no_network)
     monkeypatch.setattr(timm, "create_model", no_network)
     with pytest.raises(UserError, match=told) as error:
-        models._create(model_type, 5, 56, 14, from_hub=True)
+        models._create(model_type, 5, 56, 14, True, {})
     assert "model.weights=FILE" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -75,20 +76,37 @@ def test_without_a_network_the_file_to_fetch_is_named(model_type, told, monkeypa
 @pytest.mark.parametrize("model_type", ["resnet50", "toyresnet", TINY_VIT])
 def test_groups_hold_each_parameter_once_and_agree_with_timms(model_type):
     model = build(model_type)
-    groups = models.parameter_groups(model, 0.1)
+    groups = models.parameter_groups(model, lr=0.1, weight_decay=0.1)
     grouped = [p for group in groups for p in group["params"]]
     assert len({id(p) for p in grouped}) == len(grouped) == len(list(model.parameters()))
     skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
     theirs = param_groups_weight_decay(model, 0.1, no_weight_decay_list=skip)
-    for ours in groups:
-        same = next(group for group in theirs if group["weight_decay"] == ours["weight_decay"])
-        assert {id(p) for p in ours["params"]} == {id(p) for p in same["params"]}
+    for group in theirs:
+        same = [p for ours in groups if ours["weight_decay"] == group["weight_decay"] for p in ours["params"]]
+        assert {id(p) for p in same} == {id(p) for p in group["params"]}
+
+
+def test_rates_of_the_head_and_of_the_layers():
+    model = build(TINY_VIT)
+    groups = models.parameter_groups(model, lr=0.1, weight_decay=0.1, head_lr=10, layer_decay=0.5)
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rate[id(model.head.weight)] == pytest.approx(1.0)
+    rates = [rate[id(block.mlp.fc1.weight)] for block in model.blocks]
+    assert all(later == pytest.approx(2 * earlier) for earlier, later in itertools.pairwise(rates))
+    assert rates[-1] == pytest.approx(0.05) and rate[id(model.pos_embed)] < rates[0]
+
+
+def test_drop_path():
+    model = models.build_model("toyresnet", 2, image_size=32, patch_size=14, drop_path=0.5)
+    assert any(getattr(module, "drop_prob", 0) for module in model.modules())
+    with pytest.raises(UserError, match="drop_path"):
+        models.build_model("resnet50", 2, image_size=32, patch_size=14, drop_path=0.5)
 
 
 def test_frozen_parameters_are_in_no_group():
     model = build()
     models.set_trainable(model, freeze_backbone=True, train_cls=False)
-    groups = models.parameter_groups(model, 0.1)
+    groups = models.parameter_groups(model, lr=0.1, weight_decay=0.1)
     assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in model.fc.parameters()}
 
 
@@ -97,7 +115,7 @@ def test_only_what_should_learn_changes_bit_for_bit(train_cls):
     model = build(TINY_VIT, image_size=32)
     models.set_trainable(model, freeze_backbone=not train_cls, train_cls=train_cls)
     before = copy.deepcopy(model.state_dict())
-    optimizer = torch.optim.AdamW(models.parameter_groups(model, 0.1), lr=0.1)
+    optimizer = torch.optim.AdamW(models.parameter_groups(model, lr=0.1, weight_decay=0.1), lr=0.1)
     model(torch.randn(3, 3, 32, 32)).square().sum().backward()
     optimizer.step()
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}

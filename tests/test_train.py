@@ -383,6 +383,32 @@ def test_a_run_does_not_go_on_without_its_log(stopped):
         train.train_run(train.load_run_config(["resume=true", f"run_dir={folder}"]))
 
 
+def test_a_finished_run_can_be_extended(birds, tmp_path):
+    run(birds, tmp_path / "run", "num_epochs=2")
+    longer = train.load_run_config(["resume=true", f"run_dir={tmp_path / 'run'}", "num_epochs=3"])
+    assert train.train_run(longer)["epochs"] == 3
+    rates = [record["lr"] for record in load_log(tmp_path / "run" / "log.jsonl")]
+    assert len(rates) == 3 and rates[-1] == pytest.approx(1e-5)
+    with pytest.raises(ConfigError, match="num_epochs"):
+        train.load_run_config(["resume=true", f"run_dir={tmp_path / 'run'}", "num_epochs=1"])
+
+
+def test_a_run_can_be_forked_with_other_settings(unbroken, tmp_path, capsys):
+    words = [f"init_from={unbroken}", "THR=0.5", "num_epochs=1", f"run_dir={tmp_path / 'fork'}"]
+    config = train.load_run_config(words)
+    saved = load_json(unbroken / "config.json")
+    assert config["THR"] == 0.5 and config["image_size"] == saved["image_size"] and not config["resume"]
+    train.train_run(config)
+    assert f"starting from {unbroken / 'best.pt'}" in capsys.readouterr().out
+
+
+def test_early_stopping(birds, tmp_path, monkeypatch):
+    accuracies = iter([0.5, 0.5, *[0.1] * 6])  # of model and EMA, epoch after epoch
+    monkeypatch.setattr("training.loop.loss_and_top1", lambda *_a: (1.0, next(accuracies)))
+    summary = run(birds, tmp_path / "run", "patience=1", "num_epochs=4")
+    assert summary["epochs"] == 2
+
+
 def test_the_published_measure_is_of_the_last_hundred_epochs():
     records = [{"epoch": n, "top1": n / 1000, "ema_top1": 0.5} for n in range(5, 205, 5)]
     late = last_epochs(records, 200)

@@ -149,5 +149,6 @@ def validate_and_log(
     )
     run.chosen = "ema" if record["ema_top1"] >= record["top1"] else "model"
     is_best = max(record["top1"], record["ema_top1"]) >= run.best_top1  # on a tie keep the later epoch
+    run.best_epoch = run.epoch if is_best else run.best_epoch
     run.best_top1 = max(run.best_top1, record["top1"], record["ema_top1"])
     return is_best

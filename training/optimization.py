@@ -14,9 +14,14 @@ def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = True) -> tor
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, **shared)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int) -> lr_scheduler.LambdaLR:
-    """Build the schedule that gives every epoch its `learning_rate`, for every parameter group in proportion."""
-    return lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate(epoch, opt, num_epochs) / opt["lr"])
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int, done: int = 0
+) -> lr_scheduler.LambdaLR:
+    """Build the schedule that gives every epoch its `learning_rate`, for every parameter group in proportion.
+
+    ``done`` epochs of the training lie behind an optimizer that goes on.
+    """
+    return lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate(epoch, opt, num_epochs) / opt["lr"], done - 1)
 
 
 def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:

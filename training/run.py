@@ -50,6 +50,7 @@ class Run:
     begin: Callable[[], None] = lambda: None  # called after every optimizer step
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
+    best_epoch: int = 0  # after which the model or the EMA validated best
     best_top1: float = -1.0  # of the model or the EMA on the validation images
     chosen: str = "ema"  # which of the two validated better when they were last looked at: model | ema
     records: list[dict] = field(default_factory=list)  # log.jsonl
@@ -66,6 +67,7 @@ def build_run(
         image_size=config["image_size"],
         patch_size=config["patch_size"],
         weights=wanted["weights"],
+        drop_path=wanted["drop_path"],
     )
     for name, view in test_views(config).items():
         models.check_patches(f"eval.views={name}: size", view.size, models.patch_of(model))
@@ -80,7 +82,8 @@ def build_run(
     if wanted["sync_bn"]:
         model = models.sync_bn(model, device)
     model = model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)
-    groups = models.parameter_groups(model, config["opt"]["weight_decay"])
+    rates = {key: config["opt"][key] for key in ("lr", "weight_decay", "head_lr", "layer_decay")}
+    groups = models.parameter_groups(model, **rates)
     optimizer = build_optimizer(groups, config["opt"])
     net = models.compiled(model, device) if config["compile"] else model
     return Run(
@@ -113,6 +116,7 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
         "epoch": run.epoch,
         "step": run.step,
         "best_top1": run.best_top1,
+        "best_epoch": run.best_epoch,
         "config": config,
         "made_from": run.made_from,
         "versions": environment(),
@@ -121,7 +125,6 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
         save_tensors(run.folder / "best.pt", weights | about)
     state = {
         "optimizer": run.optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
         "scaler": run.scaler.state_dict(),
         "ema_updates": run.ema.n_averaged,
         "rng": torch.get_rng_state(),
@@ -148,10 +151,10 @@ def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.copy_(state["ema_updates"])
         run.optimizer.load_state_dict(state["optimizer"])
-        run.scheduler.load_state_dict(state["scheduler"])
         run.scaler.load_state_dict(state["scaler"])
         run.epoch, run.step, run.best_top1 = int(state["epoch"]), int(state["step"]), float(state["best_top1"])
-        run.chosen = str(state["chosen"])
+        run.chosen, run.best_epoch = str(state["chosen"]), int(state["best_epoch"])
+        run.scheduler = build_scheduler(run.optimizer, config["opt"], config["num_epochs"], done=run.epoch)
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], device)
@@ -167,7 +170,8 @@ def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str
     changed = first_difference(state["made_from"], run.made_from)
     if changed:
         raise ValueError(f"the {changed} are others than when it was written; start a new run")
-    kept = {key: value for key, value in leaves(config).items() if key.split(".")[0] not in may_change}
+    free = {*may_change, "num_epochs", "opt.gamma"}  # a training may be extended
+    kept = {key: value for key, value in leaves(config).items() if key not in free}
     changed = first_difference(leaves(state["config"]), kept)
     if changed:
         raise ValueError(f"it was trained with {changed}={leaves(state['config']).get(changed)}, now {kept[changed]}")
