@@ -74,7 +74,8 @@ config = {
         "scale": [0.08, 1.0],  # area of the crop, share of the image
         "ratio": [0.75, 1.3333333333333333],  # width / height of the crop
         "interpolation": "bilinear",  # bilinear | bicubic
-        "temperature": 2.0,  # of the softmax that makes a density of an attention map: lower is more pointed
+        "temperature": 0.1,  # of the softmax that makes a density of an attention map: lower is more pointed. Chosen on
+        # maps in [0, 1], on which the published 2, which belongs to unscaled q·k, is nearly uniform
     },
     # --- attention maps and boxes of generate_dino_boxes.py
     "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
@@ -160,8 +161,8 @@ config = {
     "eval_box": None,  # adds the view box, from: gt (an oracle!) | center | image | a box JSON; None: no such view
     # --- model
     "model": {
-        "type": "toyresnet",  # toyresnet (0.7 M parameters) | resnet50 (torchvision) | dinov2_vit{s,b,l,g}14, or
-        # small/base/large/huge for these | any timm model name
+        "type": "toyresnet",  # toyresnet (0.7 M parameters) | resnet50 (torchvision) | dinov2_vit{s,b,l,g}14 or
+        # dinov2_vit{small,base,large,huge}14 | any timm model name
         "n_classes": None,  # None: as many as the data set has
         "weights": None,  # start of the backbone: hub | the path of a state dict; None: from scratch
         "resumed_model": None,  # start from this trained model, head included: best.pt of a run, or a state dict
@@ -261,12 +262,23 @@ _CUB_SECOND = {
 }
 presets = {
     "toybirds": {},
-    "finetune": {  # photographs, a network with pretrained weights
+    "finetune": {  # photographs, 5 to 100 a class; the weights come from the hub, or from a file (model.weights=FILE)
         "model.type": "resnet50",
         "model.weights": "hub",
+        "eval.crop_pct": None,  # the network's own
+        "eval.interpolation": None,
         "image_size": 224,
         "batch_size": 32,
+        "num_epochs": 30,
         "opt.lr": 3e-4,
+        "opt.target_lr": 1e-6,
+        "opt.warmup_epochs": 3,
+        "other.ema_decay": 0.99,
+        "dino.model": "dinov2_vits14",
+        "dino.weights": "hub",
+        "dino.image_size": 518,
+        "dino.steps": ["heads", "outlier", "filter", "min_max"],
+        "dino.threshold": 0.15,  # chosen on photographs of CUB (docs/boxes.md)
     },
     "cub_first_training": {
         **_CUB,
@@ -296,7 +308,16 @@ presets = {
     },
     # with boxes of SAM or DINO the THR is not published: 1, as with true boxes
     "cub_sam_boxes": {**_CUB_SECOND, "source": "runs/mask_boxes_cub/boxes.json"},
-    "cub_dino": _CUB,  # generate_dino_boxes.py on CUB
+    "cub_dino": _CUB,  # generate_dino_boxes.py on CUB by our rule (dino.method=component)
+    "cub_dino_published": {  # and by the published rule and steps; its other threshold: dino.otsu=true
+        **_CUB,
+        "out": "runs/dino_boxes_cub_published/boxes.json",
+        "dino.image_size": 500,  # rounded to whole patches: 504
+        "dino.autocontrast": True,
+        "dino.filter_size": None,  # a tenth of the map's short side, at least 3
+        "dino.method": "published",
+        "dino.threshold": 0.5,
+    },
     "cub_dino_boxes": {**_CUB_SECOND, "source": "runs/dino_boxes_cub/boxes.json"},
     "cub_cls": {  # fine-tunes DINOv2's CLS token, whose attention then makes boxes
         **_CUB,
@@ -313,6 +334,14 @@ presets = {
         "use_box": False,
         "use_dino_maps": True,
         "dino_maps": "runs/dino_boxes_cub/boxes.json",
+    },
+    "cub_density_maps_published": {
+        **_CUB_SECOND,
+        "use_box": False,
+        "use_dino_maps": True,
+        "dino_maps": "runs/dino_boxes_cub_published/boxes.json",
+        "crop.temperature": 2.0,  # as published, although it belongs to unscaled q·k: on maps in [0, 1] the centre is
+        # drawn nearly uniformly
     },
 }
 

@@ -22,9 +22,13 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
 
 
 def timm_name(model_type: str) -> str:
-    """Return timm's name of a model type: DINOv2's short names are translated, others stand as they are."""
-    letter = _WORDS.get(model_type) or model_type.removeprefix("dinov2_vit").removesuffix("14")
-    if letter in _SIZES and model_type in (*_WORDS, f"dinov2_vit{letter}14"):
+    """Return timm's name of a model type: DINOv2's names are translated, others stand as they are.
+
+    DINOv2's: dinov2_vit{s,b,l,g}14, dinov2_vit{small,base,large,huge,giant}14 or the bare words.
+    """
+    size = model_type.removeprefix("dinov2_vit").removesuffix("14")
+    letter = _WORDS.get(size, size)
+    if letter in _SIZES and model_type in (*_WORDS, f"dinov2_vit{size}14"):
         return f"vit_{_SIZES[letter]}_patch14_dinov2.lvd142m"
     return model_type
 

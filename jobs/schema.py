@@ -83,7 +83,7 @@ class Crop(Section):
     scale: Annotated[Many[Annotated[float, Field(ge=1e-6, le=1)]], AfterValidator(_ordered)] = [0.08, 1.0]
     ratio: Annotated[Many[Annotated[float, Field(ge=1e-3, le=1e3)]], AfterValidator(_ordered)] = [0.75, 4 / 3]
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    temperature: float = Field(2.0, ge=1e-4, le=1e6)
+    temperature: float = Field(0.1, ge=1e-4, le=1e6)
 
 
 class Dino(Section):

@@ -3,12 +3,14 @@ import copy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import config
 from config import load_config, presets
 from jobs import schema, settings
 from jobs.settings import ConfigError, check_config, leaves
+from localized_crops.density import map_to_density
 
 ROOT = Path(__file__).parent.parent
 
@@ -321,3 +323,26 @@ def test_a_sweep_that_cannot_be_trained_is_refused_before_its_first_training(wor
     with pytest.raises(ConfigError) as error:
         load_config(["sweeprun=true", *words])
     assert named in str(error.value)
+
+
+# --- presets ------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_rule_from_map_to_box_is_a_preset():
+    found = load_config(["preset=cub_dino_published"])["dino"]
+    steps = ["heads", "outlier", "filter", "min_max"]
+    published = {"image_size": 500, "autocontrast": True, "steps": steps, "filter_size": None, "threshold": 0.5}
+    assert found | published | {"method": "published"} == found
+    assert load_config(["preset=cub_dino"])["dino"]["method"] == "component"
+
+
+def test_the_published_temperature_is_the_published_presets_alone():
+    at = {name: load_config([f"preset={name}"])["crop"]["temperature"] for name in presets}
+    assert at.pop("cub_density_maps_published") == 2.0 and set(at.values()) == {0.1}
+
+
+def test_the_default_temperature_puts_centres_into_the_object():
+    y, x = np.mgrid[:31, :37]
+    bump = np.exp(-(((x - 9) / 4) ** 2 + ((y - 20) / 3) ** 2))  # a map in [0, 1]; the object is where it is high
+    shares = [map_to_density(bump, at)[bump > 0.1].sum() for at in (load_config([])["crop"]["temperature"], 2.0)]
+    assert shares[0] > 0.9 and shares[1] < 0.2
