@@ -17,9 +17,10 @@ from localized_crops.density import (
     sample_density_crops,
     unnormalised_densities,
 )
-from localized_crops.transforms import DinoRandomResizedCrop
+from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop
 
 __all__ = [
+    "AttentionMap",
     "DinoRandomResizedCrop",
     "MapCrops",
     "cls_attention",

@@ -8,9 +8,10 @@ from typing import Any
 from localized_crops.box_file import BoxFile, load_boxes, save_boxes
 from localized_crops.boxes import coverage, iou, maiou_curve, maiou_to_thr
 from localized_crops.crops import sample_crops
-from localized_crops.transforms import DinoRandomResizedCrop, LocalizedRandomResizedCrop
+from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop, LocalizedRandomResizedCrop
 
 __all__ = [
+    "AttentionMap",
     "BoxFile",
     "DinoRandomResizedCrop",
     "LocalizedRandomResizedCrop",

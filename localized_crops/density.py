@@ -33,7 +33,7 @@ def sample_density_crops(
     """Draw crops of one image: shape as RandomResizedCrop, centre from ``density``, then moved inside the image.
 
     Args:
-        density: (feat_h, feat_w), non-negative, sums to 1; stretched over the whole image.
+        density: (feat_h, feat_w), non-negative, with a sum above 0 (1 or not); stretched over the whole image.
         image_size: (width, height) in pixels.
         num_crops: how many crops to draw.
         scale: least and largest area of the crop, as shares of the image's area.
@@ -42,11 +42,20 @@ def sample_density_crops(
 
     Returns:
         (num_crops, 4) int64, top left height width in pixels, inside the image.
+
+    Raises:
+        ValueError: if the density holds a negative value, NaN or infinity, or nothing but zeros.
     """
+    density = np.asarray(density, dtype=np.float64)
+    if density.ndim != 2 or not (np.isfinite(density).all() and (density >= 0).all() and density.any()):
+        raise ValueError(
+            f"a density must be (feat_h, feat_w) numbers from 0 on, not all 0; got a shape of {density.shape} and "
+            f"values from {density.min(initial=0)} to {density.max(initial=0)}"
+        )
     rng = rng if rng is not None else np.random.default_rng()
     image_sizes = np.tile(image_size, (num_crops, 1))
     shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
-    densities = torch.from_numpy(np.array(density, dtype=np.float64, order="C"))[None]
+    densities = torch.from_numpy(np.array(density, order="C"))[None]
     centres = density_points(densities, np.array([density.shape]), image_sizes[:1], rng.random((1, num_crops, 3)))
     return crops_around(centres[0], shapes, image_sizes)
 

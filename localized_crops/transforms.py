@@ -6,30 +6,71 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
+from torch.nn.functional import interpolate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from localized_crops.boxes import clip_boxes
 from localized_crops.crops import MODES, sample_crops
 from localized_crops.density import map_to_density, sample_density_crops
 
+CROP_SIDES = ("top", "left", "height", "width")
+SHARES_FROM = 64  # pixels: in an image of such sides a box within the first pixel is one in shares of the image
 
-class LocalizedRandomResizedCrop(v2.Transform):
+
+class AttentionMap(tv_tensors.Mask):
+    """An attention map or density (feat_h, feat_w), or with a leading 1, stretched over the whole of its image.
+
+    As a mask it follows its image through v2 transforms that need no pixel coordinates (flips, `Resize`); the
+    others refuse it until it has its image's size, as it has behind `DinoRandomResizedCrop`.
+    """
+
+
+class _RandomCrop(v2.Transform):
+    """Draws one crop for all inputs of a sample and resizes it to ``size``."""
+
+    def __init__(self, size: int | Sequence[int], interpolation: v2.InterpolationMode) -> None:
+        super().__init__()
+        self.size = [size, size] if isinstance(size, int) else list(size)
+        self.interpolation = interpolation
+
+    def check_inputs(self, flat_inputs: list[Any]) -> None:
+        """Raise ValueError unless there is an image and no video (a hook of v2 transforms)."""
+        name = type(self).__name__
+        if any(isinstance(item, tv_tensors.Video) for item in flat_inputs):
+            raise ValueError(f"{name} crops images, got a Video: give it the frames one by one")
+        if not any(map(_is_image, flat_inputs)):
+            raise ValueError(f"{name} needs an image (PIL or tensor), got {[type(i).__name__ for i in flat_inputs]}")
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Apply the drawn crop to one input (a hook of v2 transforms)."""
+        crop = {side: params[side] for side in CROP_SIDES}
+        return self._call_kernel(
+            F.resized_crop, inpt, **crop, size=self.size, interpolation=self.interpolation, antialias=True
+        )
+
+
+class LocalizedRandomResizedCrop(_RandomCrop):
     """Crop at random so that the crop keeps at least ``thr`` of a box, then resize.
 
-    Called as ``crop(image, boxes)`` with a ``tv_tensors.BoundingBoxes`` of one box, or ``crop(image, box=xywh)``.
-    Takes PIL images and tensors; further inputs (masks, boxes) are cropped alike. Randomness is torch's.
+    A v2 transform: ``crop(image, boxes)`` with a ``tv_tensors.BoundingBoxes`` of one box; further inputs (masks,
+    keypoints, labels) go along. Or ``crop(image, box=(x, y, width, height))``, without the box in the output.
+    Images are PIL images or tensors. A box that reaches past its image is cut there. Randomness is torch's.
+
+    train.py draws the crops of a whole epoch at once, by the same `sample_crops` and so by the same law; this class
+    draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: of the output in pixels, a side or (height, width).
-        thr: share of the box kept, 0 to 1; negative: the law of RandomResizedCrop, and no box is needed.
+        thr: share of the box that the crop keeps, 0 to 1; negative: the law of RandomResizedCrop, no box is needed.
         mode: "exact" (every crop keeps its share) or "reference" (the published crop, which nearly does).
         scale: least and largest area, as shares of the image's.
         ratio: least and largest width / height.
         interpolation: of the resizing, antialiased.
 
     Raises:
-        ValueError: on a wrong argument, or when called without exactly one box.
+        ValueError: on a wrong argument, or when called without an image and exactly one box that has an area in it.
     """
 
     def __init__(
@@ -41,12 +82,12 @@ class LocalizedRandomResizedCrop(v2.Transform):
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
     ) -> None:
-        super().__init__()
-        if mode not in MODES or not thr <= 1:
-            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}, thr={thr} at most 1")
-        self.size = [size, size] if isinstance(size, int) else list(size)
+        super().__init__(size, interpolation)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
+        if not thr <= 1:
+            raise ValueError(f"thr={thr} must be a share of the box, at most 1 (negative: no box)")
         self.thr, self.mode, self.scale, self.ratio = thr, mode, tuple(scale), tuple(ratio)
-        self.interpolation = interpolation
 
     @staticmethod
     def get_params(
@@ -62,62 +103,108 @@ class LocalizedRandomResizedCrop(v2.Transform):
         crop = sample_crops(np.array([box_xywh], float), np.array([image_size]), thr, mode, scale, ratio, rng)
         return tuple(crop[0].tolist())
 
-    def forward(self, *inputs, box: Sequence[float] | None = None):
+    def forward(self, *inputs: Any, box: Sequence[float] | None = None) -> Any:
         """Crop and resize; ``box`` is (x, y, width, height) in pixels where no BoundingBoxes is among the inputs."""
         if box is None:
             return super().forward(*inputs)
+        if not inputs or not _is_image(inputs[0]):
+            raise ValueError("box= goes with crop(image, box=...); in a dict or list give a tv_tensors.BoundingBoxes")
         *outputs, _ = super().forward(*inputs, as_bounding_boxes(box, F.get_size(inputs[0])))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def make_params(self, flat_inputs: list) -> dict[str, int]:
-        """Draw the crop for one sample (the hook of v2 transforms)."""
-        height, width = F.get_size(next(item for item in flat_inputs if _is_image(item)))
-        box = (0, 0, width, height) if self.thr < 0 else _only_box(flat_inputs)
-        rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
-        params = self.get_params((width, height), box, self.thr, self.mode, self.scale, self.ratio, rng)
-        return dict(zip(("top", "left", "height", "width"), params, strict=True))
-
-    def transform(self, inpt, params: dict[str, int]):
-        """Apply the drawn crop to one input."""
-        return self._call_kernel(
-            F.resized_crop, inpt, **params, size=self.size, interpolation=self.interpolation, antialias=True
-        )
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        """Draw the crop for one sample (a hook of v2 transforms)."""
+        height, width = F.get_size(next(filter(_is_image, flat_inputs)))
+        box = (0, 0, width, height) if self.thr < 0 else _box_inside(_only_box(flat_inputs), (width, height))
+        crop = self.get_params((width, height), box, self.thr, self.mode, self.scale, self.ratio, _torch_rng())
+        return dict(zip(CROP_SIDES, crop, strict=True))
 
     def extra_repr(self) -> str:
         """Return the arguments, for printing."""
         return f"size={self.size}, thr={self.thr}, mode={self.mode}, scale={self.scale}, ratio={self.ratio}"
 
 
-def _is_image(item) -> bool:
+def _torch_rng() -> np.random.Generator:
+    """Return a generator seeded by torch's global one, which a DataLoader seeds in each worker."""
+    return np.random.default_rng(int(torch.randint(2**63 - 1, ())))
+
+
+def _is_image(item: Any) -> bool:
     return isinstance(item, (PIL.Image.Image, tv_tensors.Image)) or type(item) is torch.Tensor
 
 
-def _only_box(flat_inputs: list) -> Sequence[float]:
+def _only_box(flat_inputs: list[Any]) -> np.ndarray:
+    """Return the one box among the inputs, (4,) x y width height.
+
+    Raises:
+        ValueError: if there is none, or there are several.
+    """
     boxes = [item for item in flat_inputs if isinstance(item, tv_tensors.BoundingBoxes)]
     if len(boxes) != 1 or boxes[0].shape[-2:] not in ((1, 4), (4,)):
         found = [tuple(item.shape) for item in boxes]
-        raise ValueError(f"LocalizedRandomResizedCrop needs one box an image, found BoundingBoxes of shapes {found}")
+        raise ValueError(
+            f"LocalizedRandomResizedCrop needs one box an image, found BoundingBoxes of shapes {found}; choose one of "
+            "several, or give box="
+        )
     xywh = F.convert_bounding_box_format(boxes[0], new_format=tv_tensors.BoundingBoxFormat.XYWH)
-    return torch.Tensor(xywh).double().reshape(4).tolist()
+    return torch.Tensor(xywh).double().reshape(4).numpy()
+
+
+def _box_inside(box_xywh: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
+    """Return the part of a box inside its image of (width, height) pixels.
+
+    Raises:
+        ValueError: if nothing is left, or the box seems to be given in shares of the image instead of pixels.
+    """
+    box, size = box_xywh.tolist(), np.array(image_size)
+    inside = clip_boxes(box_xywh, size)
+    if not (inside[2:] > 0).all():  # NaN too
+        raise ValueError(f"box xywh {box} has no area inside its image of {image_size} (width, height) pixels")
+    if (box_xywh[:2] + box_xywh[2:] <= 1).all() and (size >= SHARES_FROM).all():
+        raise ValueError(f"box xywh {box} must be in pixels; in shares of the image? multiply by its size")
+    return inside
 
 
 def as_bounding_boxes(box_xywh: Sequence[float], canvas_size: Sequence[int]) -> tv_tensors.BoundingBoxes:
-    """Wrap one (x, y, width, height) for v2 transforms; ``canvas_size`` is (height, width) of its image."""
-    box = torch.as_tensor(np.asarray(box_xywh, dtype=np.float64)).reshape(1, 4)
-    return tv_tensors.BoundingBoxes(box, format="XYWH", canvas_size=tuple(canvas_size))
+    """Wrap one (x, y, width, height) for v2 transforms; ``canvas_size`` is (height, width) of its image.
+
+    Raises:
+        ValueError: if it is not four numbers.
+    """
+    try:
+        box = torch.as_tensor(np.asarray(box_xywh, dtype=np.float64))
+    except (TypeError, ValueError):
+        box = None
+    if box is None or box.shape not in ((4,), (1, 4)):
+        raise ValueError(f"box must be four numbers x y width height, got {str(box_xywh)[:80]}")
+    return tv_tensors.BoundingBoxes(box.reshape(1, 4), format="XYWH", canvas_size=tuple(canvas_size))
 
 
-class DinoRandomResizedCrop(v2.Transform):
+class DinoRandomResizedCrop(_RandomCrop):
     """RandomResizedCrop whose centre is drawn from an image's attention map.
 
-    The random numbers come from torch's global generator, which DataLoader seeds per worker.
+    A v2 transform: one input is an `AttentionMap`; it comes out cropped and resized like the image, to the output's
+    size. Boxes, masks, keypoints and labels go along. Or ``crop(image, attention_map=map)``, or ``crop(image, map)``
+    with a NumPy array or plain tensor: then the map is not in the output. ``crop(image, None)`` is a plain
+    RandomResizedCrop, for an image without a map. Randomness is torch's.
+
+    train.py draws the crops of a whole epoch at once (`dino_transform.MapCrops`), by the same functions and so by the
+    same law; this class draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: (height, width) of the output in pixels; one number makes a square.
         scale: least and largest area of the crop, as shares of the image's area.
         ratio: least and largest width / height; its logarithm is uniform.
-        temperature: of the softmax that turns the map into a density; None: what is given is a density already.
-        interpolation: of the resize.
+        temperature: of the softmax that turns the map into a density; None: what is given is a density already. The
+            default fits maps that were scaled to [0, 1], as `map_boxes.clean_map` scales them: the largest cell is
+            then exp(10), some 22,000 times, as likely as the least one. The published temperature of 2 belongs to
+            unscaled attention scores (q·k); on a scaled map it makes the largest cell only 1.65 times as likely,
+            hardly another crop than RandomResizedCrop's.
+        interpolation: of the resizing, antialiased.
+
+    Raises:
+        ValueError: on a wrong argument, or when called without an image and exactly one map, or with a map that
+            holds NaN or infinity, or with a density that has a negative value or no mass.
     """
 
     def __init__(
@@ -125,48 +212,64 @@ class DinoRandomResizedCrop(v2.Transform):
         size: int | Sequence[int],
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        temperature: float | None = 2.0,
+        temperature: float | None = 0.1,
         interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
     ) -> None:
-        super().__init__()
+        super().__init__(size, interpolation)
         if not 0 < scale[0] <= scale[1] or not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"scale and ratio must be (least, largest), both above 0; got {scale} and {ratio}")
         if temperature is not None and not temperature > 0:
             raise ValueError(f"temperature must be above 0, or None for a map that is a density; got {temperature}")
-        self.size = [size, size] if isinstance(size, int) else list(size)
-        self.scale, self.ratio = tuple(scale), tuple(ratio)
-        self.temperature, self.interpolation = temperature, interpolation
-        self.plain = v2.RandomResizedCrop(self.size, self.scale, self.ratio)
+        self.scale, self.ratio, self.temperature = tuple(scale), tuple(ratio), temperature
+        self.plain = v2.RandomResizedCrop(self.size, self.scale, self.ratio, interpolation)
 
-    def forward(self, image: Any, attention_map: np.ndarray | torch.Tensor | None) -> Any:
-        """Return the crop of ``image``, resized to ``size``.
+    def forward(self, *inputs: Any, attention_map: np.ndarray | torch.Tensor | None = None) -> Any:
+        """Crop and resize; ``attention_map`` (feat_h, feat_w) where no `AttentionMap` is among the inputs."""
+        if len(inputs) == 2 and _is_image(inputs[0]) and _is_array_or_none(inputs[1]):
+            inputs, attention_map = inputs[:1], inputs[1]
+            if attention_map is None:
+                return self.plain(inputs[0])
+        if attention_map is None:
+            return super().forward(*inputs)
+        *outputs, _ = super().forward(*inputs, AttentionMap(attention_map))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-        Args:
-            image: PIL image, or uint8 or float tensor (..., H, W).
-            attention_map: (feat_h, feat_w), the map of this image, stretched over the whole of it; None: a plain
-                RandomResizedCrop.
-        """
-        return self.transform(image, self.make_params([image, attention_map]))
-
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
-        """Draw the crop for [image, attention_map]: top, left, height, width (the hook of v2 transforms)."""
-        if flat_inputs[1] is None:
-            return self.plain.make_params(flat_inputs[:1])
-        image, attention_map = flat_inputs[0], np.asarray(flat_inputs[1])
-        if attention_map.ndim != 2:
-            raise ValueError(f"attention_map must be (feat_h, feat_w), got a shape of {attention_map.shape}")
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Draw the crop for one sample (a hook of v2 transforms)."""
+        height, width = F.get_size(next(filter(_is_image, flat_inputs)))
+        attention_map = _only_map(flat_inputs)
         density = attention_map if self.temperature is None else map_to_density(attention_map, self.temperature)
-        height, width = F.get_size(image)
-        rng = np.random.default_rng(int(torch.randint(2**63 - 1, ())))
-        crop = sample_density_crops(density, (width, height), 1, self.scale, self.ratio, rng)[0]
-        return dict(zip(("top", "left", "height", "width"), crop.tolist(), strict=True))
+        crop = sample_density_crops(density, (width, height), 1, self.scale, self.ratio, _torch_rng())[0]
+        return dict(zip(CROP_SIDES, crop.tolist(), strict=True)) | {"canvas": (height, width)}
 
-    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
-        """Apply the drawn crop to one image."""
-        return self._call_kernel(
-            F.resized_crop, inpt, **params, size=self.size, interpolation=self.interpolation, antialias=True
-        )
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Apply the drawn crop to one input; a map is first enlarged to its image's size."""
+        if not isinstance(inpt, AttentionMap):
+            return super().transform(inpt, params)
+        cells = inpt.as_subclass(torch.Tensor).reshape(1, 1, *inpt.shape[-2:]).float()
+        pixels = interpolate(cells, params["canvas"], mode="bilinear")
+        return AttentionMap(super().transform(pixels, params).reshape(*inpt.shape[:-2], *self.size))
 
     def extra_repr(self) -> str:
         """Return the settings, for printing."""
         return f"size={self.size}, scale={self.scale}, ratio={self.ratio}, temperature={self.temperature}"
+
+
+def _is_array_or_none(item: Any) -> bool:
+    return item is None or isinstance(item, np.ndarray) or type(item) is torch.Tensor
+
+
+def _only_map(flat_inputs: list[Any]) -> np.ndarray:
+    """Return the one map among the inputs, (feat_h, feat_w).
+
+    Raises:
+        ValueError: if there is none, there are several, or it is no finite map.
+    """
+    maps = [item for item in flat_inputs if isinstance(item, AttentionMap)]
+    if len(maps) != 1:
+        raise ValueError(f"DinoRandomResizedCrop needs one AttentionMap an image, found {len(maps)}")
+    cells = np.asarray(maps[0].as_subclass(torch.Tensor).cpu())
+    cells = cells[0] if cells.ndim == 3 and len(cells) == 1 else cells
+    if cells.ndim != 2 or not np.isfinite(cells).all():
+        raise ValueError(f"attention_map must be (feat_h, feat_w) finite numbers, got a shape of {cells.shape}")
+    return cells

@@ -5,13 +5,14 @@ import PIL.Image
 import pytest
 import torch
 from scipy import stats
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import dino_transform
 from dino_transform import MapCrops
 from localized_crops.crops import random_shapes
 from localized_crops.density import density_points, map_to_density, sample_density_crops
-from localized_crops.transforms import DinoRandomResizedCrop
+from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop
 
 IMAGE_SIZE = (53, 37)  # width, height
 FEAT = (5, 9)
@@ -155,10 +156,10 @@ def test_transform_follows_the_seed_and_a_cold_map():
     transform = DinoRandomResizedCrop(8, scale=(0.05, 0.05), temperature=0.01)
     image = torch.zeros(3, 370, 530, dtype=torch.uint8)
     torch.manual_seed(0)
-    crops = [transform.make_params([image, attention_map]) for _ in range(20)]
+    crops = [transform.make_params([image, AttentionMap(attention_map)]) for _ in range(20)]
     assert all(crop["left"] > 265 and crop["top"] > 185 for crop in crops)
     torch.manual_seed(0)
-    assert crops == [transform.make_params([image, attention_map]) for _ in range(20)]
+    assert crops == [transform.make_params([image, AttentionMap(attention_map)]) for _ in range(20)]
     assert len({tuple(crop.values()) for crop in crops}) > 10
 
 
@@ -166,7 +167,7 @@ def test_a_density_is_taken_as_it_is_without_temperature():
     density = np.zeros(FEAT)
     density[0, 0] = 1
     transform = DinoRandomResizedCrop(8, scale=(0.05, 0.05), temperature=None)
-    crop = transform.make_params([PIL.Image.new("RGB", (530, 370)), density])
+    crop = transform.make_params([PIL.Image.new("RGB", (530, 370)), AttentionMap(density)])
     assert crop["left"] < 60 and crop["top"] < 75
 
 
@@ -179,3 +180,81 @@ def test_wrong_arguments(arguments):
 def test_a_stack_of_heads_is_refused():
     with pytest.raises(ValueError, match="feat_h, feat_w"):
         DinoRandomResizedCrop(8)(PIL.Image.new("RGB", (9, 9)), np.zeros((3, *FEAT)))
+
+
+def test_it_stands_anywhere_in_a_compose_with_boxes_masks_and_labels():
+    """The bright square of the image, its mask, its box and its attention stay together, before and behind it."""
+    image = torch.zeros(3, 37, 53, dtype=torch.uint8)
+    image[:, 20:30, 30:42] = 255
+    cells = torch.zeros(1, 37, 53)
+    cells[:, 20:30, 30:42] = 1
+    sample = {
+        "image": tv_tensors.Image(image),
+        "mask": tv_tensors.Mask(image[0] > 0),
+        "box": tv_tensors.BoundingBoxes([[30, 20, 12, 10]], format="XYWH", canvas_size=(37, 53)),
+        "map": AttentionMap(cells),
+        "label": torch.tensor(7),
+    }
+    compose = v2.Compose(
+        [v2.RandomHorizontalFlip(1), DinoRandomResizedCrop(32, (0.3, 1)), v2.RandomCrop(29), v2.Pad(1)]
+    )
+    torch.manual_seed(0)
+    for _ in range(20):
+        out = compose(sample)
+        assert out["image"].shape == (3, 31, 31) and out["map"].shape == (1, 31, 31) and int(out["label"]) == 7
+        assert isinstance(out["map"], AttentionMap)
+        bright = out["image"][0] > 127
+        assert bright.any() and (bright == out["mask"]).float().mean() > 0.95
+        assert (bright == (out["map"][0] > 0.5)).float().mean() > 0.95
+        rows, columns = bright.nonzero().T
+        edges = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        box = v2.functional.convert_bounding_box_format(out["box"], new_format="XYXY")
+        assert (torch.Tensor(box)[0] - edges).abs().max() <= 2.5
+
+
+def test_a_map_goes_in_as_an_argument_with_a_leading_1_or_among_the_inputs():
+    cells, image = random_density(), torch.zeros(3, 37, 53, dtype=torch.uint8)
+    image[0] = torch.arange(53)
+    crop, results = DinoRandomResizedCrop(16), []
+    for call in (
+        lambda: crop(image, cells),
+        lambda: crop(image, attention_map=cells[None]),
+        lambda: crop(image, AttentionMap(cells))[0],
+        lambda: crop([AttentionMap(cells), tv_tensors.Image(image)])[1],
+    ):
+        torch.manual_seed(1)
+        results.append(call())
+    assert all(torch.equal(torch.Tensor(one), torch.Tensor(results[0])) for one in results)
+    assert crop(image, None).shape == (3, 16, 16)  # an image without a map: a plain crop
+
+
+@pytest.mark.parametrize("change", [lambda d: d * 0, lambda d: d - 0.01, lambda d: d * np.nan, lambda d: d / 0.0])
+def test_an_impossible_density_is_refused(change):
+    with np.errstate(all="ignore"):
+        density = change(random_density())
+    with pytest.raises(ValueError):
+        DinoRandomResizedCrop(8, temperature=None)(PIL.Image.new("RGB", (9, 9)), density)
+    with pytest.raises(ValueError):
+        sample_density_crops(density, (9, 9), 1)
+
+
+@pytest.mark.parametrize("inputs", [(PIL.Image.new("RGB", (9, 9)),), (PIL.Image.new("RGB", (9, 9)), 3)])
+def test_a_missing_image_or_map_is_refused(inputs):
+    with pytest.raises(ValueError):
+        DinoRandomResizedCrop(8)(*inputs)
+    with pytest.raises(ValueError, match="Video"):
+        DinoRandomResizedCrop(8)(tv_tensors.Video(torch.zeros(2, 3, 9, 9)), AttentionMap(np.ones((3, 4))))
+
+
+def test_the_transform_and_the_crops_of_an_epoch_have_the_same_law():
+    cells = random_density() / random_density().max()
+    transform, image, map_input = DinoRandomResizedCrop(8), torch.zeros(3, 37, 53), AttentionMap(cells)
+    torch.manual_seed(3)
+    params = [transform.make_params([image, map_input]) for _ in range(2_000)]
+    one_by_one = np.array([[crop[side] for side in ("top", "left", "height", "width")] for crop in params])
+    ids, sizes = np.zeros(2_000, int), np.tile(IMAGE_SIZE, (2_000, 1))
+    (at_once,) = MapCrops({0: cells}, ids, sizes, temperature=transform.temperature).draw([np.random.default_rng(4)])
+    for side in range(4):
+        assert stats.ks_2samp(one_by_one[:, side], at_once[:, side]).pvalue > 0.01
+    (plain,) = MapCrops({}, ids, sizes, temperature=0.1).draw([np.random.default_rng(5)])
+    assert min(stats.ks_2samp(one_by_one[:, side], plain[:, side]).pvalue for side in (0, 1)) < 1e-6  # it can fail

@@ -2,6 +2,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from scipy import stats
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -91,6 +92,56 @@ def test_it_stands_in_a_compose_and_needs_exactly_one_box():
     assert LocalizedRandomResizedCrop(16, -1.0)(picture()).size == (16, 16)  # no box, none needed
     with pytest.raises(ValueError, match="mode"):
         LocalizedRandomResizedCrop(16, 0.5, mode="best")
+    with pytest.raises(ValueError, match="thr=2"):
+        LocalizedRandomResizedCrop(16, 2)
+
+
+def test_boxes_that_were_rounded_as_label_files_do_are_cut_at_the_image():
+    """YOLO's six digits: at an image's edge half of such boxes reach past it by some ten thousandths of a pixel."""
+    rng, past = np.random.default_rng(0), 0
+    crop, size = LocalizedRandomResizedCrop(8, 1.0), np.array([500, 375])
+    for _ in range(300):
+        near = rng.integers(0, 200, 2)
+        centre, sides = np.round((near + size) / 2 / size, 6), np.round((size - near) / size, 6)
+        box = np.concatenate([(centre - sides / 2) * size, sides * size])
+        past += (box[:2] + box[2:] > size).any()
+        params = crop.make_params([torch.zeros(3, 375, 500), tv_box(box)])
+        assert params["top"] + params["height"] == 375 and params["left"] + params["width"] == 500
+    assert past > 50
+
+
+@pytest.mark.parametrize(
+    ("inputs", "box"),
+    [
+        ((picture(),), {"x": 1, "y": 2}),
+        ((picture(),), (1, 2, 3)),
+        (({"image": picture()},), BOX),
+        ((picture(),), [BOX, BOX]),
+        ((picture(530, 370),), (0.1, 0.2, 0.5, 0.5)),
+        ((picture(),), (WIDTH, 3, 5, 5)),
+        ((picture(),), (float("nan"), 3, 5, 5)),
+        ((tv_tensors.Video(torch.zeros(2, 3, HEIGHT, WIDTH)), tv_box()), None),
+        ((tv_box(),), None),
+    ],
+)
+def test_what_cannot_be_cropped_is_one_clear_error(inputs, box):
+    with pytest.raises(ValueError) as error:
+        LocalizedRandomResizedCrop(16, 0.7)(*inputs, box=box)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["exact", "reference"])
+def test_the_transform_and_the_crops_of_an_epoch_have_the_same_law(mode):
+    transform = LocalizedRandomResizedCrop(8, 0.6, mode)
+    torch.manual_seed(3)
+    params = [transform.make_params([tensor(), tv_box()]) for _ in range(2_000)]
+    one_by_one = np.array([[crop[side] for side in ("top", "left", "height", "width")] for crop in params])
+    about = np.tile(BOX, (2_000, 1)), np.tile((WIDTH, HEIGHT), (2_000, 1))
+    (at_once,) = BoxCrops(*about, thr=0.6, mode=mode).draw([np.random.default_rng(4)])
+    (other,) = BoxCrops(*about, thr=1.0, mode=mode).draw([np.random.default_rng(4)])
+    for side in range(4):
+        assert stats.ks_2samp(one_by_one[:, side], at_once[:, side]).pvalue > 0.01
+    assert stats.ks_2samp(one_by_one[:, 1], other[:, 1]).pvalue < 1e-6  # it can fail
 
 
 def test_the_training_transform_is_torchvisions_resized_crop():
