@@ -26,7 +26,7 @@ def tensor(width=WIDTH, height=HEIGHT) -> torch.Tensor:
 
 
 def tv_box(box=BOX, box_format="XYWH"):
-    return tv_tensors.BoundingBoxes([box], format=box_format, canvas_size=(HEIGHT, WIDTH))
+    return tv_tensors.BoundingBoxes(np.array([box]), format=box_format, canvas_size=(HEIGHT, WIDTH))
 
 
 def test_a_box_goes_in_as_bounding_boxes_or_as_an_argument():
