@@ -1,4 +1,4 @@
-"""Density-map crops: where attention is high, crops are centred more often (DESIGN.md section 3).
+"""Density-map crops: where attention is high, crops are centred more often.
 
 An attention map (attention.py) is cleaned (map_boxes.py), made once and read from a cache; here it becomes a density
 and a crop. Nothing in this module's transform needs a model or a GPU, so it works in any loader worker.

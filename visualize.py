@@ -1,10 +1,10 @@
-"""Draw what is to be seen of a data set, its boxes and crops, and of finished trainings: one PNG a call.
+"""Draw a data set's images, boxes and crops, or the results of finished trainings: one PNG a call.
 
 ``visualize.what`` chooses the picture:
 
     crops      a row per image: the image with its true box (dashed) and the box of ``source`` (orange), the attention
-               (where ``dino_maps`` is given), the candidate masks (where ``masks`` is; their boxes where no mask was
-               stored), then crops of RandomResizedCrop, of both localized crops at THR or maiou, and centred by the
+               (where ``dino_maps`` is given), the best candidate masks (where ``masks`` is; their boxes where no mask
+               was stored), then crops of RandomResizedCrop, of both localized crops at THR or maiou, and centred by the
                maps, each with the share of the true box that it keeps
     boxes      histograms of IoU and coverage of the boxes of ``source`` and of the trivial boxes, and of what crops
                keep, on training and test images
@@ -60,6 +60,7 @@ from transforms import BoxCrops, build_train_transform
 from utils import load_log
 
 EPOCHS = 20  # of crops that a histogram counts
+MOST_CANDIDATES = 5  # drawn over an image: more cannot be told apart
 MAX_IMAGES = 64  # rows of a picture: as many as visualize.images may ask for
 CURVES = {"train_loss": "training loss", "ema_top1": "validated top-1 of the EMA (%)", "maiou": "maIoU of the crops"}
 CROP_COLOURS = ("0.5", "tab:blue", "tab:green", "tab:purple")  # in the order of `crop_methods`
@@ -89,11 +90,14 @@ class Candidates:
     info: dict[str, list[dict[str, Any]]]  # image name -> entries with bbox
 
     def of(self, row: int) -> dict[str, Any]:
-        """Return what a `Panel` shows of the candidates of an image: masks if they are there, else boxes."""
+        """Return what a `Panel` shows of an image: its best candidates, as masks if these are stored, else as boxes."""
         entries = self.info.get(self.names[row], [])
+        scores = [(entry.get("predicted_iou", 0), entry.get("stability_score", 0)) for entry in entries]
+        best = sorted(range(len(entries)), key=lambda number: scores[number], reverse=True)[:MOST_CANDIDATES]
+        title = f"best {MOST_CANDIDATES} of {len(entries)}" if len(entries) > len(best) else f"{len(entries)} found"
         if self.stored and entries:
-            return {"masks": load_masks(self.folder / f"{self.names[row]}.pt").numpy()}
-        return {"candidates_xywh": [entry["bbox"] for entry in entries]}
+            return {"title": title, "masks": load_masks(self.folder / f"{self.names[row]}.pt").numpy()[best]}
+        return {"title": title, "candidates_xywh": [entries[number]["bbox"] for number in best]}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ SETTINGS = {
     "memory_images": 20,  # run by each generator in its own process; 0: not measured
     "threads": 1,  # of torch on the CPU
 }
-PRESETS = {  # DESIGN.md, section 4
+PRESETS = {  # the published settings
     "10 a side, stability .5": {"points_per_side": 10, "stability_score_thresh": 0.5},
     "3 a side, stability .3": {"points_per_side": 3, "stability_score_thresh": 0.3},
 }

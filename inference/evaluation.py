@@ -227,8 +227,8 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
         ]
         for one in pairs
     ]
-    seen = "found in four of five such experiments, from points"
-    return table(["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", seen], lines)
+    detectable = "detectable from, in points, at 80% power"
+    return table(["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", detectable], lines)
 
 
 def size_table(found: dict[str, Any]) -> str:

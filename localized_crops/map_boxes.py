@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-DEFAULT_STEPS = ("heads", "outlier", "filter", "min_max")  # the published order (DESIGN.md section 3)
+DEFAULT_STEPS = ("heads", "outlier", "filter", "min_max")  # the published order
 FLAT = 1e-8  # a map whose values differ by less, relative to their size, says nothing about where the object is
 
 

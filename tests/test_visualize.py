@@ -261,3 +261,10 @@ def test_runs_that_are_damaged(few_birds, runs, tmp_path):
     assert "top1" in fault(few_birds, "visualize.what=accuracy", f"visualize.runs={folder.parent}")
     (folder / "config.json").write_text(json.dumps([load_json(folder / "config.json")]))
     assert "not of this version" in fault(few_birds, "visualize.what=curves", f"visualize.runs={folder.parent}")
+
+
+def test_of_many_candidates_the_best_are_drawn_and_all_counted(tmp_path):
+    entries = [{"bbox": [number, 0, 9, 9], "predicted_iou": number / 40, "stability_score": 1} for number in range(40)]
+    shown = visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(0)
+    assert [box[0] for box in shown["candidates_xywh"]] == [39, 38, 37, 36, 35] and "40" in shown["title"]
+    assert visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(1)["title"] == "0 found"
