@@ -4,9 +4,11 @@ An attention map (attention.py) is cleaned (map_boxes.py), made once and read fr
 and a crop. Nothing in this module's transform needs a model or a GPU, so it works in any loader worker.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from localized_crops.attention import cls_attention, cls_attention_and_logits
 from localized_crops.crops import plain_corners, random_shapes
@@ -14,6 +16,8 @@ from localized_crops.density import (
     crops_around,
     density_points,
     map_to_density,
+    points_of_sums,
+    running_sums,
     sample_density_crops,
     unnormalised_densities,
 )
@@ -31,10 +35,15 @@ __all__ = [
 ]
 
 MAPS_AT_ONCE = 64  # are summed in one go
+KEPT_BYTES = 2**27  # of running sums that a process keeps for the next epochs: 12,000 maps of 37 x 37 cells
 
 
 class MapCrops:
-    """The density-map crops of a data set, drawn for whole epochs; a plain crop where an image has no map."""
+    """The density-map crops of a data set, drawn for whole epochs; a plain crop where an image has no map.
+
+    A map is read, and its running sum taken, in the first epoch, and again in the later ones only where `KEPT_BYTES`
+    do not hold all of them.
+    """
 
     def __init__(
         self,
@@ -56,30 +65,44 @@ class MapCrops:
         """
         self.maps, self.ids, self.image_sizes = maps, ids, image_sizes
         self.temperature, self.scale, self.ratio = temperature, scale, ratio
+        self._kept: dict[int, MapSums | None] = {}
+        self._room = KEPT_BYTES
 
-    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width.
-
-        A map is read, and its running sum taken, once for all of them.
-        """
-        shapes, uniform, crops = (np.stack(one, axis=1) for one in zip(*map(self._draw_plain, rngs), strict=True))
-        for start in range(0, len(self.ids), MAPS_AT_ONCE):
-            maps = enumerate(map(self.maps.get, self.ids[start : start + MAPS_AT_ONCE].tolist()), start)
-            found = {row: one for row, one in maps if one is not None}
-            if found:
-                rows = list(found)
-                centres = self._points(rows, list(found.values()), uniform[rows])
-                crops[rows] = crops_around(centres, shapes[rows], self.image_sizes[rows, None])
-        return crops.swapaxes(0, 1)
-
-    def _points(self, rows: list[int], maps: list[np.ndarray], uniform: np.ndarray) -> np.ndarray:
-        feats = np.array([one.shape for one in maps])
-        densities = unnormalised_densities(maps, feats, self.temperature)
-        return density_points(densities, feats, self.image_sizes[rows], uniform)
-
-    def _draw_plain(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Draw shapes (N, 2) width height, three uniform numbers (N, 3), and the crops (N, 4) of images without map."""
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the crops of one epoch, (N, 4) int64 top left height width."""
         shapes, found = random_shapes(self.image_sizes, self.scale, self.ratio, rng)
         uniform = rng.random((len(shapes), 3))
-        left_top = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])
-        return shapes, uniform, np.concatenate([left_top[:, ::-1], shapes[:, ::-1]], axis=1)
+        left_top = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])  # of the images without a map
+        crops = np.concatenate([left_top[:, ::-1], shapes[:, ::-1]], axis=1)
+        for start in range(0, len(self.ids), MAPS_AT_ONCE):
+            sums = self._sums_from(start)
+            if sums is not None:
+                rows, sizes = sums.rows, self.image_sizes[sums.rows]
+                points = points_of_sums(sums.sums, sums.columns, sums.feats, sizes, uniform[rows, None])[:, 0]
+                crops[rows] = crops_around(points, shapes[rows], sizes)
+        return crops
+
+    def _sums_from(self, start: int) -> "MapSums | None":
+        """Return the running sums of the maps of MAPS_AT_ONCE images; None where none of them has a map."""
+        if start in self._kept:
+            return self._kept[start]
+        ids = enumerate(self.ids[start : start + MAPS_AT_ONCE].tolist(), start)
+        maps = {row: cells for row, image_id in ids if (cells := self.maps.get(image_id)) is not None}
+        sums = self._sums_of(maps) if maps else None
+        if self._room >= (size := sums.sums.nbytes if maps else 0):
+            self._kept[start], self._room = sums, self._room - size
+        return sums
+
+    def _sums_of(self, maps: dict[int, np.ndarray]) -> "MapSums":
+        feats = np.array([cells.shape for cells in maps.values()])
+        densities = unnormalised_densities(list(maps.values()), feats, self.temperature)
+        return MapSums(np.array(list(maps)), feats, densities.shape[2], running_sums(densities))
+
+
+class MapSums(NamedTuple):
+    """The running sums of some maps' densities, from which cells are drawn."""
+
+    rows: np.ndarray  # (B,) of the data set
+    feats: np.ndarray  # (B, 2) feat_h, feat_w
+    columns: int  # of the maps once they are padded to one shape
+    sums: torch.Tensor  # (B, cells) float64

@@ -67,9 +67,9 @@ class BoxCrops:
         self.boxes, self.image_sizes = boxes_xywh, image_sizes
         self.how = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
 
-    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width."""
-        return np.stack([sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how) for rng in rngs])
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the crops of one epoch, (N, 4) int64 top left height width."""
+        return sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how)
 
 
 class TrainTransform:

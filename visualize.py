@@ -217,7 +217,7 @@ def crop_panels(
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]
-        for number, drawn in enumerate(crops.draw([rng] * config["visualize"]["crops"])):
+        for number, drawn in enumerate(map(crops.draw, [rng] * config["visualize"]["crops"])):
             for place, row in enumerate(rows.tolist()):
                 image_id = subject.data.ids[row].item()
                 shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
@@ -266,7 +266,7 @@ def crop_samples(methods: dict[str, Crops], true: np.ndarray, rng: np.random.Gen
 
 def kept_shares(crops: Crops, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return the shares of the true boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
-    return coverage(crops_to_xywh(crops.draw([rng] * EPOCHS)), true).ravel()
+    return coverage(crops_to_xywh(np.stack([crops.draw(rng) for _ in range(EPOCHS)])), true).ravel()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

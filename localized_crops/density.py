@@ -60,6 +60,11 @@ def sample_density_crops(
     return crops_around(centres[0], shapes, image_sizes)
 
 
+def running_sums(densities: torch.Tensor) -> torch.Tensor:
+    """Return the running sums over the cells of densities (B, feat_h, feat_w), row by row: (B, cells) float64."""
+    return densities.flatten(1).cumsum(1, dtype=torch.float64)
+
+
 def density_points(
     densities: torch.Tensor, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
 ) -> np.ndarray:
@@ -71,10 +76,16 @@ def density_points(
         image_sizes: (B, 2), width and height in pixels.
         uniform: (B, K, 3) numbers in [0, 1): which cell, where in it along x, along y.
     """
-    cumulative = densities.flatten(1).cumsum(1, dtype=torch.float64)
-    goals = torch.from_numpy(uniform[..., 0]) * cumulative[:, -1:]
-    cells = torch.searchsorted(cumulative, goals, right=True).numpy()
-    row_column = np.stack(np.divmod(cells, densities.shape[2]), axis=-1)
+    return points_of_sums(running_sums(densities), densities.shape[2], feats, image_sizes, uniform)
+
+
+def points_of_sums(
+    sums: torch.Tensor, columns: int, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
+) -> np.ndarray:
+    """Return points as `density_points`, from the `running_sums` of densities with so many ``columns``."""
+    goals = torch.from_numpy(uniform[..., 0]) * sums[:, -1:]
+    cells = torch.searchsorted(sums, goals, right=True).numpy()
+    row_column = np.stack(np.divmod(cells, columns), axis=-1)
     cell = np.minimum(row_column, feats[:, None] - 1)  # a goal may be rounded to the whole sum
     return (cell[..., ::-1] + uniform[..., 1:]) * image_sizes[:, None] / feats[:, None, ::-1]
 

@@ -20,7 +20,6 @@ from localized_crops.files import UserError
 from readers import cub, images
 from readers.images import read_image
 from toybirds import drawing
-from training import batches
 from training.batches import EpochBatches, TrainImages, ViewImages
 from transforms import BoxCrops, build_train_transform, build_views
 
@@ -237,17 +236,11 @@ def test_what_is_drawn_depends_on_seed_and_epoch_alone(birds):
     assert not torch.equal(one_epoch(train_images(read(birds), seed=1), 3, 0)[0], here[0])
 
 
-def test_how_many_epochs_are_drawn_at_once_changes_nothing(birds, monkeypatch):
+def test_epochs_in_any_order_are_the_same(birds):
     images, rows = train_images(read(birds)), [0, 3, 5]
-    monkeypatch.setattr(batches, "CROPS_AT_ONCE", 2 * len(images))
-    two_at_once = train_images(read(birds))
-    monkeypatch.setattr(batches, "CROPS_AT_ONCE", 1)
-    one_at_once = train_images(read(birds))
-    assert [one.epochs_at_once for one in (images, two_at_once, one_at_once)] == [32, 2, 1]
-    for epoch in (0, 1, 2, 33, 1):
-        first, *others = [one[epoch, rows, 3, 3] for one in (images, two_at_once, one_at_once)]
-        for other in others:
-            assert all(torch.equal(a, b) for a, b in zip(first[:4], other[:4], strict=True))
+    for epoch in (0, 1, 33, 1):
+        first, again = images[epoch, rows, 3, 3], train_images(read(birds))[epoch, rows, 3, 3]
+        assert all(torch.equal(a, b) for a, b in zip(first[:4], again[:4], strict=True))
 
 
 def test_loading_leaves_torchs_generator_as_it_was(birds):

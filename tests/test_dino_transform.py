@@ -76,7 +76,7 @@ def test_an_epochs_crops_follow_the_maps_and_are_plain_without_one():
     maps = {1: random_density().astype(np.float16), 3: np.full(FEAT, np.nan, np.float16)}
     ids, sizes = np.array([1, 2, 3] * 4_000), np.tile((530, 370), (12_000, 1))
     crops = MapCrops(maps, ids, sizes, temperature=0.02, scale=(0.01, 0.01))
-    (drawn,) = crops.draw([np.random.default_rng(11)])
+    drawn = crops.draw(np.random.default_rng(11))
     top, left, height, width = drawn.T
     columns, rows = ((left + width / 2) / 530 * FEAT[1]).astype(int), ((top + height / 2) / 370 * FEAT[0]).astype(int)
     counts = np.zeros((3, *FEAT))
@@ -96,7 +96,7 @@ def test_crops_of_maps_of_several_shapes_are_those_of_each_map_by_itself():
     rng = np.random.default_rng(12)
     maps = {i: (rng.random((i % 5 + 1, i % 7 + 2)) ** 3).astype(np.float16) for i in range(150)}
     ids, sizes, seeds = np.arange(160), rng.integers(20, 600, (160, 2)), (3, 4, 5)
-    crops = MapCrops(maps, ids, sizes, temperature=0.1).draw([np.random.default_rng(seed) for seed in seeds])
+    crops = [MapCrops(maps, ids, sizes, temperature=0.1).draw(np.random.default_rng(seed)) for seed in seeds]
     for drawn, seed in zip(crops, seeds, strict=True):
         again = np.random.default_rng(seed)
         shapes, _ = random_shapes(sizes, (0.08, 1.0), (3 / 4, 4 / 3), again)
@@ -109,13 +109,27 @@ def test_crops_of_maps_of_several_shapes_are_those_of_each_map_by_itself():
             assert drawn[i].tolist() == [top, left, shapes[i, 1], shapes[i, 0]]
 
 
-def test_crops_of_several_epochs_are_those_of_each_epoch_by_itself():
-    maps = {i: np.random.default_rng(i).random(FEAT).astype(np.float16) for i in range(5)}
-    crops = MapCrops(maps, np.arange(7), np.tile(IMAGE_SIZE, (7, 1)), temperature=0.1)
-    together = crops.draw([np.random.default_rng(seed) for seed in range(4)])
-    assert together.shape == (4, 7, 4) and len(np.unique(together, axis=0)) == 4
-    for seed, drawn in enumerate(together):
-        assert np.array_equal(crops.draw([np.random.default_rng(seed)])[0], drawn)
+class CountedMaps(dict):
+    """Maps that count how often one is read."""
+
+    reads = 0
+
+    def get(self, image_id):
+        self.reads += 1
+        return super().get(image_id)
+
+
+@pytest.mark.parametrize(("room", "reads"), [(2**20, 200), (64 * 45 * 8, 200 + 3 * 72), (0, 4 * 200)])
+def test_running_sums_are_kept_in_bounded_memory_and_change_no_crop(monkeypatch, room, reads):
+    maps = CountedMaps({i: np.random.default_rng(i).random(FEAT).astype(np.float16) for i in range(0, 200, 2)})
+    about = maps, np.arange(200), np.tile(IMAGE_SIZE, (200, 1))
+    expected = [MapCrops(*about, temperature=0.1).draw(np.random.default_rng(seed)) for seed in range(4)]
+    monkeypatch.setattr(dino_transform, "KEPT_BYTES", room)
+    crops, maps.reads = MapCrops(*about, temperature=0.1), 0
+    drawn = [crops.draw(np.random.default_rng(seed)) for seed in range(4)]
+    assert np.array_equal(drawn, expected) and len(np.unique(drawn, axis=0)) == 4
+    assert maps.reads == reads
+    assert sum(sums.sums.nbytes for sums in crops._kept.values()) <= room
 
 
 def test_temperature():
@@ -253,8 +267,8 @@ def test_the_transform_and_the_crops_of_an_epoch_have_the_same_law():
     params = [transform.make_params([image, map_input]) for _ in range(2_000)]
     one_by_one = np.array([[crop[side] for side in ("top", "left", "height", "width")] for crop in params])
     ids, sizes = np.zeros(2_000, int), np.tile(IMAGE_SIZE, (2_000, 1))
-    (at_once,) = MapCrops({0: cells}, ids, sizes, temperature=transform.temperature).draw([np.random.default_rng(4)])
+    at_once = MapCrops({0: cells}, ids, sizes, temperature=transform.temperature).draw(np.random.default_rng(4))
     for side in range(4):
         assert stats.ks_2samp(one_by_one[:, side], at_once[:, side]).pvalue > 0.01
-    (plain,) = MapCrops({}, ids, sizes, temperature=0.1).draw([np.random.default_rng(5)])
+    plain = MapCrops({}, ids, sizes, temperature=0.1).draw(np.random.default_rng(5))
     assert min(stats.ks_2samp(one_by_one[:, side], plain[:, side]).pvalue for side in (0, 1)) < 1e-6  # it can fail

@@ -137,8 +137,8 @@ def test_the_transform_and_the_crops_of_an_epoch_have_the_same_law(mode):
     params = [transform.make_params([tensor(), tv_box()]) for _ in range(2_000)]
     one_by_one = np.array([[crop[side] for side in ("top", "left", "height", "width")] for crop in params])
     about = np.tile(BOX, (2_000, 1)), np.tile((WIDTH, HEIGHT), (2_000, 1))
-    (at_once,) = BoxCrops(*about, thr=0.6, mode=mode).draw([np.random.default_rng(4)])
-    (other,) = BoxCrops(*about, thr=1.0, mode=mode).draw([np.random.default_rng(4)])
+    at_once = BoxCrops(*about, thr=0.6, mode=mode).draw(np.random.default_rng(4))
+    other = BoxCrops(*about, thr=1.0, mode=mode).draw(np.random.default_rng(4))
     for side in range(4):
         assert stats.ks_2samp(one_by_one[:, side], at_once[:, side]).pvalue > 0.01
     assert stats.ks_2samp(one_by_one[:, 1], other[:, 1]).pvalue < 1e-6  # it can fail
@@ -161,7 +161,7 @@ def assert_close_to_pillow(image, expected):
 
 def test_the_crops_of_an_epoch_are_those_of_one_image_after_the_other():
     boxes, sizes = np.tile(BOX, (300, 1)), np.tile((WIDTH, HEIGHT), (300, 1))
-    (crops,) = BoxCrops(boxes, sizes, thr=0.8).draw([np.random.default_rng(0)])
+    crops = BoxCrops(boxes, sizes, thr=0.8).draw(np.random.default_rng(0))
     assert (coverage(crops_to_xywh(crops), boxes) >= 0.8).all() and len({tuple(crop) for crop in crops}) > 200
 
 

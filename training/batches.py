@@ -1,7 +1,7 @@
 """Batches of training crops and of test views."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -16,15 +16,12 @@ from readers.data_set import DataSet
 from readers.image_cache import ImageCache
 from readers.images import read_image
 
-MOST_EPOCHS_AT_ONCE = 32  # share the reading of a density map
-CROPS_AT_ONCE = 2**18  # 8 MB of them stay in a worker's memory
-
 
 class Crops(Protocol):
     """Draws the training crops of N images."""
 
-    def draw(self, rngs: Sequence[np.random.Generator]) -> np.ndarray:
-        """Draw the crops of some epochs, of which each has its ``rng``: (E, N, 4) int64 top left height width."""
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        """Draw the crops of one epoch, (N, 4) int64 top left height width."""
 
 
 class Batch(NamedTuple):
@@ -42,7 +39,7 @@ class TrainImages(Dataset):
     """Batches of randomly cropped training images.
 
     What is drawn depends on (seed, epoch) and the training images alone, not on batches and workers: a worker draws
-    the crops and flips of several whole epochs at once, when the first batch of one of them is asked for.
+    the crops and flips of the whole epoch at once, when it is asked for the first batch of it.
     """
 
     def __init__(
@@ -70,8 +67,7 @@ class TrainImages(Dataset):
         self.paths, self.decoded = [data.paths[row] for row in rows], decoded
         self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
-        self.epochs_at_once = max(1, min(MOST_EPOCHS_AT_ONCE, CROPS_AT_ONCE // len(rows)))
-        self.block: int | None = None  # of so many epochs, whose crops and flips are drawn
+        self.epoch: int | None = None  # whose crops and flips are drawn
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -79,10 +75,9 @@ class TrainImages(Dataset):
     def __getitem__(self, key: "BatchKey") -> Batch:
         """Return the batch of a key that ``EpochBatches`` gives."""
         epoch, rows, real, whole = key
-        block, place = divmod(epoch, self.epochs_at_once)
-        if block != self.block:
-            self._draw(block)
-        crops = self.drawn[place, rows]
+        if epoch != self.epoch:
+            self._draw(epoch)
+        crops = self.drawn[rows]
         ids, shown = self.ids[rows].tolist(), crops.tolist()
         if self.decoded is not None:
             shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, shown, strict=True)]
@@ -90,14 +85,12 @@ class TrainImages(Dataset):
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
         images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
         kept = coverage(crops_to_xywh(crops), self.true_boxes[rows])
-        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[place, rows], kept))
+        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
         return Batch(stack_images(images), *about, real, whole)
 
-    def _draw(self, block: int) -> None:
-        epochs = range(block * self.epochs_at_once, (block + 1) * self.epochs_at_once)
-        rngs = [np.random.default_rng([self.seed, epoch]).spawn(2) for epoch in epochs]
-        self.drawn, self.block = self.crops.draw([crops for crops, _ in rngs]), block
-        self.flips = np.stack([flips.random(len(self)) < self.flip for _, flips in rngs])
+    def _draw(self, epoch: int) -> None:
+        crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
+        self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
 
 
 def load_image(path: Path, image_id: int | str, decoded: ImageCache | None) -> torch.Tensor:
