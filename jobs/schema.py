@@ -295,6 +295,9 @@ def check_together(c: dict) -> str | None:
     return next((message for is_fault, message in faults if is_fault), None)
 
 
+# None is replaced in these when a run begins; in a run that goes on None therefore means what it meant then.
+DERIVED = ["seed", "dataset.root", "model.n_classes", "model.mean", "model.std", "eval.interpolation", "eval.crop_pct"]
+
 # The keys at the top level of the dict that each script reads; all scripts read preset and dataset.
 _MACHINE = "A_machine num_workers num_threads device amp"
 READ_BY = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs.schema import READ_BY, Config, check_together
+from jobs.schema import DERIVED, READ_BY, Config, check_together
 from localized_crops.files import UserError
 
 NONE_WORDS = ("None", "none", "null", "")
@@ -209,8 +209,8 @@ def load(
         arguments: the command line without the script's name: ``preset=NAME`` and ``key=value`` words.
         edited: the dict of config.py.
         presets: its presets, name -> dotted key -> value.
-        base: takes the place of the defaults: the config of the run that is gone on with. What was edited in config.py
-            goes over it only if resume=true stands there too, not on the command line.
+        base: takes the place of the defaults: the config of the run that is gone on with or forked. What was edited in
+            config.py goes over it only if resume or init_from stands there too, not on the command line.
         machine_workers: num_workers by A_machine.
 
     Raises:
@@ -219,17 +219,19 @@ def load(
     words = [_split_known(word, presets) for word in arguments]
     file = check_config(edited, "config.py: ", presets, together=False)
     resolved = copy.deepcopy(base or DEFAULTS)
-    if base is None or "resume" not in dict(words):
-        if file["preset"] is not None and "preset" not in dict(words):
+    given, asks = dict(words), {"resume", "init_from"}
+    if base is None or (any(file[key] for key in asks) and not asks & given.keys()):
+        if file["preset"] is not None and "preset" not in given:
             _apply_preset(resolved, file["preset"], presets, "config.py: ")
-        for key, value in leaves(file).items():
-            if value != KNOWN[key]:
-                set_key(resolved, key, value)
-    for key, name in words:
-        if key == "preset" and name not in NONE_WORDS:
-            _apply_preset(resolved, name, presets)
+        for key in (key for key, value in leaves(file).items() if value != KNOWN[key]):
+            set_key(resolved, key, get_key(file, key))
+    for name in (name for key, name in words if key == "preset" and name not in NONE_WORDS):
+        _apply_preset(resolved, name, presets)
     for key, text in words:
         set_key(resolved, key, parse_value(key, text))
+    if base is not None and resolved["resume"]:
+        for key in (key for key in DERIVED if get_key(resolved, key) is None):
+            set_key(resolved, key, get_key(base, key))
     resolved = check_config(resolved)
     if resolved["sweeprun"]:
         resolved["sweep"]["values"] = _sweep_values(resolved)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 import config
+import train
 from config import load_config, presets
 from jobs import schema, settings
 from jobs.settings import ConfigError, check_config, leaves
 from localized_crops.density import map_to_density
+from localized_crops.files import save_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -200,13 +202,28 @@ def test_edits_go_over_the_preset_of_the_file_and_the_command_line_over_both(edi
         load_config([])
 
 
-def test_a_continued_run_keeps_its_settings_unless_resume_stands_in_the_file(edit):
+@pytest.mark.parametrize(("key", "value"), [("resume", True), ("init_from", "runs/first")])
+def test_edits_go_over_the_settings_of_a_run_only_if_the_file_asks_for_the_run(edit, key, value):
     saved = load_config(["num_epochs=3", "log_interval=2"])
     edit("log_interval", 9)
-    assert load_config(["resume=true"], base=saved)["log_interval"] == 2
-    edit("resume", True)
+    assert load_config([settings.word_of(key, value)], base=saved)["log_interval"] == 2
+    edit(key, value)
     loaded = load_config([], base=saved)
-    assert loaded["resume"] and (loaded["log_interval"], loaded["num_epochs"]) == (9, 3)
+    assert loaded[key] == value and (loaded["log_interval"], loaded["num_epochs"]) == (9, 3)
+
+
+def test_a_run_goes_on_by_editing_alone(edit, tmp_path):
+    save_json(tmp_path / "config.json", load_config(["num_epochs=3", f"run_dir={tmp_path}"]))
+    edit("resume", True)
+    edit("run_dir", str(tmp_path))
+    loaded = train.load_run_config([])
+    assert (loaded["resume"], loaded["run_dir"], loaded["num_epochs"]) == (True, str(tmp_path), 3)
+    for key in schema.DERIVED:  # as edited when the run began
+        edit(key, None)
+    assert leaves(train.load_run_config([])) == leaves(loaded)
+    edit("opt.lr", 0.5)
+    with pytest.raises(ConfigError, match=r"opt\.lr=0\.5"):
+        train.load_run_config([])
 
 
 # --- what None leaves to the machine or to chance -----------------------------------------------------------------
