@@ -59,9 +59,9 @@ config = {
         "val_fraction": 0.3333,  # share of each class's training images held out to choose settings on; 0: none, and
         # validation then looks at the test images, as the published protocol does
     },
-    "cache": "none",  # none | disk | ram: all images decoded once, into one file that the loaders crop from
+    "cache": "none",  # none | disk: all images decoded once, into one file that the loaders crop from
     "cache_side": None,  # its images' short side is at most so many pixels; None: as they are
-    "cache_folder": None,  # where it lies on disk; None: the data set's folder
+    "cache_folder": None,  # where it lies, such as /dev/shm/NAME for memory; None: the data set's folder
     # --- boxes and crops
     "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
     "use_box": True,  # hold the training crops to the boxes; false: RandomResizedCrop

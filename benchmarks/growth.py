@@ -64,10 +64,10 @@ def measure(root: str, times: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
         start = time.perf_counter()
-        decoded = cached_images("disk", Path(folder), *about, read_image)
+        decoded = cached_images(Path(folder), *about, read_image)
         found["building the cache, ms per image"] = 1e3 * (time.perf_counter() - start) / len(data.ids)
         start = time.perf_counter()
-        cached_images("disk", Path(folder), *about, read_image)
+        cached_images(Path(folder), *about, read_image)
         found["opening the cache, ms per image"] = 1e3 * (time.perf_counter() - start) / len(data.ids)
         for name, images in (("files", None), ("cache", decoded)):
             loaded = train_images(data, images)

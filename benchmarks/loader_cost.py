@@ -39,9 +39,7 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
     data = read_dataset("cub", root)
     rows = data.rows("train")[:IMAGES]
     about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    kinds = {"files": None} | {
-        f"cache={mode}": cached_images(mode, Path(cache_folder), *about, read_image) for mode in ("disk", "ram")
-    }
+    kinds = {"files": None, "cache=disk": cached_images(Path(cache_folder), *about, read_image)}
     ways = {"torchvision's usual pipeline": usual([data.paths[row] for row in rows], int(size))}
     crops_by_name = crops_of(data, rows, saved_maps(Path(cache_folder), data.ids[rows]))
     for name, crops in crops_by_name.items():

@@ -41,7 +41,6 @@ OTHER_STEPS = CLIPPED, COMPILED, FOREACH, CONTIGUOUS  # load as cache=disk does
 WAYS = {  # what of the config differs
     "files": {"use_box": False},
     "cache=disk": {"use_box": False, "cache": "disk"},
-    "cache=ram": {"use_box": False, "cache": "ram"},
     "cache=disk, exact crops": {"cache": "disk"},
     DENSITY: {"use_box": False, "cache": "disk"},
     "cache=disk, in 2 parts": {"use_box": False, "cache": "disk", "opt.accumulate": 2},

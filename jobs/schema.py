@@ -219,7 +219,7 @@ class Config(Section):
     reproduce: Reproduce = Reproduce()
     visualize: Visualize = Visualize()
     dataset: Dataset = Dataset()
-    cache: Literal["none", "disk", "ram"] = "none"
+    cache: Literal["none", "disk"] = "none"
     cache_side: Count | None = None
     cache_folder: Text | None = None
     source: Text = "gt"

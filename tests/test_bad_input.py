@@ -695,19 +695,17 @@ def test_a_malformed_input_is_one_line_and_changes_nothing(row, folder, monkeypa
 
 # --- what is made again, not refused ------------------------------------------------------------------------------
 
-DECODED = "decoded_images"
+
+def decoded(damage: Callable[[str], Damage]) -> Damage:
+    """Damage the file of decoded images."""
+    return lambda folder: damage(next((folder / "cache").glob("decoded_*.bin")).relative_to(folder))(folder)
+
+
 CACHES = {
-    "index-cut": cut(f"cache/{DECODED}.json", 0.5),
-    "index-nested": put(f"cache/{DECODED}.json", DEEP),
-    "index-list": put(f"cache/{DECODED}.json", "[]"),
-    "index-huge": content(f"cache/{DECODED}.json", lambda index: index.update(bytes=int(HUGE))),
-    "index-other": content(f"cache/{DECODED}.json", lambda index: index.update(key="0" * 64)),
-    "data-cut": cut(f"cache/{DECODED}.bin", 0.5),
-    "data-empty": put(f"cache/{DECODED}.bin", ""),
-    "data-missing": remove(f"cache/{DECODED}.bin"),
-    "data-other": lambda folder: (folder / "cache" / f"{DECODED}.bin").write_bytes(
-        bytes(len((folder / "cache" / f"{DECODED}.bin").read_bytes()))
-    ),
+    "cut": decoded(lambda name: cut(name, 0.5)),
+    "empty": decoded(lambda name: put(name, "")),
+    "missing": decoded(remove),
+    "other": decoded(lambda name: lambda folder: (folder / name).write_bytes(bytes((folder / name).stat().st_size))),
 }
 
 
@@ -715,11 +713,11 @@ CACHES = {
 def test_a_damaged_cache_of_decoded_images_is_made_again(damage, folder):
     data = read_dataset("cub", folder / "birds")
     about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes, read_image
-    image_cache.cached_images("disk", folder / "cache", *about)
+    image_cache.cached_images(folder / "cache", *about)
     sound = fingerprint(folder)
     damage(folder)
     assert fingerprint(folder) != sound
-    found = image_cache.cached_images("disk", folder / "cache", *about)
+    found = image_cache.cached_images(folder / "cache", *about)
     assert fingerprint(folder) == sound
     for image_id, path in zip(data.ids.tolist(), data.paths, strict=True):
         assert np.array_equal(found[image_id].permute(1, 2, 0), np.asarray(read_image(path)))

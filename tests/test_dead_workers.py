@@ -79,7 +79,7 @@ def is_alive(pid):
 def test_a_training_whose_worker_is_killed_ends_with_the_command_that_goes_on(birds, tmp_path):
     folder = tmp_path / "run"
     small = ["num_epochs=9999", "image_size=32", "batch_size=8", "log_interval=9999", "save=false"]
-    words = [f"dataset.root={birds}", f"run_dir={folder}", *small, "cache=ram"]
+    words = [f"dataset.root={birds}", f"run_dir={folder}", *small, "cache=disk"]
     killed, status, error = kill_a_worker("train.py", words, (folder / "config.json").exists)
     assert status == 2 and "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]

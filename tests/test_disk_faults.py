@@ -179,7 +179,7 @@ def test_a_training_on_a_full_disk_says_how_to_go_on(birds, tmp_path):
 def test_an_image_cache_on_a_full_disk_is_built_when_there_is_room(birds, tmp_path):
     stage, folder, log = stages.cache_stage(birds), tmp_path / "run", tmp_path / "log"
     said = fail(stage, folder, log, before=partial(limit_files, 100_000))
-    assert said.startswith(f"error: {folder / 'cache' / 'decoded_images.bin'}: File too large")
+    assert re.match(rf"error: {folder}/cache/decoded_images_\w+\.bin: File too large", said)
     assert stages.visible_files(folder) == []
     assert "decoding 72 images" in stages.finish(stage, folder, log)
 

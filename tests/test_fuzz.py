@@ -27,7 +27,6 @@ from localized_crops.files import UserError, load_json
 from localized_crops.map_file import MapCache
 from masks.mask_files import load_masks, load_masks_info
 from models import build_model, load_trained
-from readers import image_cache
 from readers.images import read_image
 from training.run import LOGGED
 from utils import load_log, load_tensors
@@ -161,7 +160,6 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "boxes": ("boxes.json", lambda folder: load_boxes(folder / "boxes.json")),
     "masks_info": ("masks/masks_info.json", lambda folder: load_masks_info(folder / "masks")),
     "maps": ("boxes.maps.safetensors", read_maps),
-    "decoded_index": ("decoded_images.json", lambda folder: image_cache.fault(folder, "ab" * 32)),
     "log": ("run/log.jsonl", lambda folder: load_log(folder / "run" / "log.jsonl", LOGGED)),
     "run_config": ("run/config.json", lambda folder: train.resumed_config([], folder / "run")),
     "summary": ("run/summary.json", lambda folder: load_json(folder / "run" / "summary.json")),
@@ -187,9 +185,6 @@ def folder(site_copy, monkeypatch) -> Path:
     network = build_model("test_resnet", 3, image_size=32, patch_size=16)
     torch.save({"ema": network.state_dict()}, site_copy / "small.pt")
     safetensors.torch.save_file({"weight": torch.ones(3, 5)}, site_copy / "small.safetensors")
-    about = {"kind": image_cache.KIND, "version": image_cache.VERSION, "key": "ab" * 32, "bytes": 64, "images": 0}
-    (site_copy / "decoded_images.json").write_text(json.dumps(about))
-    (site_copy / "decoded_images.bin").write_bytes(bytes(64))
     (site_copy / "words.txt").write_text("THR=0.5\ncrop.scale=0.1,1.0\nnum_epochs=3\nmodel.type=toyresnet\nsave=true")
     records = RecordFile(site_copy / "units.records")
     for number in range(3):

@@ -16,13 +16,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_train import run, words
+from test_train import run
 
 import train
 from datasets import read_dataset
 from localized_crops.files import UserError, load_json
 from readers import image_cache
-from readers.image_cache import DATA, INDEX, cached_images
+from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import load_image
 from transforms import build_train_transform, build_views
@@ -42,15 +42,20 @@ def photos(tmp_path):
     return [3, 11, 4, 99, 12], paths, np.array(sizes)
 
 
-def build(folder, photos, mode="disk", fingerprint="f"):
-    return cached_images(mode, folder, fingerprint, *photos, read_image)
+def build(folder, photos, fingerprint="f", **about):
+    return cached_images(folder, fingerprint, *photos, read_image, **about)
+
+
+def data_file(folder):
+    (path,) = folder.glob("decoded_*.bin")
+    return path
 
 
 def test_every_image_comes_back(tmp_path, photos):
     cache = build(tmp_path / "cache", photos)
     for image_id, path in zip(photos[0], photos[1], strict=True):
         assert np.array_equal(cache[image_id].permute(1, 2, 0).numpy(), np.asarray(read_image(path)))
-    assert (tmp_path / "cache" / DATA).stat().st_size == 64 + 3 * photos[2].prod(1).sum()
+    assert data_file(tmp_path / "cache").stat().st_size == 64 + 3 * photos[2].prod(1).sum()
 
 
 def test_crops_are_those_of_the_files(tmp_path, photos):
@@ -77,28 +82,24 @@ def test_it_is_built_once_and_again_when_an_image_changes(tmp_path, photos, caps
     folder = tmp_path / "cache"
     build(folder, photos)
     assert "decoding 5 images once: 0.00 GB" in capsys.readouterr().out
-    first = (folder / DATA).stat().st_mtime_ns
+    first = data_file(folder).stat().st_mtime_ns
     build(folder, photos)
-    assert (folder / DATA).stat().st_mtime_ns == first and capsys.readouterr().out == ""
+    assert data_file(folder).stat().st_mtime_ns == first and capsys.readouterr().out == ""
     PIL.Image.new("RGB", (53, 37), (9, 8, 7)).save(photos[1][0])
     assert build(folder, photos)[3][:, 5, 5].tolist() == pytest.approx([9, 8, 7], abs=2)
     build(folder, photos, fingerprint="another")
     assert "decoding" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("damage", ["short", "head", "index", "kind", "missing"])
+@pytest.mark.parametrize("damage", ["short", "head", "missing"])
 def test_a_damaged_cache_is_built_again(tmp_path, photos, damage):
     folder = tmp_path / "cache"
     build(folder, photos)
-    data, index = folder / DATA, folder / INDEX
+    data = data_file(folder)
     if damage == "short":
         data.write_bytes(data.read_bytes()[:-1])
     elif damage == "head":
         data.write_bytes(b"x" + data.read_bytes()[1:])
-    elif damage == "index":
-        index.write_text("{")
-    elif damage == "kind":
-        index.write_text('{"kind": "something else", "bytes": 1e300}')
     else:
         data.unlink()
     cache = build(folder, photos)
@@ -128,7 +129,7 @@ def test_a_disk_that_is_too_small_is_said_before(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(UserError, match=r"take 0\.00 GB, only 0\.00 are free; make room or set cache=none"):
         build(tmp_path / "cache", photos)
-    assert not (tmp_path / "cache" / DATA).exists()
+    assert not list((tmp_path / "cache").glob("decoded_*.bin"))
 
 
 def _build_on_a_full_disk(folder, photos, queue):
@@ -145,7 +146,7 @@ def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
     queue = context.Queue()
     process = context.Process(target=_build_on_a_full_disk, args=(tmp_path / "cache", photos, queue))
     process.start()
-    assert re.search(r"decoded_images\.bin: File too large; .*make room", queue.get(timeout=300))
+    assert re.search(r"decoded_images_\w+\.bin: File too large; .*make room", queue.get(timeout=300))
     process.join()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
 
@@ -154,30 +155,33 @@ def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
 
 
 def test_a_training_reads_the_cache(birds_copy, tmp_path):
-    for mode in ("disk", "ram"):
-        summary = run(birds_copy, tmp_path / mode, "num_epochs=1", f"cache={mode}", "augment=true")
-        assert summary["epochs"] == 1
-    again = run(birds_copy, tmp_path / "again", "num_epochs=1", "cache=disk", "augment=true", "num_workers=1")
-    assert load_json(tmp_path / "again" / "predictions.json") == load_json(tmp_path / "disk" / "predictions.json")
-    assert again["maiou"] == run(birds_copy, tmp_path / "files", "num_epochs=1", "augment=true")["maiou"]
-    assert load_json(birds_copy / INDEX)["images"] == 72
+    for workers in (0, 1):
+        words = ["num_epochs=1", "cache=disk", "augment=true", f"num_workers={workers}"]
+        assert run(birds_copy, tmp_path / str(workers), *words)["epochs"] == 1
+    predictions = [load_json(tmp_path / name / "predictions.json") for name in ("0", "1")]
+    assert predictions[0] == predictions[1]
+    files = run(birds_copy, tmp_path / "files", "num_epochs=1", "augment=true")
+    assert files["maiou"] == load_json(tmp_path / "0" / "summary.json")["maiou"]
 
 
-def command(root, folder, *more):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words(root, folder, "num_epochs=1", *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+def test_a_build_leaves_the_file_that_another_run_uses(tmp_path, photos):
+    """Another stored side, while the first run is on its way: its workers start after the second build."""
+    folder = tmp_path / "cache"
+    first, expected = build(folder, photos), np.asarray(read_image(photos[1][2]))
+    build(folder, photos, side=8)
+    worker = pickle.loads(pickle.dumps(first))
+    assert np.array_equal(worker[4].permute(1, 2, 0), expected) and len(list(folder.glob("decoded_*.bin"))) == 2
+    del first
+    build(folder, photos, side=9)
+    assert len(list(folder.glob("decoded_*.bin"))) == 1  # what nobody uses goes
 
 
-def test_the_memory_is_free_when_the_last_run_ends(birds_copy, tmp_path):
-    os.utime(read_dataset("cub", birds_copy).paths[0])  # other images than those of the test before
-    before = set(image_cache.RAM.glob("localized-crops-*"))
-    both = [command(birds_copy, tmp_path / str(n), "cache=ram") for n in range(2)]
-    answers = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], answers
-    assert set(image_cache.RAM.glob("localized-crops-*")) <= before
-    assert sum("decoding 72 images" in out for out, _ in answers) >= 1
+def test_a_worker_refuses_another_file_under_the_name_it_was_given(tmp_path, photos):
+    first = build(tmp_path / "cache", photos)
+    other = build(tmp_path / "other", photos, fingerprint="another")
+    os.replace(other.path, first.path)
+    with pytest.raises(UserError, match="decoded_images"):
+        pickle.loads(pickle.dumps(first))[4]
 
 
 def test_a_killed_build_is_made_again(tmp_path, birds_copy):
@@ -186,21 +190,22 @@ def test_a_killed_build_is_made_again(tmp_path, birds_copy):
 import sys, time; sys.path.insert(0, {str(ROOT)!r})
 import datasets
 from readers import image_cache, images
+from readers import image_cache, images
 data = datasets.read_dataset("cub", {str(birds_copy)!r})
 def slow(path):
     time.sleep(0.05)
     return images.read_image(path)
 about = data.fingerprint(), data.ids, data.paths, data.image_sizes, slow
-image_cache.cached_images("disk", data.root, *about)
+image_cache.cached_images(data.root, *about)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(birds_copy.glob(f".{DATA}.*")):
+    while process.poll() is None and not list(birds_copy.glob(".decoded_images_*")):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (birds_copy / DATA).exists() and not (birds_copy / INDEX).exists()
+    assert not list(birds_copy.glob("decoded_*.bin"))
     about = data.ids.tolist(), data.paths, data.image_sizes
-    cache = cached_images("disk", birds_copy, data.fingerprint(), *about, read_image)
+    cache = cached_images(birds_copy, data.fingerprint(), *about, read_image)
     expected = np.asarray(read_image(data.paths[0]))
     assert np.array_equal(cache[int(data.ids[0])].permute(1, 2, 0).numpy(), expected)
 
@@ -216,7 +221,7 @@ def test_an_unknown_mode_is_refused():
 def test_large_images_are_stored_smaller_and_crops_follow(tmp_path, photos):
     ids, paths, sizes = photos[:3]
     side = int(np.median(sizes.min(1)))
-    cache = cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image, side=side)
+    cache = cached_images(tmp_path / "cache", "f", ids, paths, sizes, read_image, side=side)
     for row, image_id in enumerate(ids):
         width, height = sizes[row]
         stored = cache[image_id]
@@ -233,11 +238,3 @@ def test_large_images_are_stored_smaller_and_crops_follow(tmp_path, photos):
         box = cache.box_as_stored(image_id, np.array([0.0, 0.0, width, height]))
         assert box == pytest.approx([0, 0, stored.shape[2], stored.shape[1]])
     assert 0 < len(cache.scales) < len(ids)
-
-
-def test_another_side_is_another_cache(tmp_path, photos):
-    ids, paths, sizes = photos[:3]
-    cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image)
-    whole = (tmp_path / "cache" / "decoded_images.bin").stat().st_size
-    cached_images("disk", tmp_path / "cache", "f", ids, paths, sizes, read_image, side=8)
-    assert (tmp_path / "cache" / "decoded_images.bin").stat().st_size < whole

@@ -69,7 +69,7 @@ def shared_memory():
 def whole(birds, tmp_path_factory):
     """Return the folder of an unbroken training."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    stages.finish(stages.train_stage(birds), folder, folder.with_name("log"), "cache=ram")
+    stages.finish(stages.train_stage(birds), folder, folder.with_name("log"), "cache=disk")
     return folder
 
 
@@ -85,7 +85,7 @@ def whole(birds, tmp_path_factory):
 def test_a_stopped_training_goes_on_to_the_same_weights(birds, whole, tmp_path, shared_memory, number, group, workers):
     folder, log = tmp_path / "run", tmp_path / "log"
     stage = stages.train_stage(birds)
-    with stages.started(stage, folder, log, f"num_workers={workers}", "cache=ram") as process:
+    with stages.started(stage, folder, log, f"num_workers={workers}", "cache=disk") as process:
         assert process.wait_until(lambda: (folder / "last.pt").exists())
         command = stop(process, number, group=group)
     assert command == f"train.py resume=true run_dir={folder}"

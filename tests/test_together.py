@@ -57,7 +57,7 @@ def test_of_two_that_wait_for_a_failed_build_one_builds(birds, tmp_path):
 
     def ask():
         about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-        caches.append(cached_images("disk", tmp_path, *about, read))
+        caches.append(cached_images(tmp_path, *about, read))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
     with utils.lock_file(tmp_path / LOCK, fcntl.LOCK_EX):  # a builder that ends without a cache

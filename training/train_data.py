@@ -57,7 +57,7 @@ def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
         )
     folder = Path(config["cache_folder"] or data.root)
     about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    return cached_images(config["cache"], folder, *about, read_image, side=config["cache_side"])
+    return cached_images(folder, *about, read_image, side=config["cache_side"])
 
 
 def needed_side(config: dict, data: DataSet) -> int:
