@@ -1,13 +1,20 @@
 """Decode every image of a data set and print a report.
 
-Reads a folder in CUB-200-2011's file format, writes nothing. Status 2 if anything is wrong.
+Reads any data set that dataset.name knows, writes nothing. Status 2 if anything is wrong.
 
-    python check_dataset.py dataset.name=cub dataset.root=CUB_200_2011
+    python check_dataset.py dataset.name=folder dataset.root=photos
+    python check_dataset.py dataset.name=cub dataset.root=CUB_200_2011 find_duplicates=true
 """
 
-from collections import Counter
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from config import load_config
 from datasets import read_dataset
@@ -16,38 +23,96 @@ from localized_crops.boxes import center_boxes, iou
 from localized_crops.files import UserError
 from readers.data_set import DataSet
 from readers.images import unreadable_images
+from readers.splits import class_notes
+
+SHOWN = 20  # lines of one kind; the rest is counted
 
 
 def main(config: dict) -> None:
     """Check the data set of ``config``."""
-    data = read_dataset(**config["dataset"] | {"check": False})  # all faults are listed here, not the first alone
+    # all faults are listed here, not the first alone
+    data = read_dataset(**config["dataset"] | {"check": False, "keep_going": True})
+    total = len(data.ids) + len(data.unreadable)
+    if not len(data.ids):
+        raise UserError(f"{data.root}: none of {total} images can be read: {next(iter(data.unreadable.values()))}")
     print(report(data))
-    faults = unreadable_images(data)
-    for line in faults:
-        print(line)
+    by_content = config["find_duplicates"]
+    same = same_files(data, _content, "equal images") if by_content else same_files(data, _place, "one file")
+    faults = [*data.unreadable.values(), *unreadable_images(data.paths)]
+    for lines in (data.notes, class_notes(data), faults, same):
+        print_some(lines)
     if faults:
-        raise UserError(f"{data.root}: {len(faults)} of {len(data.ids)} images cannot be read; they are listed above")
-    print(f"all {len(data.ids)} images can be read")
+        raise UserError(f"{data.root}: {len(faults)} of {total} images cannot be read; they are listed above")
+    if same:
+        raise UserError(f"{data.root}: {len(same)} images stand under several ids; they are listed above")
+    print(f"all {total} images can be read")
+
+
+def print_some(lines: Sequence[str]) -> None:
+    """Print the first lines and how many more there are."""
+    for line in lines[:SHOWN]:
+        print(line)
+    if len(lines) > SHOWN:
+        print(f"... and {len(lines) - SHOWN} more like this")
 
 
 def report(data: DataSet) -> str:
     """Return a few lines on images, classes, splits and boxes."""
     splits = Counter(data.split.tolist())
-    per_class = np.bincount(data.labels, minlength=len(data.class_names))
-    share = data.boxes[:, 2:].prod(1) / data.image_sizes.prod(1)
-    low, median, high = np.quantile(share, (0.05, 0.5, 0.95))
-    centred = iou(center_boxes(data.image_sizes), data.boxes).mean()
+    per_class = np.bincount(data.labels[data.labels >= 0], minlength=max(1, len(data.class_names)))
+    turned = f"{data.rotated} images are rotated by EXIF: boxes and crops are in the {data.pixel_grid} pixels"
     return "\n".join(
         [
             f"{data.root}: {len(data.ids)} images, {len(data.class_names)} classes",
             f"images a class: {per_class.min()} to {per_class.max()}",
             "splits: " + ", ".join(f"{name} {count}" for name, count in sorted(splits.items())),
             f"image sizes: {data.image_sizes.min(0).tolist()} to {data.image_sizes.max(0).tolist()} (width, height)",
-            f"box area / image area: median {median:.2f}, 90% between {low:.2f} and {high:.2f}",
-            f"boxes that reached past their image, clipped: {data.clipped}",
-            f"IoU of a constant centred box with the true one: {centred:.3f}",
+            *([turned] if data.rotated else []),
+            *box_lines(data),
         ]
     )
+
+
+def box_lines(data: DataSet) -> list[str]:
+    """Return the lines on true boxes."""
+    rows = np.flatnonzero(data.has_box)
+    if not len(rows):
+        return ["no true boxes"]
+    boxes, sizes = data.boxes[rows], data.image_sizes[rows]
+    low, median, high = np.quantile(boxes[:, 2:].prod(1) / sizes.prod(1), (0.05, 0.5, 0.95))
+    without = [f"images without a box: {len(data.ids) - len(rows)}"] if len(rows) < len(data.ids) else []
+    return [
+        *without,
+        f"box area / image area: median {median:.2f}, 90% between {low:.2f} and {high:.2f}",
+        f"boxes that reached past their image, clipped: {data.clipped}",
+        f"IoU of a constant centred box with the true one: {iou(center_boxes(sizes), boxes).mean():.3f}",
+    ]
+
+
+def same_files(data: DataSet, key: Callable[[Path], Hashable], what: str) -> list[str]:
+    """Return a line for each group of images whose files have the same ``key``."""
+    groups = defaultdict(list)
+    with ThreadPoolExecutor(16) as pool:
+        found = tqdm(pool.map(key, data.paths), total=len(data.ids), desc="comparing files", unit=" images", delay=5)
+        for row, one in enumerate(found):
+            groups[one].append(row)
+    ids, splits = data.ids.tolist(), data.split.tolist()
+    return [
+        f"{what} under {len(rows)} ids: {', '.join(f'{ids[row]} ({splits[row]})' for row in rows[:4])}"
+        for rows in groups.values()
+        if len(rows) > 1
+    ]
+
+
+def _place(path: Path) -> tuple[int, int]:
+    """Return which file it is on the disk: links are one."""
+    about = os.stat(path)
+    return about.st_dev, about.st_ino
+
+
+def _content(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 if __name__ == "__main__":

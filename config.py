@@ -51,19 +51,30 @@ config = {
     },
     # --- data
     "dataset": {
-        "name": "toybirds",  # toybirds (drawn by code on first use) | cub (any folder in CUB-200-2011's file format)
-        "root": None,  # folder of the data set; None: data/toybirds or data/CUB_200_2011
-        "download": False,  # fetch CUB-200-2011 (1.1 GB) when root is missing
+        "name": "toybirds",  # toybirds (drawn by code on first use) | folder (root/train/CLASS/*, val and test
+        # likewise, or root/CLASS/*) | csv (a table) | cub (any folder in CUB-200-2011's file format) | torchvision's
+        # FGVCAircraft, StanfordCars, OxfordIIITPet, Flowers102, Food101
+        "root": None,  # folder of the data set; None: data/toybirds, data/CUB_200_2011, data (torchvision's)
+        "table": None,  # csv: columns path (below root), label, may be split, x, y, width, height; None: root's .csv
+        "download": False,  # fetch CUB-200-2011 (1.1 GB) or torchvision's data set when it is missing
         "check": False,  # decode every image before the run starts
         "split": "official",  # official | 70/30 (train filled up with the first test images until it holds 70%)
         "val_fraction": 0.3333,  # share of each class's training images held out to choose settings on; 0: none, and
-        # validation then looks at the test images, as the published protocol does
+        # validation then looks at the test images, as the published protocol does. A val part of its own is kept
+        "test_fraction": 0.2,  # folder, csv: share of each class's images to test on, where there is no test part
+        "split_seed": 0,  # of both draws; CUB's format holds out the last images in file order
     },
+    "find_duplicates": False,  # check_dataset.py: compare what all files hold, to find equal images under two names
     "cache": "none",  # none | disk: all images decoded once, into one file that the loaders crop from
     "cache_side": None,  # its images' short side is at most so many pixels; None: as they are
     "cache_folder": None,  # where it lies, such as /dev/shm/NAME for memory; None: the data set's folder
     # --- boxes and crops
-    "source": "gt",  # boxes of training: gt | center (.65 of each side) | image | the path of a box JSON
+    "source": "gt",  # boxes of training: gt | center (0.65 of each side) | image | the path of a box JSON, a COCO JSON,
+    # a CSV (path, x, y, width, height in pixels), a folder of YOLO .txt or Pascal VOC .xml; matched by file name
+    "boxes": {  # of other tools' files
+        "several": "largest",  # an image with several: largest | union | random (one drawn per crop)
+        "allow_missing": 0.0,  # share of the images that may be without a box (the whole image serves as theirs)
+    },
     "use_box": True,  # hold the training crops to the boxes; false: RandomResizedCrop
     "use_dino_maps": False,  # draw the crops' centres from attention maps (needs use_box=false)
     "dino_maps": None,  # the maps: the box JSON that generate_dino_boxes.py wrote them beside

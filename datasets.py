@@ -1,13 +1,11 @@
 """Data sets by name: reading and checking them, their splits, and the boxes of a source.
 
-Pixels and boxes: boxes are in the stored pixel grid, as CUB's are, so an EXIF orientation is not applied. Ids and
-classes are taken as they are in the files (neither need be contiguous); labels count the classes that classes.txt
-names, in its order.
+Pixels and boxes: those of a data set in CUB's file format are in the stored pixel grid, as CUB's are, so an EXIF
+orientation is not applied; of the others they are in the upright image. Ids are the numbers of images.txt (neither they
+nor classes need be contiguous; labels count the classes that classes.txt names, in its order), of the others the paths
+below root.
 """
 
-import math
-from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,104 +13,140 @@ import numpy as np
 from localized_crops.box_file import boxes_for_images
 from localized_crops.boxes import center_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
+from readers.box_sources import BoxSet, is_foreign, read_foreign
 from readers.cub import download_cub, read_cub_tables
 from readers.data_set import DataSet
+from readers.folder import read_folder
 from readers.images import unreadable_images
+from readers.splits import fill_train, hold_out
+from readers.table import read_table
+from readers.torchvision_sets import SETS, read_torchvision
 from toybirds import drawing
 
-DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"}
-TRAIN_SHARE = 0.7  # of the 70/30 split
+DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"} | dict.fromkeys(SETS, "data")
 
 
 def read_dataset(
     name: str,
     root: Path | str | None = None,
     *,
+    table: Path | str | None = None,
     split: str = "official",
     val_fraction: float = 0.0,
+    test_fraction: float = 0.0,
+    split_seed: int = 0,
     download: bool = False,
     check: bool = False,
     keep_going: bool = False,
 ) -> DataSet:
-    """Read and check a data set; ToyBirds is drawn when its folder is missing.
+    """Read and check a data set; ToyBirds is drawn when its default folder is missing.
 
     Args:
-        name: "toybirds" or "cub" (any folder in CUB's file format).
-        root: the folder with images.txt; None: the usual one under data/.
+        name: "toybirds", "cub" (any folder in CUB's file format), "folder" (class folders), "csv" (a table), or a name
+            in `SETS`.
+        root: the folder of the data set; None: the usual one under data/.
+        table: of "csv": the CSV file; None: the only one in root.
         split: "official", or "70/30": train filled up with the first test images in file order.
-        val_fraction: share of each class's training images that becomes the split "val": the last ones in file order.
-        download: fetch the CUB archive when the folder is missing.
+        val_fraction: share of each class's training images that becomes the split "val", unless there is one: in CUB's
+            format the last ones in file order, else drawn by ``split_seed``.
+        test_fraction: of "folder" and "csv": likewise for the split "test", before "val".
+        split_seed: of these draws.
+        download: fetch the CUB archive, or torchvision's data set, when it is missing.
         check: decode every image.
         keep_going: leave out images that are no images, into ``unreadable``, instead of raising.
 
     Raises:
         UserError: on any fault of the files, naming file, line or image.
     """
-    root = Path(root or DEFAULT_ROOTS[name])
-    if name == "toybirds":
-        with user_errors(FileExistsError):  # another version of the drawings lies there
-            drawing.write_toybirds(root)
-    elif not root.exists():
-        _make_cub(root, download)
-    data = read_cub_tables(name, root, keep_going)
-    faults = unreadable_images(data) if check else []
+    data = _read(name, root, table, download, keep_going)
+    faults = unreadable_images(data.paths) if check else []
     if faults:
         raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
-    return hold_out(fill_train(data) if split == "70/30" else data, val_fraction)
+    data = fill_train(data) if split == "70/30" else data
+    in_file_order = name in ("toybirds", "cub")
+    if name in ("folder", "csv") and not len(data.rows("test")):
+        data = hold_out(data, test_fraction, "test", split_seed)
+    if len(data.rows("val")):
+        return data
+    return hold_out(data, val_fraction, "val", None if in_file_order else split_seed)
 
 
-def _make_cub(root: Path, download: bool) -> None:
-    if not download:
-        raise UserError(
-            f"{root}: there is no such folder; give dataset.root, or dataset.download=true to fetch CUB-200-2011 "
-            "(1.1 GB, non-commercial research use)"
-        )
-    download_cub(root)
+def _read(name: str, root: Path | str | None, table: Path | str | None, download: bool, keep_going: bool) -> DataSet:
+    if root is None and name not in DEFAULT_ROOTS:
+        raise UserError(f"dataset.name={name} needs dataset.root=FOLDER")
+    folder = Path(root or DEFAULT_ROOTS[name])
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; dataset.root must be a folder")
+    if name == "toybirds":
+        return _read_toybirds(folder, keep_going)
+    if name in SETS:
+        return read_torchvision(name, folder, download, keep_going)
+    if name == "cub" and download and not folder.exists():
+        download_cub(folder)
+    if not folder.exists():
+        fetched = "; dataset.download=true fetches CUB-200-2011 (1.1 GB, non-commercial research use)"
+        raise UserError(f"{folder}: there is no such folder; give dataset.root{fetched if name == 'cub' else ''}")
+    if name == "cub":
+        return read_cub_tables(name, folder, keep_going)
+    return read_folder(name, folder, keep_going) if name == "folder" else read_table(name, folder, table, keep_going)
 
 
-# --- splits -------------------------------------------------------------------------------------------------------
-
-
-def fill_train(data: DataSet) -> DataSet:
-    """Return the data set with the first test images, in file order, moved to train until it holds 70%."""
-    wanted = math.ceil(TRAIN_SHARE * len(data.ids))
-    moved = data.rows("test")[: max(0, wanted - len(data.rows("train")))]
-    return _with_split(data, moved, "train")
-
-
-def hold_out(data: DataSet, val_fraction: float) -> DataSet:
-    """Return the data set with the last ``val_fraction`` of each class's training images as split "val"."""
-    train, moved = data.rows("train"), []
-    for label in range(len(data.class_names)):
-        rows = train[data.labels[train] == label]
-        moved.extend(rows[len(rows) - round(val_fraction * len(rows)) :])
-    return _with_split(data, moved, "val")
-
-
-def _with_split(data: DataSet, rows: Iterable[int], name: str) -> DataSet:
-    split = data.split.copy()
-    split[np.asarray(rows, dtype=np.int64)] = name
-    return replace(data, split=split)
+def _read_toybirds(folder: Path, keep_going: bool) -> DataSet:
+    """Read ToyBirds; only the default folder is drawn into."""
+    if folder == Path(DEFAULT_ROOTS["toybirds"]) or drawing.has_toybirds(folder):
+        with user_errors(FileExistsError):  # something else, or another version of the drawings, lies there
+            drawing.write_toybirds(folder)
+        return read_cub_tables("toybirds", folder, keep_going)
+    if not folder.exists():
+        raise UserError(f"{folder}: there is no such folder (for the drawn birds leave dataset.root out)")
+    raise UserError(
+        f"{folder}: holds no ToyBirds; for photographs in class folders give dataset.name=folder, for a table "
+        "dataset.name=csv, for CUB's file format dataset.name=cub"
+    )
 
 
 # --- boxes of a source --------------------------------------------------------------------------------------------
 
 
-def source_boxes(source: str, data: DataSet) -> tuple[np.ndarray, int]:
+def source_boxes(
+    source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0
+) -> tuple[np.ndarray, int]:
     """Return the boxes that ``source`` names, (N, 4) x y width height, and for how many images it has none.
 
     Args:
-        source: "gt" (of the data set), "center", "image", or the path of a box JSON. An image without a box in the
-            JSON gets the whole image.
+        source: "gt" (of the data set), "center", "image", or the path of a box JSON, or of boxes in another tool's
+            format (`readers.box_sources`). An image without a box gets the whole image.
         data: the data set, in whose order the boxes come.
+        several: what serves an image that another tool's file gives several boxes: "largest" or "union"; "random" gives
+            the largest here (`source_set` keeps them all).
+        allow_missing: share of the images that another tool's file may leave without a box.
 
     Raises:
         UserError: if the file is unusable or was made for other images.
     """
     if source == "gt":
-        return data.boxes, 0
+        return _true_boxes(data)
     if source == "center":
         return center_boxes(data.image_sizes), 0
     if source == "image":
         return whole_image_boxes(data.image_sizes), 0
-    return boxes_for_images(source, data.ids, data.image_sizes)
+    if is_foreign(source):
+        return read_foreign(source, data, allow_missing).one_each("union" if several == "union" else "largest")
+    return boxes_for_images(source, data.ids, data.image_sizes, data.pixel_grid)
+
+
+def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | None:
+    """Return all boxes of a source that may hold several an image; None: it holds one."""
+    if source in ("gt", "center", "image") or not is_foreign(source):
+        return None
+    return read_foreign(source, data, allow_missing)
+
+
+def _true_boxes(data: DataSet) -> tuple[np.ndarray, int]:
+    if not data.has_box.any():
+        raise UserError(
+            f"{data.root}: has no true boxes: make some with generate_dino_boxes.py and give source=FILE, or "
+            "source=center"
+        )
+    boxes = np.where(data.has_box[:, None], data.boxes, whole_image_boxes(data.image_sizes))
+    return (boxes if not data.has_box.all() else data.boxes), int((~data.has_box).sum())

@@ -317,6 +317,8 @@ def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str
         crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
     many = f" in {world_size()} processes" if world_size() > 1 else ""
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
+    if not len(data.rows("test")):
+        validated += "; there is no test part: the end reports on val again, which best.pt was chosen by"
     return "\n".join(
         [
             f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",

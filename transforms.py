@@ -62,14 +62,19 @@ class BoxCrops:
         mode: str = "exact",
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        redraw: Callable[[np.random.Generator], np.ndarray] | None = None,
     ) -> None:
-        """Keep the boxes (N, 4) and sizes (N, 2) of the images; the other arguments are ``crops.sample_crops``'s."""
-        self.boxes, self.image_sizes = boxes_xywh, image_sizes
+        """Keep the boxes (N, 4) and sizes (N, 2) of the images; the other arguments are ``crops.sample_crops``'s.
+
+        ``redraw`` returns the boxes of one epoch, for images that have several.
+        """
+        self.boxes, self.image_sizes, self.redraw = boxes_xywh, image_sizes, redraw
         self.how = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the crops of one epoch, (N, 4) int64 top left height width."""
-        return sample_crops(self.boxes, self.image_sizes, rng=rng, **self.how)
+        boxes = self.boxes if self.redraw is None else self.redraw(rng)
+        return sample_crops(boxes, self.image_sizes, rng=rng, **self.how)
 
 
 class TrainTransform:

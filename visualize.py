@@ -113,7 +113,7 @@ class Subject:
 def read_subject(config: dict) -> Subject:
     """Read the data set, the boxes of ``source`` and, where they are named, maps and candidate masks."""
     data = read_dataset(**config["dataset"])
-    boxes, missing = source_boxes(config["source"], data)
+    boxes, missing = source_boxes(config["source"], data, **config["boxes"])
     if missing:
         print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
@@ -160,8 +160,9 @@ def crops_picture(config: dict) -> tuple[Figure, str]:
     rows = choose_rows(config["visualize"], subject.data, rng)
     images = [read_image(subject.data.paths[row]) for row in rows]
     groups = image_panels(subject, rows, images) | crop_panels(config, subject, rows, images, rng)
-    found = "" if config["source"] == "gt" else f"box of {Path(config['source']).name}: orange; "
-    legend = f"true box: white dashes; {found}number on a crop: share of the true box that it keeps"
+    found = "" if config["source"] == "gt" else f"box of {Path(config['source']).name}: orange"
+    legend = "true box: white dashes; number on a crop: share of the true box that it keeps"
+    legend = "; ".join(filter(None, [found, legend * bool(subject.data.has_box[rows].any())]))
     figure = panels_figure(groups, legend)
     return figure, f"{len(rows)} images of {subject.data.root}"
 
@@ -189,20 +190,27 @@ def named_rows(ids: list[str], data: DataSet) -> np.ndarray:
 
 def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image]) -> dict[str, list[list[Panel]]]:
     """Return the whole images, with boxes, attention and candidate masks, by what stands over them."""
-    true, ids = subject.data.boxes, subject.data.ids.tolist()
+    ids = subject.data.ids.tolist()
     pairs = list(zip(rows.tolist(), images, strict=True))
     groups = {"image": [[boxes_panel(subject, row, image)] for row, image in pairs]}
     if subject.maps is not None:
         groups["attention"] = [[Panel(image, subject.maps.get(ids[row]))] for row, image in pairs]
     if subject.candidates is not None:
         shown = {row: subject.candidates.of(row) for row in rows.tolist()}
-        groups["candidates"] = [[Panel(image, true_xywh=true[row], **shown[row])] for row, image in pairs]
+        groups["candidates"] = [[Panel(image, true_xywh=true_box(subject, row), **shown[row])] for row, image in pairs]
     return groups
+
+
+def true_box(subject: Subject, row: int) -> np.ndarray | None:
+    """Return the true box (4,) of an image, None if it has none."""
+    return subject.data.boxes[row] if subject.data.has_box[row] else None
 
 
 def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     """Return an image with its true box and, where it is another, the source's."""
-    true, box, title = subject.data.boxes[row], subject.boxes[row], f"{subject.data.ids[row]}"
+    true, box, title = true_box(subject, row), subject.boxes[row], f"{subject.data.ids[row]}"
+    if true is None:
+        return Panel(image, None, box, title=title)
     if np.array_equal(true, box):
         return Panel(image, true_xywh=true, title=title)
     return Panel(image, None, box, true, f"{title}, IoU {iou(box, true):.2f}")
@@ -222,7 +230,8 @@ def crop_panels(
                 image_id = subject.data.ids[row].item()
                 shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
                 kept = coverage(crops_to_xywh(drawn[place]), subject.data.boxes[row])
-                groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=f"{kept:.0%}"))
+                title = "" if np.isnan(kept) else f"{kept:.0%}"
+                groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=title))
     return groups
 
 
@@ -232,7 +241,12 @@ def crop_panels(
 def boxes_picture(config: dict) -> tuple[Figure, str]:
     """Return the histograms of boxes and of crops, and what they are of."""
     subject, rng = read_subject(config), np.random.default_rng(config["seed"])
-    parts = {name: np.flatnonzero(np.isin(subject.data.split, members)) for name, members in SPLITS.items()}
+    if not subject.data.has_box.any():
+        raise UserError(
+            f"{subject.data.root}: has no true boxes to compare with; visualize.what=crops draws the images"
+        )
+    known = subject.data.has_box
+    parts = {name: np.flatnonzero(np.isin(subject.data.split, members) & known) for name, members in SPLITS.items()}
     histograms = {
         f"{name}, {len(rows)} images": box_samples(config["source"], subject, rows)
         | {CROPS_KEEP: crop_samples(crop_methods(config, subject, rows), subject.data.boxes[rows], rng)}

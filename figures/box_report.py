@@ -37,7 +37,7 @@ def evaluate_boxes(
     Args:
         boxes_xywh: (N, 4), the whole image where no box was found.
         found: (N,) bool, whether a box was found.
-        true_xywh: (N, 4).
+        true_xywh: (N, 4); NaN where there is none: such an image is left out.
         image_sizes: (N, 2) width height.
         split: (N,) "train", "val" or "test"; val counts as train.
 
@@ -45,7 +45,8 @@ def evaluate_boxes(
         method -> split -> mean_iou, coverage (mean asymmetric IoU), iou_at {"0.3", "0.5", "0.7"} (share of the boxes
         with at least this IoU), n, n_without_box. A split without images is left out.
     """
-    is_train = np.isin(split, SPLITS["train"])
+    known = ~np.isnan(true_xywh[:, 0])
+    is_train = np.isin(split, SPLITS["train"]) & known
     everywhere = np.ones(len(split), dtype=bool)
     methods = {
         "boxes": (boxes_xywh, found),
@@ -53,7 +54,7 @@ def evaluate_boxes(
         "center": (center_boxes(image_sizes), everywhere),
         "median_train": (median_boxes(true_xywh, image_sizes, is_train), everywhere),
     }
-    parts = {name: np.flatnonzero(np.isin(split, members)) for name, members in SPLITS.items()}
+    parts = {name: np.flatnonzero(np.isin(split, members) & known) for name, members in SPLITS.items()}
     return {
         method: {
             name: score_boxes(boxes[rows], true_xywh[rows], has_box[rows]) for name, rows in parts.items() if len(rows)
@@ -93,6 +94,8 @@ def median_boxes(true_xywh: np.ndarray, image_sizes: np.ndarray, is_train: np.nd
 
 def report_table(scores: dict[str, Any]) -> str:
     """Return the figures of `evaluate_boxes` as a Markdown table, shares in per cent."""
+    if not scores["boxes"]:
+        return "The data set has no true boxes to compare these boxes with."
     shares = " | ".join(f"IoU ≥ {level}" for level in IOU_LEVELS)
     lines = [f"| box | split | n | none found | mean IoU | coverage | {shares} |", "|---" * (6 + len(IOU_LEVELS)) + "|"]
     for split in SPLITS:
@@ -178,14 +181,22 @@ def contact_panels(
     """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
     rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
     rows = np.array([row for row in rows if data.ids[row].item() not in failed], dtype=np.int64)
+    if data.has_box.any():
+        rows = rows[data.has_box[rows]]
     ious = iou(boxes_xywh[rows], data.boxes[rows])
 
     def panel(place: int) -> Panel:
         row, image_id = rows[place], data.ids[rows[place]].item()
         attention_map = None if maps is None else maps.get(image_id)
+        if np.isnan(ious[place]):
+            return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], title=f"image {image_id}")
         title = f"image {image_id}, IoU {ious[place]:.2f}"
         return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)
 
+    if np.isnan(ious).all():  # no true boxes: images at equal distances
+        places = np.linspace(0, len(rows) - 1, min(len(rows), 3 * SHEET_COLUMNS)).astype(int).tolist()
+        cut = [places[start : start + SHEET_COLUMNS] for start in range(0, len(places), SHEET_COLUMNS)]
+        return {f"sample {number}": [panel(place) for place in part] for number, part in enumerate(cut, 1)}
     chosen = best_median_worst(ious, SHEET_COLUMNS)
     return {name: [panel(place) for place in places] for name, places in chosen.items()}
 
@@ -208,5 +219,6 @@ def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
         for axes, panel in zip(axes_row, panels, strict=False):
             draw_panel(axes, panel)
             axes.set_title(f"{name}: {panel.title}", fontsize=7)
-    figure.suptitle("box: orange; true box: white dashes", fontsize=9)
+    has_true = any(panel.true_xywh is not None for panels in rows.values() for panel in panels)
+    figure.suptitle("box: orange" + "; true box: white dashes" * has_true, fontsize=9)
     save_figure(figure, path)

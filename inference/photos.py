@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from localized_crops.files import UserError
 from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer
+from readers.data_set import UprightPath
 from readers.images import image_size, read_image
 from training.batches import stack_images
 
@@ -52,17 +52,14 @@ def read_upright(path: Path) -> PIL.Image.Image:
     """Return an image as 8-bit RGB, turned as its EXIF orientation says; errors as of ``read_image``."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    return PIL.ImageOps.exif_transpose(read_image(path))
+    return read_image(UprightPath(path))
 
 
 def upright_size(path: Path) -> tuple[int, int]:
     """Return (width, height) of the image that `read_upright` gives, from the file's head alone."""
     if not path.exists():
         raise UserError(f"{path}: there is no such file")
-    width, height = image_size(path)
-    with PIL.Image.open(path) as image:
-        turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
+    return image_size(UprightPath(path))[:2]
 
 
 def reason(error: Exception | str, path: Path) -> str:

@@ -5,6 +5,7 @@ one line with its comment into the dict in config.py and one line here, with the
 
     num_epochs: Count = 40                          # a type of those below
     flip: Share = 0.5
+    find_duplicates: bool = False
     cache: Literal["none", "disk"] = "none"         # one of several words
     maiou: float | None = Field(None, ge=0.5, le=1)  # may be None; a range of its own
     values: Many[float] = [0.0, 1.0]                # a list
@@ -70,12 +71,22 @@ class Visualize(Section):
 
 
 class Dataset(Section):
-    name: Literal["toybirds", "cub"] = "toybirds"
+    name: Literal[
+        *("toybirds", "folder", "csv", "cub", "FGVCAircraft", "StanfordCars", "OxfordIIITPet", "Flowers102", "Food101")
+    ] = "toybirds"
     root: Text | None = None
+    table: Text | None = None
     download: bool = False
     check: bool = False
     split: Literal["official", "70/30"] = "official"
     val_fraction: float = Field(0.3333, ge=0, le=0.9)
+    test_fraction: float = Field(0.2, ge=0, le=0.9)
+    split_seed: Natural = 0
+
+
+class Boxes(Section):
+    several: Literal["largest", "union", "random"] = "largest"
+    allow_missing: Share = 0.0
 
 
 class Crop(Section):
@@ -219,10 +230,12 @@ class Config(Section):
     reproduce: Reproduce = Reproduce()
     visualize: Visualize = Visualize()
     dataset: Dataset = Dataset()
+    find_duplicates: bool = False
     cache: Literal["none", "disk"] = "none"
     cache_side: Count | None = None
     cache_folder: Text | None = None
     source: Text = "gt"
+    boxes: Boxes = Boxes()
     use_box: bool = True
     use_dino_maps: bool = False
     dino_maps: Text | None = None
@@ -302,16 +315,17 @@ DERIVED = ["seed", "dataset.root", "model.n_classes", "model.mean", "model.std",
 _MACHINE = "A_machine num_workers num_threads device amp"
 READ_BY = {
     "train": f"{_MACHINE} init_from run_dir resume save log_interval wandb sweeprun sweep cache cache_side "
-    "cache_folder source use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment augment_p "
-    "augment_strength use_augment_mix flip eval eval_box "
+    "cache_folder source boxes use_box use_dino_maps dino_maps THR maiou crop dino self_distillation augment "
+    "augment_p augment_strength use_augment_mix flip eval eval_box "
     "model patch_size num_epochs patience batch_size image_size opt other seed deterministic compile",
-    "check_dataset": "",
+    "check_dataset": "find_duplicates",
+    "boxes": "source boxes",
     "generate_dino_boxes": f"{_MACHINE} out dino",
     "generate_mask": f"{_MACHINE} out mask sam dino dino_maps",
     "generate_bbox": f"{_MACHINE} out masks bbox",
-    "visualize": "visualize source dino_maps masks THR maiou crop image_size augment augment_p augment_strength "
-    "use_augment_mix eval seed",
-    "evaluate": f"{_MACHINE} checkpoint evaluate export eval eval_box",
+    "visualize": "visualize source boxes dino_maps masks THR maiou crop image_size augment augment_p "
+    "augment_strength use_augment_mix eval seed",
+    "evaluate": f"{_MACHINE} checkpoint evaluate export eval eval_box boxes",
     "predict": f"{_MACHINE} checkpoint images out predict eval eval_box dino",
     "make_localizer": "out seed deterministic num_threads",
 }

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,8 @@ def read_text(path: Path | str) -> str:
         UserError: if there is no such file or it is no text.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode) or stat.S_ISCHR(os.stat(path).st_mode):  # reading might wait for ever
+            raise UserError(f"{path}: is a pipe or device, a file was expected")
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None

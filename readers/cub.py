@@ -6,7 +6,6 @@ import shutil
 import tarfile
 import urllib.error
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from tqdm import tqdm
 
 from localized_crops.boxes import clip_boxes
 from localized_crops.files import UserError, read_text, whole_file
-from readers.data_set import DataSet
-from readers.images import image_size
+from readers.data_set import DataSet, ImagePaths
+from readers.images import image_sizes
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
 CUB_ARCHIVE, CUB_MD5 = "CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
@@ -24,30 +23,40 @@ LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
 
 
 def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
+    """Read a folder in CUB's file format.
+
+    Args:
+        name: of the data set.
+        root: the folder.
+        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
+
+    Raises:
+        UserError: on any fault of the files, naming file, line or image.
+    """
     images = dict(_read_rows(root / "images.txt", _text))
     classes = dict(_read_rows(root / "classes.txt", _text))
     class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
-    raw_boxes = _read_for(root / "bounding_boxes.txt", images, _box)
-    is_train = _read_for(root / "train_test_split.txt", images, _flag)
-    paths = {image_id: _image_path(root, image_id, relative) for image_id, relative in images.items()}
-    sizes, unreadable = _read_sizes(paths, keep_going)
-    paths, class_of, raw_boxes, is_train = (
-        {image_id: rows[image_id] for image_id in sizes} for rows in (paths, class_of, raw_boxes, is_train)
-    )
-    sizes = np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2)
-    boxes = _clip_checked(root / "bounding_boxes.txt", list(paths), raw_boxes, sizes)
+    raw_boxes = _as_array(_read_for(root / "bounding_boxes.txt", images, _box))
+    is_train = np.array(list(_read_for(root / "train_test_split.txt", images, _flag).values()), dtype=bool)
+    labels = _labels(root, classes, class_of)
+    folder = (root / "images").resolve()
+    paths = ImagePaths(folder, [_image_name(root, folder, *item) for item in images.items()])
+    sizes, rotated, faults = image_sizes(paths, keep_going=keep_going)
+    ids, kept = np.array(list(images), dtype=np.int64), np.array([row not in faults for row in range(len(paths))])
+    boxes = _clip_checked(root / "bounding_boxes.txt", ids[kept], raw_boxes[kept], sizes[kept])
     return DataSet(
         name=name,
         root=root,
-        ids=np.array(list(paths), dtype=np.int64),
-        paths=list(paths.values()),
-        labels=_labels(root, classes, class_of),
+        ids=ids[kept],
+        paths=paths[kept],
+        labels=labels[kept],
         class_names=list(classes.values()),
         boxes=boxes,
-        split=np.where(list(is_train.values()), "train", "test").astype("<U5"),
-        image_sizes=sizes,
-        clipped=int((np.abs(boxes - _as_array(raw_boxes)) > 1e-6).any(1).sum()),
-        unreadable=unreadable,
+        split=np.where(is_train[kept], "train", "test").astype("<U5"),
+        image_sizes=sizes[kept],
+        clipped=int((np.abs(boxes - raw_boxes[kept]) > 1e-6).any(1).sum()),
+        rotated=int(rotated.sum()),
+        unreadable={ids[row].item(): fault for row, fault in faults.items()},
     )
 
 
@@ -55,17 +64,17 @@ def _as_array(raw_boxes: dict[int, tuple]) -> np.ndarray:
     return np.array(list(raw_boxes.values()), dtype=np.float64).reshape(-1, 4)
 
 
-def _read_rows(path: Path, parse: Callable[[list[str]], object]) -> Iterator[tuple[int, object]]:
+def _read_rows(path: Path, parse: Callable[[str], object]) -> Iterator[tuple[int, object]]:
     """Yield (id, parsed rest) of each line; an id stands once."""
     if not path.exists():
         raise UserError(f"{path}: missing; dataset.root must be a folder in CUB-200-2011's file format")
     seen = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        fields = line.split()
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        fields = line.strip().split(maxsplit=1)  # a name may hold spaces, even two in a row
         if not fields:
             continue
         try:
-            key, value = _whole_number(fields[:1]), parse(fields[1:])
+            key, value = _whole_number(fields[0]), parse("".join(fields[1:]))
         except ValueError as error:
             raise UserError(f"{path}:{number}: {line[:80]!r}: {error}") from None
         if key in seen:
@@ -86,27 +95,27 @@ def _read_for(path: Path, images: dict[int, str], parse: Callable) -> dict[int, 
     return {key: rows[key] for key in images}
 
 
-def _text(fields: list[str]) -> str:
-    if not fields:
+def _text(rest: str) -> str:
+    if not rest:
         raise ValueError("a name is missing after the id")
-    return " ".join(fields)
+    return rest
 
 
-def _whole_number(fields: list[str]) -> int:
-    if len(fields) != 1 or not (fields[0].isascii() and fields[0].isdigit()) or len(fields[0]) > 18:
+def _whole_number(rest: str) -> int:
+    if not (rest.isascii() and rest.isdigit()) or len(rest) > 18:
         raise ValueError("a whole number was expected")
-    return int(fields[0])
+    return int(rest)
 
 
-def _flag(fields: list[str]) -> bool:
-    if fields not in (["0"], ["1"]):
+def _flag(rest: str) -> bool:
+    if rest not in ("0", "1"):
         raise ValueError("1 (train) or 0 (test) was expected")
-    return fields == ["1"]
+    return rest == "1"
 
 
-def _box(fields: list[str]) -> tuple[float, float, float, float]:
+def _box(rest: str) -> tuple[float, float, float, float]:
     try:
-        x, y, width, height = (float(field) for field in fields)
+        x, y, width, height = (float(field) for field in rest.split())
     except ValueError:
         raise ValueError("four numbers x y width height were expected") from None
     if not all(map(math.isfinite, (x, y, width, height))):
@@ -129,39 +138,23 @@ def _labels(root: Path, classes: dict[int, str], class_of: dict[int, int]) -> np
     return np.array([number_of[class_id] for class_id in class_of.values()])
 
 
-def _image_path(root: Path, image_id: int, relative: str) -> Path:
+def _image_name(root: Path, folder: Path, image_id: int, relative: str) -> str:
+    """Return a file's normal name below ``folder``."""
     if "\0" in relative:
         raise UserError(f"{root / 'images.txt'}: image id {image_id}: {relative!r} is no file name")
-    folder = (root / "images").resolve()
-    path = Path(os.path.normpath(folder / relative))
-    if not path.is_relative_to(folder) or path == folder:
+    path = os.path.normpath(os.path.join(folder, relative))
+    if not path.startswith(f"{folder}{os.sep}"):
         raise UserError(f"{root / 'images.txt'}: image id {image_id}: {relative!r} leaves the images folder")
-    return path
+    return path[len(str(folder)) + 1 :]
 
 
-def _read_sizes(paths: dict[int, Path], keep_going: bool) -> tuple[dict[int, tuple[int, int]], dict[int, str]]:
-    """Return (width, height) by image id, and with ``keep_going`` what is wrong with the images that have none."""
-
-    def size_or_fault(path: Path) -> tuple[int, int] | str:
-        try:
-            return image_size(path)
-        except UserError as error:
-            if not keep_going:
-                raise
-            return str(error)
-
-    with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
-        found = dict(zip(paths, pool.map(size_or_fault, paths.values()), strict=True))
-    faults = {image_id: fault for image_id, fault in found.items() if isinstance(fault, str)}
-    return {image_id: size for image_id, size in found.items() if image_id not in faults}, faults
-
-
-def _clip_checked(path: Path, ids: list[int], raw_boxes: dict[int, tuple], sizes: np.ndarray) -> np.ndarray:
-    boxes = clip_boxes(_as_array(raw_boxes), sizes)
+def _clip_checked(path: Path, ids: np.ndarray, raw_boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    boxes = clip_boxes(raw_boxes, sizes)
     outside = np.flatnonzero((boxes[:, 2:] <= 0).any(1))
     if len(outside):
-        image_id, size = ids[outside[0]], tuple(sizes[outside[0]].tolist())
-        raise UserError(f"{path}: image id {image_id}: box {raw_boxes[image_id]} lies outside the image, {size}")
+        row, size = outside[0], tuple(sizes[outside[0]].tolist())
+        box = tuple(raw_boxes[row].tolist())
+        raise UserError(f"{path}: image id {ids[row]}: box {box} lies outside the image, {size}")
     return boxes
 
 

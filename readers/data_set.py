@@ -1,36 +1,77 @@
 """What a data set is to the program: one row an image."""
 
 import hashlib
-import json
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
+class UprightPath(type(Path())):
+    """An image file that is read as its EXIF orientation shows it; a plain Path is read as it is stored."""
+
+
+class ImagePaths(Sequence):
+    """The image files of a data set: names below one folder in one array, which a loader process takes over at once."""
+
+    def __init__(self, folder: Path, names: Sequence[str] | np.ndarray, *, upright: bool = False) -> None:
+        """Keep the files ``names`` (N,), relative to ``folder``; ``upright``: they are read as EXIF says."""
+        is_array = isinstance(names, np.ndarray) and names.dtype.kind == "S"
+        self.names = names if is_array else np.array([os.fsencode(name) for name in names], dtype=np.bytes_)
+        self.folder, self.kind = str(folder), UprightPath if upright else Path
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, rows: Any) -> "Path | ImagePaths":
+        """Return one file's path, or the files of an array of rows."""
+        if isinstance(rows, (int, np.integer)):
+            return self.kind(self.folder, os.fsdecode(self.names[rows]))
+        return ImagePaths(Path(self.folder), self.names[rows], upright=self.kind is UprightPath)
+
+    def __iter__(self) -> Iterator[Path]:
+        return (self.kind(self.folder, os.fsdecode(name)) for name in self.names.tolist())
+
+
 @dataclass(frozen=True)
 class DataSet:
-    """What the files of a data set say, one row per image, in the order of images.txt."""
+    """What the files of a data set say, one row per image, in the order of images.txt or of the paths."""
 
     name: str
     root: Path
-    ids: np.ndarray  # (N,) int64 as in images.txt, or text
-    paths: list[Path]
-    labels: np.ndarray  # (N,) int64, 0 to C - 1
+    ids: np.ndarray  # (N,) int64 as in images.txt, or text: the path below root
+    paths: ImagePaths
+    labels: np.ndarray  # (N,) int64, 0 to C - 1; -1 in a folder of images without labels
     class_names: list[str]
-    boxes: np.ndarray  # (N, 4) float64, x y width height in stored pixels, clipped to the image
+    boxes: np.ndarray  # (N, 4) float64, x y width height in pixels, clipped to the image; NaN: the image has none
     split: np.ndarray  # (N,) "train" | "val" | "test"
-    image_sizes: np.ndarray  # (N, 2) int64, width height as stored
+    image_sizes: np.ndarray  # (N, 2) int64, width height
+    pixel_grid: str = "stored"  # of boxes and sizes: "stored", or "upright" (EXIF orientation applied)
     clipped: int = 0  # boxes that reached past their image
+    rotated: int = 0  # images whose EXIF orientation is not upright
+    notes: tuple[str, ...] = ()  # what is odd about the files, a line each
     unreadable: dict[int | str, str] = field(default_factory=dict)  # image id -> why; these images have no row
 
     def rows(self, split: str) -> np.ndarray:
         """Return the row numbers of one split."""
         return np.flatnonzero(self.split == split)
 
+    @property
+    def has_box(self) -> np.ndarray:
+        """Which images (N,) bool have a true box."""
+        return ~np.isnan(self.boxes[:, 0])
+
     def fingerprint(self) -> str:
         """Return a hash of which images these are: ids, file names, sizes, in any order."""
-        images = (self.root / "images").resolve()
-        names = [path.relative_to(images).as_posix() for path in self.paths]
-        rows = sorted(zip(self.ids.tolist(), names, self.image_sizes.tolist(), strict=True))
-        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        order = np.argsort(self.ids)
+        ids = "\n".join(map(str, self.ids[order].tolist())).encode()
+        names, sizes = b"\n".join(self.paths.names[order].tolist()), self.image_sizes[order].astype("<i8").tobytes()
+        return hashlib.sha256(b"\0".join((ids, names, sizes))).hexdigest()
+
+
+def no_boxes(count: int) -> np.ndarray:
+    """Return the boxes (N, 4) of images that have none."""
+    return np.full((count, 4), np.nan)

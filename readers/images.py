@@ -2,16 +2,24 @@
 
 import math
 import os
+import stat
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 from tqdm import tqdm
 
 from localized_crops.files import UserError
-from readers.data_set import DataSet
+from readers.data_set import UprightPath
+
+# Formats that are tried, whatever a file is called: Pillow would start Ghostscript for an EPS file named .jpg.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
+ORIENTATION = 0x0112  # EXIF tag: 1 is upright, of 5 to 8 width and height are swapped
 
 # Such images are refused here, by their size: a filter set for each image would be undone by other threads.
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
@@ -19,9 +27,13 @@ warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 def _open_image(path: Path) -> PIL.Image.Image:
     try:
-        image = PIL.Image.open(path)
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
+            raise UserError(f"{path}: is no regular file, an image was expected")
+        image = PIL.Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: the image is missing; restore it or remove its rows from the text files") from None
+    except UserError:
+        raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _bomb(path) from None
     except Exception as error:  # Pillow's readers raise errors of many unrelated kinds
@@ -41,32 +53,89 @@ def _reason(error: Exception, path: Path) -> str:
     return reason.splitlines()[0][:100] if reason else type(error).__name__
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def _orientation(image: PIL.Image.Image) -> int:
+    """Return the EXIF orientation of an image whose pixels were not read yet; 1 where its header says none."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1  # Pillow turns a TIFF itself; for a PNG it would decode the pixels to look behind them
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged EXIF data: Pillow raises errors of many kinds
+        return 1
+
+
+def image_size(path: Path) -> tuple[int, int, bool]:
+    """Return width and height, of an `UprightPath` upright, and whether the EXIF orientation is another than upright.
+
+    Raises:
+        UserError: if it is missing or no image.
+    """
     with _open_image(path) as image:
-        return image.size
+        orientation = _orientation(image)
+        swapped = isinstance(path, UprightPath) and orientation in range(5, 9)
+        return *(image.size[::-1] if swapped else image.size), orientation in range(2, 9)
+
+
+def image_sizes(paths: Sequence[Path], *, keep_going: bool = False) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Read the headers of all images.
+
+    Args:
+        paths: of the N images.
+        keep_going: note faults instead of raising.
+
+    Returns:
+        Width height (N, 2) int64, 0 where unknown; (N,) bool, whether the EXIF orientation is another than upright;
+        and row -> what is wrong with the image.
+
+    Raises:
+        UserError: if an image cannot be read.
+    """
+    faults = {}
+
+    def read(job: tuple[int, Path]) -> tuple[int, int, bool]:
+        try:
+            return image_size(job[1])
+        except UserError as error:
+            if not keep_going:
+                raise
+            faults[job[0]] = str(error)
+            return 0, 0, False
+
+    with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
+        jobs = pool.map(read, enumerate(paths))
+        bar = tqdm(jobs, total=len(paths), desc="reading image sizes", unit=" images", delay=5, leave=False)
+        found = np.array(list(bar), dtype=np.int64).reshape(-1, 3)
+    return found[:, :2], found[:, 2].astype(bool), dict(sorted(faults.items()))
 
 
 def read_image(path: Path) -> PIL.Image.Image:
-    """Return an image as 8-bit RGB in its stored pixel grid (EXIF orientation is not applied, boxes refer to this).
+    """Return an image as 8-bit RGB: an `UprightPath` as its EXIF orientation shows it, another path as it is stored.
 
     Grey, palette and CMYK are converted; 16-bit grey is scaled to 8 bits; transparency is dropped.
 
     Raises:
-        UserError: if it is missing, truncated or no image.
+        UserError: if it is missing, truncated or no image, or its pixels are 32-bit numbers, whose range is unknown.
     """
     with _open_image(path) as image:
+        turned = isinstance(path, UprightPath) and _orientation(image) in range(2, 9)
         try:
             image.load()
         except Exception as error:  # see _open_image
             raise UserError(f"{path}: the image is damaged ({_reason(error, path)}); restore it") from None
-        if image.mode.startswith("I"):  # 16 bits a pixel; convert("RGB") would cut off at 255
-            return PIL.Image.fromarray((np.asarray(image, dtype=np.uint32) // 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            return image.convert("RGBA").convert("RGB")
-        return image.convert("RGB")
+        return _as_rgb(PIL.ImageOps.exif_transpose(image) if turned else image, path)
 
 
-def unreadable_images(data: DataSet) -> list[str]:
+def _as_rgb(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:
+    if image.mode[0] in "IF":  # more than 8 bits a pixel; convert("RGB") would cut off at 255
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UserError(f"{path}: its pixels are 32-bit numbers of unknown range; convert it to 8 or 16 bits")
+        return PIL.Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        return image.convert("RGBA").convert("RGB")
+    return image.convert("RGB")
+
+
+def unreadable_images(paths: Sequence[Path]) -> list[str]:
     """Decode every image and return one line for each that fails."""
 
     def fault(path: Path) -> str | None:
@@ -77,5 +146,5 @@ def unreadable_images(data: DataSet) -> list[str]:
         return None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
-        faults = tqdm(pool.map(fault, data.paths), total=len(data.paths), desc="checking images", unit=" images")
+        faults = tqdm(pool.map(fault, paths), total=len(paths), desc="checking images", unit=" images")
         return [line for line in faults if line]

@@ -23,7 +23,7 @@ LAYERS = [
     {"inference"},
 ]
 COMMANDS = {
-    *("config", "train", "check_dataset", "generate_dino_boxes", "generate_mask", "generate_bbox"),
+    *("config", "train", "check_dataset", "boxes", "generate_dino_boxes", "generate_mask", "generate_bbox"),
     *("visualize", "reproduce", "evaluate", "predict"),
 }
 RUN_AS_MODULES = {"toybirds.make_localizer"}  # python -m; they read the config as the commands do

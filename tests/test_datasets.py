@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 
+import datasets
 from datasets import read_dataset, source_boxes
 from jobs.loader import build_loader
 from localized_crops.box_file import save_boxes
@@ -70,9 +71,10 @@ def test_toybirds_are_drawn_once_and_another_version_is_not_taken_for_this_one(t
     draw = drawing.write_toybirds
     small = functools.partial(draw, train_per_class=2, test_per_class=1, progress=False)
     monkeypatch.setattr(drawing, "write_toybirds", small)
-    first = read_dataset("toybirds", tmp_path / "toy")
+    monkeypatch.setitem(datasets.DEFAULT_ROOTS, "toybirds", tmp_path / "toy")
+    first = read_dataset("toybirds")
     written = first.paths[0].stat().st_mtime_ns
-    second = read_dataset("toybirds", tmp_path / "toy")
+    second = read_dataset("toybirds")
     assert (first.boxes == second.boxes).all() and len(first.ids) == 24
     assert second.paths[0].stat().st_mtime_ns == written
     monkeypatch.setattr(drawing, "VERSION", 999)
@@ -176,7 +178,7 @@ def test_a_damaged_image_is_named(birds_copy):
     data.paths[5].write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=data.paths[5].name):
         read_image(data.paths[5])
-    assert [data.paths[5].name in line for line in images.unreadable_images(data)] == [True]
+    assert [data.paths[5].name in line for line in images.unreadable_images(data.paths)] == [True]
     data.paths[5].write_bytes(b"not an image")
     with pytest.raises(UserError, match="not an image"):
         read(birds_copy)

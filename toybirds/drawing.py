@@ -441,15 +441,20 @@ def _header(train_per_class: int, test_per_class: int, seed: int) -> str:
     )
 
 
+def has_toybirds(root: pathlib.Path) -> bool:
+    """Return whether ``root`` says that it was drawn by this program, by whatever version."""
+    readme = root / "README.txt"
+    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith("ToyBirds version ")
+
+
 def _is_written(root: pathlib.Path, header: str) -> bool:
     """Return whether ``root`` holds this very data set; False where it is absent or empty."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     readme = root / "README.txt"
     if not readme.is_file() or (found := readme.read_text(encoding="utf-8", errors="replace")) != header:
-        found = found.partition("\n")[0] if readme.is_file() else "something else"
-        wanted = header.partition("\n")[0]
-        raise FileExistsError(f"{root} holds {found!r}, not {wanted!r}: delete it or choose another folder")
+        found = found.partition("\n")[0] if has_toybirds(root) else "something else"
+        raise FileExistsError(f"{root} holds {found!r}, not {header.partition(chr(10))[0]!r}: choose another folder")
     return True
 
 

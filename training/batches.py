@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, size, size) uint8, not yet flipped
     labels: torch.Tensor  # (B,) int64
     flips: torch.Tensor  # (B,) bool, which images to flip
-    coverage: torch.Tensor  # (B,) float64, the share of the true box that each crop keeps
+    coverage: torch.Tensor  # (B,) float64, the share of the reference box that each crop keeps; NaN: there is none
     real: int  # how many of the B images count; the rest fill up a part that would be too small for BatchNorm
     whole: int  # images of the whole step, over all its parts
 
@@ -52,6 +52,7 @@ class TrainImages(Dataset):
         flip: float,
         seed: int,
         decoded: ImageCache | None = None,
+        reference: np.ndarray | None = None,
     ) -> None:
         """Keep the rows of ``data``.
 
@@ -63,9 +64,11 @@ class TrainImages(Dataset):
             flip: probability of a horizontal flip.
             seed: of all that is drawn.
             decoded: the images, decoded already; None: their files are read.
+            reference: the boxes (N, 4) that coverage is measured on, NaN for none; None: the true boxes.
         """
-        self.paths, self.decoded = [data.paths[row] for row in rows], decoded
-        self.ids, self.labels, self.true_boxes = data.ids[rows], data.labels[rows], data.boxes[rows]
+        self.paths, self.decoded = data.paths[rows], decoded
+        self.ids, self.labels = data.ids[rows], data.labels[rows]
+        self.reference = data.boxes[rows] if reference is None else reference
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
         self.epoch: int | None = None  # whose crops and flips are drawn
 
@@ -84,7 +87,7 @@ class TrainImages(Dataset):
         loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
         images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
-        kept = coverage(crops_to_xywh(crops), self.true_boxes[rows])
+        kept = coverage(crops_to_xywh(crops), self.reference[rows])
         about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
         return Batch(stack_images(images), *about, real, whole)
 
@@ -161,7 +164,7 @@ class ViewImages(Dataset):
         decoded: ImageCache | None = None,
     ) -> None:
         """Keep the rows of ``data``; ``boxes`` (N, 4), of the whole data set, serve the views that look at a box."""
-        self.paths, self.ids, self.decoded = [data.paths[row] for row in rows], data.ids[rows].tolist(), decoded
+        self.paths, self.ids, self.decoded = data.paths[rows], data.ids[rows].tolist(), decoded
         self.labels, self.boxes, self.views = data.labels[rows], boxes[rows], views
 
     def __len__(self) -> int:

@@ -67,23 +67,24 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     seed_rank(config["seed"], run.epoch)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"], reduction="sum")
     autocast, parts = autocast_of(config, device), config["opt"]["accumulate"]
-    sums, seen, kept = torch.zeros(2, device=device), 0, 0.0  # loss, right answers: stay on the device
+    sums, seen, kept, boxed = torch.zeros(2, device=device), 0, 0.0, 0  # loss, right answers: stay on the device
     # None: no bar where nobody watches, such as in a log file
     hidden = True if rank() else None
     bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=hidden)
     for number, batch in enumerate(bar, 1):
         is_last_part = number % parts == 0
         sums += backward(run, batch, criterion, autocast, device, is_last_part)
-        seen, kept = seen + batch.real, kept + float(batch.coverage[: batch.real].sum())
+        covered = batch.coverage[: batch.real]
+        seen, kept, boxed = seen + batch.real, kept + float(covered.nansum()), boxed + int((~covered.isnan()).sum())
         if is_last_part:
             update(run, config["model"]["ema_step"], config["opt"]["clip"])
             run.begin()
         if number % 20 == 0 and not bar.disable:  # reading the sums waits for the device
             rate = seen / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"loss {sums[0] / seen:.3f}, top-1 {sums[1] / seen:.1%}, {rate:.0f} images/s")
-    counts = torch.tensor([seen, kept], device=device)
-    loss, right, seen, kept = sum_over_ranks(torch.cat([sums, counts]).double()).tolist()
-    return {"train_loss": loss / seen, "train_top1": right / seen, "maiou": kept / seen}
+    counts = torch.tensor([seen, kept, boxed], device=device)
+    loss, right, seen, kept, boxed = sum_over_ranks(torch.cat([sums, counts]).double()).tolist()
+    return {"train_loss": loss / seen, "train_top1": right / seen, "maiou": kept / boxed}
 
 
 def autocast_of(config: dict, device: torch.device) -> torch.autocast:

@@ -15,6 +15,7 @@ from training.evaluation import loss_and_top1, predict
 from training.loop import autocast_of
 from training.run import Run
 from training.train_data import (
+    report_rows,
     test_views,
 )
 from utils import (
@@ -26,7 +27,7 @@ def finish(
     run: Run, config: dict, data: DataSet, loader: DataLoader, device: torch.device, notes: dict
 ) -> dict[str, Any]:
     """Test the final model and its EMA in every view; write predictions.json and summary.json."""
-    names, rows = list(test_views(config)), data.rows("test")
+    names, rows = list(test_views(config)), report_rows(data)
     top1, classes = {}, {}
     networks, statistics = [run.model, run.ema], {"mean": run.mean, "std": run.std}
     found, labels = predict(networks, loader, names, device, autocast_of(config, device), **statistics)
@@ -43,13 +44,16 @@ def finish(
         }
         for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True))
     }
+    notes = notes | {"tested_on": "test" if len(data.rows("test")) else "val"}
     summary = summarize(run, config, len(rows), top1) | notes
     if rank() == 0:
         save_json(run.folder / "predictions.json", predictions)
         save_json(run.folder / "summary.json", summary)
+    tested = "test" if len(data.rows("test")) else "validation (there is no test part)"
     for view, both in top1.items():
         oracle = " (oracle: true boxes at test)" if view.startswith("box") and config["eval_box"] == "gt" else ""
-        print(f"test after epoch {run.epoch}, view {view}: model {both['model']:.1%}, EMA {both['ema']:.1%}{oracle}")
+        shares = f"model {both['model']:.1%}, EMA {both['ema']:.1%}"
+        print(f"{tested} after epoch {run.epoch}, view {view}: {shares}{oracle}")
     return summary
 
 

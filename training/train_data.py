@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import read_dataset, source_boxes
+from datasets import read_dataset, source_boxes, source_set
 from dino_transform import MapCrops
 from jobs.loader import build_loader
 from localized_crops.files import UserError
@@ -17,6 +17,7 @@ from localized_crops.map_file import MapCache
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache, cached_images
 from readers.images import read_image
+from readers.splits import class_notes
 from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
 from transforms import BoxCrops, build_train_transform, build_views
@@ -25,20 +26,48 @@ WORTH_A_WORKER = 2000  # images: fewer are read sooner than a spawn worker start
 
 
 def load_data(config: dict) -> DataSet:
-    """Read the data set; training and test images are needed."""
+    """Read the data set; training images are needed and others to test on; print what is odd of it."""
     data = read_dataset(**config["dataset"])
-    for split in ("train", "test"):
-        if not len(data.rows(split)):
-            raise UserError(f"{data.root}: no image in the {split} split; see train_test_split.txt and dataset.split")
+    if len(data.class_names) < 2 or not len(data.rows("train")):
+        counts = f"{len(data.class_names)} classes, {len(data.rows('train'))} images in the train split"
+        raise UserError(f"{data.root}: {counts}; two classes are the least that can be told apart")
+    if not len(report_rows(data)):
+        raise UserError(
+            f"{data.root}: no image in the test split, nor in val, to report on; see dataset.split, "
+            "dataset.test_fraction and dataset.val_fraction"
+        )
+    for line in (*data.notes, *class_notes(data)):
+        print(f"{data.root}: {line}")
     return data
+
+
+def report_rows(data: DataSet) -> np.ndarray:
+    """Return the rows that a run reports on: the test images, or the validation images where there are none."""
+    rows = data.rows("test")
+    return rows if len(rows) else data.rows("val")
+
+
+def boxes_from(source: str, config: dict, data: DataSet) -> tuple[np.ndarray, int]:
+    """Return the boxes (N, 4) of a source, as the section ``boxes`` says, and for how many images it has none."""
+    return source_boxes(source, data, **config["boxes"])
 
 
 def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
     """Return the boxes that training crops are held to, (N, 4), and what is worth telling about them."""
-    boxes, missing = source_boxes(config["source"] if config["use_box"] else "image", data)
+    boxes, missing = boxes_from(config["source"] if config["use_box"] else "image", config, data)
     if missing:
         print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
-    return boxes, {"images_without_box": missing, "boxes_clipped": data.clipped}
+    return boxes, {"images_without_box": missing, "boxes_clipped": data.clipped, "maiou_of": reference(config, data)}
+
+
+def reference(config: dict, data: DataSet) -> str:
+    """Return the source of the boxes that maIoU is measured on: true boxes where there are any, else the run's own.
+
+    A run without either measures it on the whole image: the mean share of it that the crops keep.
+    """
+    if data.has_box[data.rows("train")].any():
+        return "gt"
+    return config["source"] if config["source"] != "gt" else "image"
 
 
 def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
@@ -66,8 +95,8 @@ def needed_side(config: dict, data: DataSet) -> int:
     crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
     shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": 1.0}
     if config["eval_box"] is not None:
-        rows = np.concatenate([data.rows("test"), validation_rows(data)])
-        boxes = source_boxes(config["eval_box"], data)[0][rows]
+        rows = np.concatenate([report_rows(data), validation_rows(data)])
+        boxes = boxes_from(config["eval_box"], config, data)[0][rows]
         sides = boxes[:, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"]) / data.image_sizes[rows].min(1)
         shares["box"] = min(1.0, float(sides.min()))
     views = [view.size / shares[view.kind] for view in test_views(config).values()]
@@ -87,7 +116,9 @@ def build_train_loader(
         use_augment_mix=config["use_augment_mix"],
     )
     drawn = {"flip": config["flip"], "seed": config["seed"]}
-    images = TrainImages(data, data.rows("train"), crops, transform, **drawn, decoded=decoded)
+    rows, source = data.rows("train"), reference(config, data)
+    measured = data.boxes if source == "gt" else boxes_from(source, config, data)[0]
+    images = TrainImages(data, rows, crops, transform, **drawn, decoded=decoded, reference=measured[rows])
     shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
     batches = EpochBatches(len(images), config["batch_size"], config["seed"], **shares)
     return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
@@ -97,12 +128,12 @@ def build_view_loaders(
     config: dict, data: DataSet, device: torch.device, decoded: ImageCache | None
 ) -> tuple[DataLoader, DataLoader]:
     """Build the loaders of validation (first view only) and test (all views)."""
-    views, boxes = test_views(config), source_boxes(config["eval_box"] or "image", data)[0]
+    views, boxes = test_views(config), boxes_from(config["eval_box"] or "image", config, data)[0]
     first = dict(list(views.items())[:1])
     machine = loading(config, device)
     images = (
         ViewImages(data, my_rows(validation_rows(data)), boxes, list(first.values()), decoded),
-        ViewImages(data, my_rows(data.rows("test")), boxes, list(views.values()), decoded),
+        ViewImages(data, my_rows(report_rows(data)), boxes, list(views.values()), decoded),
     )
     return tuple(_view_loader(config, one, machine) for one in images)
 
@@ -116,10 +147,13 @@ def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | Ma
     """Build what draws the training crops: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
         return map_crops(config, data, open_maps(config, data))
-    crop, rows = config["crop"], data.rows("train")
+    crop, rows, pool = config["crop"], data.rows("train"), None
+    if config["use_box"] and config["boxes"]["several"] == "random":
+        pool = source_set(config["source"], data, config["boxes"]["allow_missing"])
     return BoxCrops(
         boxes[rows],
         data.image_sizes[rows],
+        redraw=None if pool is None else pool.of(rows).drawn,
         thr=config["THR"] if config["use_box"] else -1.0,
         mode=crop["mode"],
         scale=crop["scale"],

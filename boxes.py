@@ -1,0 +1,73 @@
+"""Convert box files: read ours, COCO JSON, CSV, a folder of YOLO or Pascal VOC; write ours, COCO, CSV or YOLO.
+
+    python boxes.py convert A B dataset.name=folder dataset.root=photos
+    python boxes.py convert runs/dino_boxes_photos/boxes.json boxes.coco.json dataset.name=folder dataset.root=photos
+
+The data set gives the images' names and sizes. B chooses the format: NAME.coco.json is COCO, another .json is ours,
+NAME.csv a table (path, x, y, width, height in pixels), a name without a suffix a new folder of YOLO files. Names are
+the images' paths, of CUB's format those below images/. boxes.several and boxes.allow_missing hold for A.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from config import load_config
+from datasets import read_dataset, source_boxes
+from jobs.guard import run_script
+from jobs.settings import ConfigError
+from localized_crops.box_file import load_boxes, save_boxes
+from localized_crops.boxes import whole_image_boxes
+from readers.box_sources import is_foreign, write_foreign
+from readers.data_set import DataSet
+
+USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
+
+
+def load_request(arguments: list[str]) -> dict | None:
+    """Return ``config``, with the file to read as its source, and the file to write as ``out``; None after help.
+
+    Raises:
+        ConfigError: if the words are not ``convert A B`` and then keys, or as load_config does.
+    """
+    if {"-h", "--help"} & set(arguments):
+        return load_config(arguments)
+    if len(arguments) < 3 or arguments[0] != "convert" or any("=" in word for word in arguments[:3]):
+        raise ConfigError(f"usage: {USAGE}")
+    return {"config": load_config([f"source={arguments[1]}", *arguments[3:]]), "out": arguments[2]}
+
+
+def main(request: dict) -> None:
+    """Read the one file, write the other."""
+    config, out = request["config"], Path(request["out"])
+    source = config["source"]
+    data = read_dataset(**config["dataset"])
+    boxes, missing = source_boxes(source, data, **config["boxes"])
+    boxes = np.where(_is_found(source, data, boxes)[:, None], boxes, np.nan)
+    made_by = f"boxes.py convert {source}"
+    if out.suffix == ".json" and not out.name.endswith(".coco.json"):
+        ids, sizes = data.ids.tolist(), data.image_sizes.tolist()
+        found = {i: None if np.isnan(box[0]) else box for i, box in zip(ids, boxes.tolist(), strict=True)}
+        settings = {key: config[key] for key in ("dataset", "boxes")} | {"source": source}
+        about = {"made_by": made_by, "settings": settings, "pixel_grid": data.pixel_grid}
+        save_boxes(out, found, dict(zip(ids, sizes, strict=True)), **about)
+    else:
+        names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
+        write_foreign(out, names, data.image_sizes, boxes, made_by)
+    print(f"{out}: {len(boxes) - missing} boxes, none for {missing} images")
+
+
+def _is_found(source: str, data: DataSet, boxes: np.ndarray) -> np.ndarray:
+    """Return which images (N,) have a box in the source; for the others it gave the whole image."""
+    if source == "gt":
+        return data.has_box
+    if source in ("center", "image"):
+        return np.ones(len(boxes), dtype=bool)
+    if is_foreign(source):
+        return (boxes != whole_image_boxes(data.image_sizes)).any(1)
+    found = load_boxes(source).boxes
+    return np.array([found[image_id] is not None for image_id in data.ids.tolist()])
+
+
+if __name__ == "__main__":
+    run_script(main, load_request)

@@ -1,0 +1,73 @@
+"""Which images are trained on, validated on, tested on: by the data set's own rule or drawn class by class."""
+
+import hashlib
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from readers.data_set import DataSet
+
+TRAIN_SHARE = 0.7  # of the 70/30 split
+SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def fill_train(data: DataSet) -> DataSet:
+    """Return the data set with the first test images, in file order, moved to train until it holds 70%."""
+    wanted = math.ceil(TRAIN_SHARE * len(data.ids))
+    moved = data.rows("test")[: max(0, wanted - len(data.rows("train")))]
+    return _with_split(data, moved, "train")
+
+
+def hold_out(data: DataSet, fraction: float, split: str = "val", seed: int | None = None) -> DataSet:
+    """Return the data set with a share of each class's training images moved to another split.
+
+    Args:
+        data: the data set; each class keeps one training image at least.
+        fraction: the share.
+        split: "val" or "test".
+        seed: of the draw, which depends on the ids alone: the same on every run, and nearly the same when images are
+            added; None: the last images in file order are moved.
+    """
+    train = data.rows("train")
+    if seed is not None:
+        keys = [hashlib.blake2b(f"{seed}/{one}".encode(errors="surrogateescape"), digest_size=8).digest()
+                for one in data.ids[train].tolist()]  # fmt: skip
+        train = train[np.argsort(np.array(keys, dtype="S8"), kind="stable")[::-1]]
+    train = train[np.argsort(data.labels[train], kind="stable")]
+    counts = np.bincount(data.labels[train], minlength=len(data.class_names))
+    moved = np.minimum(np.round(fraction * counts).astype(np.int64), np.maximum(counts - 1, 0))
+    ends = np.cumsum(counts)
+    place = np.arange(len(train))
+    is_moved = place >= np.repeat(ends - moved, counts)
+    return _with_split(data, train[is_moved], split)
+
+
+def _with_split(data: DataSet, rows: Iterable[int], name: str) -> DataSet:
+    split = data.split.copy()
+    split[np.asarray(rows, dtype=np.int64)] = name
+    return replace(data, split=split)
+
+
+def class_notes(data: DataSet) -> list[str]:
+    """Return a line on each kind of class that its images cannot teach or test."""
+    count = len(data.class_names)
+    if not count:
+        return [f"{len(data.ids)} images without labels: there are no class folders; they cannot be trained on"]
+    labels = {split: np.bincount(data.labels[data.rows(split)], minlength=count) for split in ("train", "val", "test")}
+    used = sum(labels.values())
+    kinds = {
+        "have no image": used == 0,
+        "have no training image: they are tested or validated, never learned": (used > 0) & (labels["train"] == 0),
+        "have a single training image": labels["train"] == 1,
+    }
+    for split in ("val", "test"):
+        if labels[split].any():
+            kinds[f"have no image in {split}"] = (labels[split] == 0) & (used > 0)
+    return [_classes_line(data.class_names, which, what) for what, which in kinds.items() if which.any()]
+
+
+def _classes_line(names: list[str], which: np.ndarray, what: str) -> str:
+    first = ", ".join(repr(names[n]) for n in np.flatnonzero(which)[:3])
+    return f"{which.sum()} of {len(names)} classes {what}: {first}{', ...' if which.sum() > 3 else ''}"

@@ -1,0 +1,150 @@
+"""A data set named by a CSV table: columns path and label, and where there are any split, x, y, width, height."""
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from localized_crops.boxes import clip_boxes
+from localized_crops.files import UserError, read_text
+from readers.data_set import DataSet
+from readers.folder import from_columns
+from readers.splits import SPLIT_NAMES
+
+BOX_COLUMNS = ("x", "y", "width", "height")
+
+
+def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool) -> DataSet:
+    """Read a data set that a table names; ids are its paths, relative to ``root``.
+
+    Without a column split all images are training images. A box is in pixels of the upright image; where its four
+    fields are empty, the image has none.
+
+    Args:
+        name: of the data set.
+        root: the folder that paths are relative to.
+        table: the CSV file; None: the only one in ``root``.
+        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
+
+    Raises:
+        UserError: on any fault, naming file and line.
+    """
+    path = Path(table) if table else _only_table(root)
+    columns, lines = read_columns(path, ("path", "label"), ("split", *BOX_COLUMNS))
+    _refuse_lines(path, lines, columns["path"], [not one for one in columns["path"]], "has no path")
+    _refuse_lines(path, lines, columns["label"], [not one for one in columns["label"]], "has no label")
+    _refuse_twice(path, lines, columns["path"])
+    raw_boxes = boxes_of(path, columns, lines)
+    splits = [SPLIT_NAMES.get(one.lower()) for one in columns.get("split", ["train"] * len(lines))]
+    _refuse_lines(
+        path, lines, columns.get("split", []), [one is None for one in splits], "is no split: train, val, test"
+    )
+    class_names = sorted(set(columns["label"]), key=lambda one: one.zfill(18) if one.isdigit() else one)
+    number_of = {one: number for number, one in enumerate(class_names)}
+    labels = np.array([number_of[one] for one in columns["label"]], dtype=np.int64)
+    about = labels, class_names, np.array(splits, dtype="<U5")
+    data = from_columns(name, root, columns["path"], *about, keep_going, [])
+    kept = ~np.isin(columns["path"], list(data.unreadable))
+    return with_boxes(data, raw_boxes[kept], path)
+
+
+def with_boxes(data: DataSet, raw_boxes: np.ndarray, path: Path) -> DataSet:
+    """Return the data set with boxes (N, 4) xywh in pixels, NaN for none, cut at their images.
+
+    Raises:
+        UserError: if all are normalised, or one lies outside its image.
+    """
+    has_box = ~np.isnan(raw_boxes[:, 0])
+    if has_box.any() and raw_boxes[has_box].max() <= 1 and data.image_sizes[has_box].min() > 1:
+        raise UserError(f"{path}: no box reaches past 1: shares of the image, it seems; pixels are expected")
+    boxes = clip_boxes(raw_boxes, data.image_sizes)
+    outside = np.flatnonzero((boxes[:, 2:] <= 0).any(1))
+    if len(outside):
+        row = outside[0]
+        size = tuple(data.image_sizes[row].tolist())
+        raise UserError(
+            f"{path}: {data.ids[row]}: box {raw_boxes[row].tolist()} lies outside the image, {size}, or has no area"
+        )
+    moved = np.abs(np.nan_to_num(boxes - raw_boxes)) > 1e-6
+    return replace(data, boxes=boxes, clipped=int(moved.any(1).sum()))
+
+
+def _only_table(root: Path) -> Path:
+    found = sorted(root.glob("*.csv"))
+    if len(found) != 1:
+        raise UserError(f"{root}: holds {len(found)} CSV files; name the table: dataset.table=FILE.csv")
+    return found[0]
+
+
+def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[dict[str, list[str]], list]:
+    """Return the columns of a CSV file with a header by lower-case name, and the line number of each row.
+
+    Raises:
+        UserError: if it has no such columns or no rows, or a line has another number of fields than the header.
+    """
+    text = read_text(path).lstrip("\ufeff")
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text), delimiter=delimiter)
+    try:
+        header = [one.strip().lower() for one in next(reader, [])]
+        rows = [(reader.line_num, [one.strip() for one in row]) for row in reader if row]
+    except csv.Error as error:
+        raise UserError(f"{path}:{reader.line_num}: {error}") from None
+    lacking = [one for one in needed if one not in header]
+    if lacking:
+        raise UserError(f"{path}:1: has no column {lacking[0]!r}; it needs {', '.join(needed)}, may have {optional}")
+    bad = next((line for line, row in rows if len(row) != len(header)), None)
+    if bad is not None:
+        raise UserError(f"{path}:{bad}: has another number of fields than the header, {len(header)}")
+    if not rows:
+        raise UserError(f"{path}: has no rows")
+    columns = dict(zip(header, map(list, zip(*(row for _, row in rows), strict=True)), strict=True))
+    return {one: columns[one] for one in (*needed, *optional) if one in columns}, [line for line, _ in rows]
+
+
+def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.ndarray:
+    """Return the boxes (N, 4) of a table's columns x, y, width, height; NaN where the four fields are empty.
+
+    Raises:
+        UserError: if a field is no number, or only some of the columns or of a line's fields are there.
+    """
+    given = [one for one in BOX_COLUMNS if one in columns]
+    if not given:
+        return np.full((len(lines), 4), np.nan)
+    if len(given) < len(BOX_COLUMNS):
+        raise UserError(f"{path}:1: has {', '.join(given)}, but a box needs all of {', '.join(BOX_COLUMNS)}")
+    fields = np.array([columns[one] for one in BOX_COLUMNS]).T
+    empty = fields == ""
+    _refuse_lines(path, lines, fields.tolist(), (empty.any(1) & ~empty.all(1)).tolist(), "is half a box")
+    try:
+        boxes = np.where(empty, "nan", fields).astype(np.float64)
+    except ValueError:
+        _refuse_lines(path, lines, fields.tolist(), [not _are_numbers(row) for row in fields], "is no box")
+        raise
+    bad = ~np.isfinite(boxes).all(1) & ~empty.all(1) | (boxes[:, 2:] <= 0).any(1)
+    _refuse_lines(path, lines, fields.tolist(), bad.tolist(), "is no box with an area")
+    return boxes
+
+
+def _are_numbers(fields: np.ndarray) -> bool:
+    try:
+        fields[fields != ""].astype(np.float64)
+    except ValueError:
+        return False
+    return True
+
+
+def _refuse_lines(path: Path, lines: list[int], values: list, bad: list[bool], what: str) -> None:
+    if any(bad):
+        row = bad.index(True)
+        raise UserError(f"{path}:{lines[row]}: {str(values[row])[:80]!r} {what} ({sum(bad)} such lines)")
+
+
+def _refuse_twice(path: Path, lines: list[int], names: list[str]) -> None:
+    first = {}
+    for line, name in zip(lines, names, strict=True):
+        if name in first:
+            raise UserError(f"{path}:{line}: {name!r} stands in line {first[name]} already; remove one")
+        first[name] = line

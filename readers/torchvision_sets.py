@@ -1,0 +1,52 @@
+"""torchvision's own fine-grained data sets, read through torchvision's classes."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torchvision.datasets
+
+from localized_crops.files import UserError
+from readers.data_set import DataSet
+from readers.folder import from_columns
+
+SETS = {  # name of the class -> torchvision's split -> ours
+    "FGVCAircraft": {"train": "train", "val": "val", "test": "test"},
+    "StanfordCars": {"train": "train", "test": "test"},
+    "OxfordIIITPet": {"trainval": "train", "test": "test"},
+    "Flowers102": {"train": "train", "val": "val", "test": "test"},
+    "Food101": {"train": "train", "test": "test"},
+}
+
+
+def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) -> DataSet:
+    """Read one of SETS; ids are the paths below ``root``, the classes' own folder names included; there are no boxes.
+
+    Args:
+        name: of the class in torchvision.datasets.
+        root: what the class takes as its root.
+        download: let torchvision fetch and unpack what is missing.
+        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
+
+    Raises:
+        UserError: if it is not there, cannot be fetched or an image cannot be read.
+    """
+    names, labels, splits = [], [], []
+    for theirs, ours in SETS[name].items():
+        try:
+            part = getattr(torchvision.datasets, name)(root, split=theirs, download=download)
+        except (RuntimeError, ValueError, OSError, KeyError) as error:
+            raise UserError(f"{root}: {name}: {error}; dataset.root must hold it, or dataset.download=true") from None
+        files = _files(part)
+        names += [os.path.relpath(file, root) for file in files]
+        labels += part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+        splits += [ours] * len(files)
+    about = np.array(labels, dtype=np.int64), list(part.classes), np.array(splits, dtype="<U5")
+    return from_columns(name, root, names, *about, keep_going, [])
+
+
+def _files(part: torchvision.datasets.VisionDataset) -> list[str | Path]:
+    """Return the image files of a set: the classes give them out as decoded images alone."""
+    if hasattr(part, "_samples"):
+        return [file for file, _ in part._samples]
+    return part._image_files if hasattr(part, "_image_files") else part._images
