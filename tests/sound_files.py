@@ -14,6 +14,8 @@ from localized_crops.map_file import save_map_cache
 from masks.mask_files import info_entry, mask_names, save_masks, save_masks_info
 from readers.data_set import DataSet
 
+COUNTS = (5, 1, 0, 9, 3)  # candidates of the images, in turn
+
 
 def make_sound_folder(birds: Path, folder: Path) -> None:
     """Fill ``folder``: birds/, boxes.json, its maps, masks/, and run/ of one epoch.
@@ -52,3 +54,13 @@ def make_masks(folder: Path, data: DataSet) -> None:
         save_masks(folder / "masks" / f"{name}.pt", torch.ones(1, 7, 9, dtype=torch.bool), "packed")
     about = {"dataset": data.fingerprint(), "store": "packed"}
     save_masks_info(folder / "masks", about, {name: [entry] for name in names})
+
+
+def write_candidates(folder: Path, data: DataSet) -> None:
+    """Write a masks_info.json with random boxes of candidates, as many an image as COUNTS says in turn."""
+    rng, images = np.random.default_rng(0), {}
+    for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
+        near = rng.random((COUNTS[row % 5], 2)) * (data.image_sizes[row] - 12)
+        side = 3 + rng.random(near.shape) * (data.image_sizes[row] - near - 3)
+        images[name] = [{"bbox": box} for box in np.floor(np.concatenate([near, side], axis=1)).tolist()]
+    save_masks_info(folder, {"dataset": data.fingerprint(), "store": "none"}, images)

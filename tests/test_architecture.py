@@ -103,3 +103,11 @@ def test_importing_everything_prints_nothing_and_writes_nothing(tmp_path):
 def test_wandb_is_imported_only_where_it_is_on(module):
     body = ast.parse(MODULES[module].read_text()).body
     assert not [node for node in body if isinstance(node, ast.Import) and node.names[0].name == "wandb"]
+
+
+def test_no_test_file_imports_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not [name for name in names if str(name).startswith("test_")], path

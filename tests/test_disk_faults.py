@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import stages
 import torch
+from sound_files import write_candidates
 from stages import Stage
-from test_generate_bbox import write_candidates
 
 from datasets import read_dataset
 from figures import plots

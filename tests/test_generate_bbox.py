@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sound_files import COUNTS, write_candidates
 from torchvision.transforms.v2 import functional as F
 
 import generate_bbox as stage
@@ -29,7 +30,6 @@ from transforms import normalize
 from utils import load_tensors
 
 ROOT = Path(__file__).parent.parent
-COUNTS = (5, 1, 0, 9, 3)  # candidates of the images, in turn
 
 
 @pytest.fixture(autouse=True)
@@ -53,15 +53,6 @@ def masks(birds, tmp_path_factory):
     folder.mkdir()
     write_candidates(folder, data)
     return folder
-
-
-def write_candidates(folder, data):
-    rng, images = np.random.default_rng(0), {}
-    for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
-        near = rng.random((COUNTS[row % 5], 2)) * (data.image_sizes[row] - 12)
-        side = 3 + rng.random(near.shape) * (data.image_sizes[row] - near - 3)
-        images[name] = [{"bbox": box} for box in np.floor(np.concatenate([near, side], axis=1)).tolist()]
-    save_masks_info(folder, {"dataset": data.fingerprint(), "store": "none"}, images)
 
 
 def words(root, masks, classifier, out, *more):

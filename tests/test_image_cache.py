@@ -16,7 +16,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_train import run
+from small_runs import run
 
 import train
 from datasets import read_dataset

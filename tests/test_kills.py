@@ -9,8 +9,8 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import stages
+from sound_files import write_candidates
 from stages import Stage
-from test_generate_bbox import write_candidates
 
 from datasets import read_dataset
 from utils import load_tensors

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_train import assert_same_run, run, words
+from small_runs import assert_same_run, run, words
 
 import train
 from config import load_config

@@ -13,6 +13,7 @@ import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import SMALL, assert_same_run, run, words
 
 import config
 import models
@@ -27,24 +28,6 @@ from training.summary import last_epochs
 from utils import load_log, load_tensors
 
 ROOT = Path(__file__).parent.parent
-SMALL = [
-    "num_epochs=4",
-    "log_interval=1",
-    "image_size=32",
-    "batch_size=8",
-    "num_workers=0",
-    "dataset.name=cub",
-    "opt.warmup_epochs=1",
-]
-
-
-def words(birds, run_dir, *more):
-    return [*SMALL, f"dataset.root={birds}", f"run_dir={run_dir}", *more]
-
-
-def run(birds, run_dir, *more):
-    """Train in this process as the command line would; return the summary."""
-    return train.train_run(train.load_run_config(words(birds, run_dir, *more)))
 
 
 def command(birds, run_dir, *more, **options):
@@ -64,17 +47,6 @@ def unbroken(birds, tmp_path_factory):
 
 
 FULL = ["augment=true", "model.ema_step=3", "opt.scheduler=step", "opt.step_size=2", "dataset.check=true"]
-
-
-def assert_same_run(a, b):
-    """Check that two runs ended with the same weights, bit for bit, and logged the same numbers."""
-    first, second = (load_tensors(folder / "last.pt") for folder in (a, b))
-    for part in ("model", "ema"):
-        assert all(torch.equal(first[part][key], second[part][key]) for key in first[part])
-    timed = {"seconds", "images_per_second"}
-    logs = [[{k: v for k, v in r.items() if k not in timed} for r in load_log(f / "log.jsonl")] for f in (a, b)]
-    assert logs[0] == logs[1]
-    assert (a / "predictions.json").read_text() == (b / "predictions.json").read_text()
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------------------
