@@ -1,4 +1,4 @@
-"""Box arithmetic (IoU, coverage, maIoU of crops) and the box file that the stages hand on.
+"""Box arithmetic: IoU, coverage, mean coverage (maIoU) of crops.
 
 Boxes are (x, y, width, height) in pixels of the original image, in its stored pixel grid (no EXIF rotation).
 """
@@ -12,7 +12,7 @@ import numpy as np
 from localized_crops.crops import sample_crops
 from localized_crops.files import UserError
 
-MAIOU_CROPS = 20_000  # for a mean asymmetric IoU that is good to .001 or so
+MAIOU_CROPS = 20_000  # for a mean asymmetric IoU with an error of about 0.001
 CENTER_SHARE = 0.65  # of each side: the constant centred box, the control that every method must beat
 
 
@@ -128,13 +128,10 @@ def maiou_to_thr(target: float, boxes_xywh: np.ndarray, image_sizes: np.ndarray,
 
 
 def published_thr(maiou: float) -> float:
-    """Return the published proxy's threshold, thr = (2 (maIoU - .5))^2.5; for comparison, it is not exact."""
+    """Return the published proxy's threshold, thr = (2 (maIoU - 0.5))^2.5; for comparison, it is not exact."""
     return (2 * (maiou - 0.5)) ** 2.5
 
 
 def published_maiou(thr: float) -> float:
-    """Return the published proxy's mean asymmetric IoU, .5 + .5 thr^.4."""
+    """Return the published proxy's mean asymmetric IoU, 0.5 + 0.5 thr^0.4."""
     return 0.5 + 0.5 * thr**0.4
-
-
-# --- the box file -------------------------------------------------------------------------------------------------

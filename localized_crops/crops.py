@@ -4,8 +4,11 @@
 million go through the same lines, so the crops of an epoch are drawn at once.
 """
 
+from typing import Any
+
 import numpy as np
 
+Range = tuple[float, float]  # least and largest value
 MODES = ("exact", "reference")
 SHAPE_TRIES = 10  # of RandomResizedCrop, as torchvision: then the largest centred crop with a ratio in range is taken
 RATIO_CELLS = 32  # cells of the inverse CDF over log-ratio: each is 1.8% of the ratio wide for (3/4, 4/3)
@@ -58,9 +61,9 @@ def ratio_gives_way(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """Tell for which boxes no crop with a ratio in range keeps ``thr`` of the box inside the image (exact mode).
+    """Return a mask of the boxes that no crop within ``ratio`` can cover by ``thr`` without leaving the image.
 
-    For these the crop's ratio leaves the range, by as little as is needed.
+    In mode "exact" the crops of these boxes leave the range of ratios, by as little as possible.
 
     Returns:
         (N,) bool.
@@ -70,7 +73,10 @@ def ratio_gives_way(
     return (low > ratio[1]) | (high < ratio[0])
 
 
-def _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio):
+def _check_inputs(
+    boxes_xywh: np.ndarray, image_sizes: np.ndarray, thr: float, mode: str, scale: Range, ratio: Range
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return boxes and sizes as float64; the whole images as boxes where ``thr`` is negative."""
     boxes = np.asarray(boxes_xywh, dtype=np.float64)
     sizes = np.asarray(image_sizes, dtype=np.float64)
     if boxes.ndim != 2 or boxes.shape[1] != 4 or sizes.shape != (len(boxes), 2):
@@ -145,7 +151,7 @@ def plain_corners(shapes: np.ndarray, found: np.ndarray, image_sizes: np.ndarray
     return np.where(found[:, None], anywhere, room // 2)
 
 
-def _plain_crops(sizes, scale, ratio, rng) -> np.ndarray:
+def _plain_crops(sizes: np.ndarray, scale: Range, ratio: Range, rng: np.random.Generator) -> np.ndarray:
     shapes, found = random_shapes(sizes, scale, ratio, rng)
     left, top = plain_corners(shapes, found, sizes, rng.random(shapes.shape)).T
     return np.stack([top, left, shapes[:, 1], shapes[:, 0]], axis=1)
@@ -154,7 +160,9 @@ def _plain_crops(sizes, scale, ratio, rng) -> np.ndarray:
 # --- the published crop -------------------------------------------------------------------------------------------
 
 
-def _reference_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+def _reference_edges(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, ratio: Range, rng: np.random.Generator
+) -> np.ndarray:
     """Return (N, 4) left top right bottom of the published crop, real-valued.
 
     Four details that the published formulas leave open decide its curve: the object's area is that of the square
@@ -174,7 +182,7 @@ def _reference_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
     return np.concatenate([near, np.minimum(near + shape, sizes)], axis=1)
 
 
-def _between(low, high, uniform):
+def _between(low: Any, high: Any, uniform: np.ndarray) -> np.ndarray:
     return low + (high - low) * uniform
 
 
@@ -186,7 +194,9 @@ def _between(low, high, uniform):
 # s^2 <= H^2 r. Both bounds are monotonous in r, so the ratios that reach thr are one interval, known in closed form.
 
 
-def _exact_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+def _exact_edges(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, ratio: Range, rng: np.random.Generator
+) -> np.ndarray:
     """Return (N, 4) left top right bottom of crops that keep at least ``thr`` of their box, real-valued."""
     thr = min(thr * (1 + 1e-9), 1.0)  # so that rounding errors fall on the promise's side
     shape = _exact_shapes(boxes, sizes, thr, scale, ratio, rng)
@@ -197,7 +207,9 @@ def _exact_edges(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
     return np.concatenate([near, np.minimum(far, sizes)], axis=1)
 
 
-def _exact_shapes(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
+def _exact_shapes(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, ratio: Range, rng: np.random.Generator
+) -> np.ndarray:
     """Draw (N, 2) width height, uniform in (scale, log ratio) over the shapes that reach ``thr`` inside the image."""
     uniform = rng.random((len(boxes), 2))
     low, high = _ratio_interval(boxes, sizes, thr, scale, ratio)
@@ -217,8 +229,10 @@ def _exact_shapes(boxes, sizes, thr, scale, ratio, rng) -> np.ndarray:
     return np.minimum(np.stack([np.sqrt(area * r), np.sqrt(area / r)], axis=1), sizes)
 
 
-def _area_bounds(boxes, sizes, thr, scale, r):
-    """Return the least and the largest crop area, in pixels, for ratio ``r``; thr goes before scale."""
+def _area_bounds(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, r: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the least and largest crop area in pixels for ratio ``r``; ``thr`` takes precedence over ``scale``."""
     w, h, width, height = boxes[..., 2], boxes[..., 3], sizes[..., 0], sizes[..., 1]
     reach = np.maximum(thr * w * h, np.maximum((thr * h) ** 2 * r, (thr * w) ** 2 / r))
     fits = np.minimum(width**2 / r, height**2 * r)
@@ -226,7 +240,9 @@ def _area_bounds(boxes, sizes, thr, scale, r):
     return np.minimum(np.maximum(scale[0] * width * height, reach), most), most
 
 
-def _ratios_that_reach(boxes, sizes, thr, scale_max):
+def _ratios_that_reach(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale_max: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the least and largest ratio, (N,) each, of crops in the image that keep ``thr`` of the box."""
     (w, h), (width, height) = boxes[:, 2:].T, sizes.T
     largest = scale_max * width * height
@@ -236,24 +252,35 @@ def _ratios_that_reach(boxes, sizes, thr, scale_max):
     return low, high
 
 
-def _ratio_interval(boxes, sizes, thr, scale, ratio):
-    """Return the interval of ratios to draw from; where none fits, the nearest that does (thr first, then scale)."""
-    low, high = _intersect(ratio[0], ratio[1], *_ratios_that_reach(boxes, sizes, thr, scale[1]))
+def _ratio_interval(
+    boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, ratio: Range
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the interval of ratios to draw from; ``thr`` takes precedence over ``scale``, that over ``ratio``."""
+    low, high = _moved_into(ratio[0], ratio[1], *_ratios_that_reach(boxes, sizes, thr, scale[1]))
     width, height = sizes.T
-    return _intersect(low, high, scale[0] * width / height, width / (scale[0] * height), keep=True)
+    return _narrowed_by(low, high, scale[0] * width / height, width / (scale[0] * height))
 
 
-def _intersect(low, high, need_low, need_high, keep=False):
-    """Intersect [low, high] with [need_low, need_high]; if empty, the nearest needed point (keep: the nearest own)."""
-    new_low, new_high = np.maximum(low, need_low), np.minimum(high, need_high)
-    if keep:
-        return np.minimum(new_low, high), np.maximum(new_high, low)
+def _moved_into(
+    low: float, high: float, required_low: np.ndarray, required_high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return [low, high] cut to the required interval, or the required end nearest to it where they are disjoint."""
+    new_low, new_high = np.maximum(low, required_low), np.minimum(high, required_high)
     empty = new_low > new_high
-    nearest = np.where(need_low > high, need_low, need_high)
+    nearest = np.where(required_low > high, required_low, required_high)
     return np.where(empty, nearest, new_low), np.where(empty, nearest, new_high)
 
 
-def _exact_positions(boxes, sizes, shape, thr, rng) -> np.ndarray:
+def _narrowed_by(
+    low: np.ndarray, high: np.ndarray, wish_low: np.ndarray, wish_high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return [low, high] cut to the wished interval, or its own end nearest to that where they are disjoint."""
+    return np.minimum(np.maximum(low, wish_low), high), np.maximum(np.minimum(high, wish_high), low)
+
+
+def _exact_positions(
+    boxes: np.ndarray, sizes: np.ndarray, shape: np.ndarray, thr: float, rng: np.random.Generator
+) -> np.ndarray:
     """Draw (N, 2) left top, uniform among the positions in the image where the crop keeps ``thr`` of the box.
 
     Drawn by rejection from the rectangle of positions that reach thr when the other axis is at its best; about half
@@ -276,7 +303,9 @@ def _exact_positions(boxes, sizes, shape, thr, rng) -> np.ndarray:
     return near
 
 
-def _position_bounds(boxes, sizes, shape, thr):
+def _position_bounds(
+    boxes: np.ndarray, sizes: np.ndarray, shape: np.ndarray, thr: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the least and largest left top, (N, 2) each, that can reach ``thr``, inside the image."""
     best = np.minimum(shape, boxes[:, 2:])  # overlap in pixels per axis, at best
     need = np.minimum(thr * boxes[:, 2:].prod(1)[:, None] / best[:, ::-1], best)

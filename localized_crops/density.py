@@ -6,7 +6,23 @@ import numpy as np
 import torch
 
 from localized_crops.crops import random_shapes
-from localized_crops.map_boxes import is_blank, softmax_density
+
+FLAT = 1e-8  # a map whose values differ by less, relative to their size, says nothing about where the object is
+
+
+def is_blank(attention_map: np.ndarray) -> bool:
+    """Tell whether a map points nowhere: it is constant, or holds NaN or infinity."""
+    values = np.asarray(attention_map, dtype=np.float64)
+    return not np.isfinite(values).all() or np.ptp(values) <= FLAT * np.abs(values).max(initial=0)
+
+
+def softmax_density(maps: np.ndarray, temperature: float) -> np.ndarray:
+    """Return exp(map / temperature) / sum over its cells, a density that sums to 1 for each map."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    scaled = np.asarray(maps, dtype=np.float64) / temperature
+    weights = np.exp(scaled - scaled.max(axis=(-2, -1), keepdims=True))  # at most 1: no overflow at low temperature
+    return weights / weights.sum(axis=(-2, -1), keepdims=True)
 
 
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:

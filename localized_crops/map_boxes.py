@@ -1,4 +1,4 @@
-"""From attention maps to boxes: cleaning steps, thresholds, and the box methods. NumPy and SciPy only.
+"""From attention maps to boxes: cleaning steps, thresholds, and the box methods. NumPy, SciPy and scikit-image.
 
 Cleaning works on the last two axes, so a stack of heads goes through the same lines as one map. Maps are stretched over
 the whole image; boxes are (x, y, width, height) in pixels of the original image.
@@ -10,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
+from localized_crops.density import is_blank, softmax_density
+
 DEFAULT_STEPS = ("heads", "outlier", "filter", "min_max")  # the published order
-FLAT = 1e-8  # a map whose values differ by less, relative to their size, says nothing about where the object is
 
 
 class MapBox(NamedTuple):
@@ -126,22 +127,7 @@ def min_max(maps: np.ndarray) -> np.ndarray:
         return (maps - low) / np.where(spread == 0, 1, spread)
 
 
-def softmax_density(maps: np.ndarray, temperature: float) -> np.ndarray:
-    """Return exp(map / temperature) / sum over its cells, a density that sums to 1 for each map."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    scaled = np.asarray(maps, dtype=np.float64) / temperature
-    weights = np.exp(scaled - scaled.max(axis=(-2, -1), keepdims=True))  # at most 1: no overflow at low temperature
-    return weights / weights.sum(axis=(-2, -1), keepdims=True)
-
-
 # --- thresholds ---------------------------------------------------------------------------------------------------
-
-
-def is_blank(attention_map: np.ndarray) -> bool:
-    """Tell whether a map points nowhere: it is constant, or holds NaN or infinity."""
-    values = np.asarray(attention_map, dtype=np.float64)
-    return not np.isfinite(values).all() or np.ptp(values) <= FLAT * np.abs(values).max(initial=0)
 
 
 def resolve_threshold(attention_map: np.ndarray, threshold: float | str) -> float:
@@ -160,14 +146,10 @@ def otsu_threshold(values: np.ndarray, num_bins: int = 256) -> float:
         values: any shape, at least two different ones.
         num_bins: equal bins between the least and the largest value; the threshold is a bin's upper edge.
     """
-    counts, edges = np.histogram(values, num_bins)
-    centres = (edges[:-1] + edges[1:]) / 2
-    below = np.cumsum(counts)[:-1]
-    above = counts.sum() - below
-    sum_below = np.cumsum(counts * centres)[:-1]
-    mean_below = sum_below / below  # the first bin holds the least value: never empty
-    mean_above = ((counts * centres).sum() - sum_below) / above  # and the last one the largest
-    return float(edges[1:-1][np.argmax(below * above * (mean_below - mean_above) ** 2)])
+    from skimage.filters import threshold_otsu  # here: it takes half a second, and few need it
+
+    centre = threshold_otsu(np.asarray(values, dtype=np.float64), num_bins)
+    return float(centre + np.ptp(values) / num_bins / 2)
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------

@@ -92,6 +92,23 @@ def test_clean_map_refuses_other_steps(steps):
         clean_map(random_heads(), steps=steps)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_otsu_is_the_upper_edge_of_the_bin_that_separates_best(seed):
+    rng = np.random.default_rng(seed)
+    values = np.concatenate([rng.normal(0.2, 0.1, 700), rng.normal(0.8, 0.05, 300 + 97 * seed)]).reshape(-1, 1)
+    counts, edges = np.histogram(values, 256)
+    centres, n = (edges[:-1] + edges[1:]) / 2, counts.sum()
+    between = []
+    for cut in range(1, 256):
+        below, above = counts[:cut].sum(), counts[cut:].sum()
+        means = (counts[:cut] @ centres[:cut]) / below, (counts[cut:] @ centres[cut:]) / above
+        between.append(below * above / n**2 * (means[0] - means[1]) ** 2)
+    found = map_boxes.otsu_threshold(values)
+    edge = np.abs(edges[1:-1] - found).argmin()
+    assert found == pytest.approx(edges[1 + edge], abs=1e-9)
+    assert between[edge] == pytest.approx(max(between), rel=1e-9)  # empty bins separate equally well
+
+
 def test_otsu_separates_best():
     values = np.concatenate([np.linspace(0, 1, 40), np.linspace(3, 4, 60)])
 
