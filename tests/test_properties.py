@@ -68,8 +68,8 @@ def values(key: str) -> st.SearchStrategy:
     kind = next((one for one in kind.get("anyOf", []) if one["type"] != "null"), kind)
     if kind["type"] != "array":
         return scalars(kind)
-    pair = {"min_size": 2, "max_size": 2} if key in ("crop.scale", "crop.ratio") else {"min_size": 1, "max_size": 4}
-    return st.lists(scalars(kind["items"]), **pair).map(sorted)
+    low, high = (2, 2) if key in ("crop.scale", "crop.ratio") else (kind.get("minItems", 1), kind.get("maxItems", 4))
+    return st.lists(scalars(kind["items"]), min_size=low, max_size=high).map(sorted)
 
 
 def scalars(kind: dict) -> st.SearchStrategy:
@@ -88,7 +88,7 @@ def scalars(kind: dict) -> st.SearchStrategy:
 
 
 @quick
-@given(st.sampled_from(KEYS).flatmap(lambda key: st.tuples(st.just(key), values(key))))
+@given(st.sampled_from(sorted({*KEYS} - {"sweep.values"})).flatmap(lambda key: st.tuples(st.just(key), values(key))))
 def test_a_value_comes_back_from_its_own_word(pair):
     key, value = pair
     check_value(key, value)
