@@ -7,9 +7,10 @@
                was stored), then crops of RandomResizedCrop, of both localized crops at THR or maiou, and centred by the
                maps, each with the share of the true box that it keeps
     boxes      histograms of IoU and coverage of the boxes of ``source`` and of the trivial boxes, and of what crops
-               keep, on training and test images
+               keep of the true box and of the box that they are held to, on training and test images
     curves     training loss, validated accuracy and maIoU over the epochs of ``visualize.runs``
-    accuracy   test accuracy against maIoU of ``visualize.runs``, with the fitted line
+    accuracy   test accuracy against maIoU of ``visualize.runs``, with a line for each kind of crop and number of epochs
+               that has at least 5 runs
 
 Runs that differ in their seed alone are drawn as one, with their standard deviation. A folder of runs, such as a sweep,
 stands for all runs in it. The README's first picture, after ``python generate_dino_boxes.py num_workers=0``:
@@ -35,7 +36,7 @@ from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from config import load_config
-from datasets import read_dataset, source_boxes
+from datasets import read_dataset, source_boxes, source_set
 from dino_transform import MapCrops
 from experiments.grid import crop_family, settings_key
 from figures.box_report import METHOD_NAMES, SPLITS
@@ -49,6 +50,7 @@ from figures.plots import (
     save_figure,
 )
 from jobs.guard import run_script
+from localized_crops.box_file import load_boxes
 from localized_crops.boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
 from localized_crops.files import UserError, load_json, user_errors
 from localized_crops.map_file import MapCache
@@ -64,7 +66,7 @@ MOST_CANDIDATES = 5  # drawn over an image: more cannot be told apart
 MAX_IMAGES = 64  # rows of a picture: as many as visualize.images may ask for
 CURVES = {"train_loss": "training loss", "ema_top1": "validated top-1 of the EMA (%)", "maiou": "maIoU of the crops"}
 CROP_COLOURS = ("0.5", "tab:blue", "tab:green", "tab:purple")  # in the order of `crop_methods`
-CROPS_KEEP = "share of the true box that crops keep"  # a column of the histograms
+CROPS_KEEP = "share of the {} that crops keep"  # a column of the histograms
 
 
 def main(config: dict) -> None:
@@ -105,7 +107,8 @@ class Subject:
     """A data set and what was found in its images."""
 
     data: DataSet
-    boxes: np.ndarray  # (N, 4) of the source
+    boxes: np.ndarray  # (N, 4) of the source, the whole image where it has none
+    has_box: np.ndarray  # (N,) bool: the source has a box
     maps: MapCache | None
     candidates: Candidates | None
 
@@ -117,7 +120,20 @@ def read_subject(config: dict) -> Subject:
     if missing:
         print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
-    return Subject(data, boxes, maps, read_candidates(Path(config["masks"]), data) if config["masks"] else None)
+    candidates = read_candidates(Path(config["masks"]), data) if config["masks"] else None
+    has_box = boxes_there(config, data) if missing else np.ones(len(data.ids), bool)
+    return Subject(data, boxes, has_box, maps, candidates)
+
+
+def boxes_there(config: dict, data: DataSet) -> np.ndarray:
+    """Return for which images (N,) bool ``source`` has a box."""
+    if config["source"] == "gt":
+        return data.has_box
+    several = source_set(config["source"], data, config["boxes"]["allow_missing"])
+    if several is not None:
+        return np.isin(np.arange(len(data.ids)), several.rows)
+    found = load_boxes(config["source"]).boxes
+    return np.array([found.get(image_id) is not None for image_id in data.ids.tolist()])
 
 
 def read_candidates(folder: Path, data: DataSet) -> Candidates:
@@ -209,6 +225,8 @@ def true_box(subject: Subject, row: int) -> np.ndarray | None:
 def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     """Return an image with its true box and, where it is another, the source's."""
     true, box, title = true_box(subject, row), subject.boxes[row], f"{subject.data.ids[row]}"
+    if not subject.has_box[row]:
+        return Panel(image, true_xywh=true, title=f"{title}, no box")
     if true is None:
         return Panel(image, None, box, title=title)
     if np.array_equal(true, box):
@@ -240,21 +258,24 @@ def crop_panels(
 
 def boxes_picture(config: dict) -> tuple[Figure, str]:
     """Return the histograms of boxes and of crops, and what they are of."""
-    subject, rng = read_subject(config), np.random.default_rng(config["seed"])
+    subject, rng, source = read_subject(config), np.random.default_rng(config["seed"]), config["source"]
     if not subject.data.has_box.any():
         raise UserError(
             f"{subject.data.root}: has no true boxes to compare with; visualize.what=crops draws the images"
         )
     known = subject.data.has_box
     parts = {name: np.flatnonzero(np.isin(subject.data.split, members) & known) for name, members in SPLITS.items()}
-    histograms = {
-        f"{name}, {len(rows)} images": box_samples(config["source"], subject, rows)
-        | {CROPS_KEEP: crop_samples(crop_methods(config, subject, rows), subject.data.boxes[rows], rng)}
-        for name, rows in parts.items()
-        if len(rows)
-    }
-    lines = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
-    return histogram_figure(histograms, {CROPS_KEEP: lines}), f"{len(subject.data.ids)} images of {subject.data.root}"
+    columns = {CROPS_KEEP.format("true box"): subject.data.boxes}
+    if source != "gt":
+        columns[CROPS_KEEP.format(f"box of {Path(source).name}")] = subject.boxes
+    histograms = {}
+    for name, rows in ((name, rows) for name, rows in parts.items() if len(rows)):
+        methods = crop_methods(config, subject, rows)
+        crops = {column: crop_samples(methods, boxes[rows], rng) for column, boxes in columns.items()}
+        histograms[f"{name}, {len(rows)} images"] = box_samples(source, subject, rows) | crops
+    promise = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
+    figure = histogram_figure(histograms, {list(columns)[-1]: promise})  # crops promise it of their own boxes alone
+    return figure, f"{len(subject.data.ids)} images of {subject.data.root}"
 
 
 def box_samples(source: str, subject: Subject, rows: np.ndarray) -> dict[str, list[Sample]]:
@@ -272,15 +293,15 @@ def box_samples(source: str, subject: Subject, rows: np.ndarray) -> dict[str, li
     }
 
 
-def crop_samples(methods: dict[str, Crops], true: np.ndarray, rng: np.random.Generator) -> list[Sample]:
-    """Return what the crops of each method keep of the true boxes (N, 4)."""
+def crop_samples(methods: dict[str, Crops], boxes: np.ndarray, rng: np.random.Generator) -> list[Sample]:
+    """Return what the crops of each method keep of boxes (N, 4)."""
     pairs = zip(methods.items(), CROP_COLOURS, strict=False)
-    return [Sample(name, kept_shares(crops, true, rng), colour) for (name, crops), colour in pairs]
+    return [Sample(name, kept_shares(crops, boxes, rng), colour) for (name, crops), colour in pairs]
 
 
-def kept_shares(crops: Crops, true: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the shares of the true boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
-    return coverage(crops_to_xywh(np.stack([crops.draw(rng) for _ in range(EPOCHS)])), true).ravel()
+def kept_shares(crops: Crops, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the shares of the boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
+    return coverage(crops_to_xywh(np.stack([crops.draw(rng) for _ in range(EPOCHS)])), boxes).ravel()
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------

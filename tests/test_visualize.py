@@ -93,7 +93,7 @@ def test_maps_masks_and_a_source_add_columns_and_boxes(few_birds, found, data):
         f"visualize.ids={data.ids[5]},{data.ids[1]}",
     ]
     figure = picture(few_birds, *words, f"masks={found}/bool", "visualize.crops=1")
-    assert titles(figure) == ["image", "attention", "candidates", *GROUPS[1:], "density map, T=2"]
+    assert titles(figure) == ["image", "attention", "candidates", *GROUPS[1:], "density map, T=0.1"]
     assert [len(part.axes) for part in figure.subfigs] == [2] * 7
     image, attention, candidates = figure.subfigs[:3]
     assert [note.split(",")[0] for note in notes(image)] == [str(data.ids[5]), str(data.ids[1])]
@@ -137,11 +137,14 @@ def test_small_masks_lie_over_large_ones():
 def test_histograms_of_boxes_and_crops(few_birds, found):
     source = f"source={found}/boxes.json"
     figure = picture(few_birds, "visualize.what=boxes", source, f"dino_maps={found}/boxes.json")
-    assert len(figure.axes) == 6  # training and test images; IoU, coverage, crops
-    assert "train, 4 images" in figure.axes[0].get_ylabel() and "test, 3 images" in figure.axes[3].get_ylabel()
+    assert len(figure.axes) == 8  # training and test images; IoU, coverage, crops on true boxes and on the source's
+    assert "train, 4 images" in figure.axes[0].get_ylabel() and "test, 3 images" in figure.axes[4].get_ylabel()
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert [label.partition(",")[0] for label in labels] == ["whole image", "centred box", "boxes.json"]
-    crops = figure.axes[2]
+    crops = figure.axes[3]
+    assert "boxes.json" in crops.get_xlabel() and not figure.axes[2].lines  # promised of the source's boxes alone
+    exact = crops.patches[2].get_data()
+    assert exact.values[exact.edges[1:] <= 0.7].sum() == 0
     assert len(crops.patches) == 4 and [line.get_xdata()[0] for line in crops.lines] == [0.7]
     assert all(patch.get_data().values.sum() == pytest.approx(100) for axes in figure.axes for patch in axes.patches)
 
@@ -268,3 +271,21 @@ def test_of_many_candidates_the_best_are_drawn_and_all_counted(tmp_path):
     shown = visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(0)
     assert [box[0] for box in shown["candidates_xywh"]] == [39, 38, 37, 36, 35] and "40" in shown["title"]
     assert visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(1)["title"] == "0 found"
+
+
+def test_an_image_without_a_box_says_so(few_birds, data, tmp_path):
+    ids, sizes = data.ids.tolist(), data.image_sizes.tolist()
+    boxes = dict(zip(ids, center_boxes(data.image_sizes).tolist(), strict=True)) | {ids[1]: None}
+    save_boxes(tmp_path / "b.json", boxes, dict(zip(ids, sizes, strict=True)), made_by="test", settings={})
+    figure = picture(few_birds, f"source={tmp_path}/b.json", f"visualize.ids={ids[0]},{ids[1]}")
+    assert [note.endswith("no box") for note in notes(figure.subfigs[0])] == [False, True]
+    assert [len(axes.patches) for axes in figure.subfigs[0].axes] == [2, 1]
+
+
+def test_images_without_labels_and_true_boxes(few_birds, data, tmp_path):
+    for path in list(data.paths)[:3]:
+        shutil.copy(path, tmp_path)
+    config = load_config(["dataset.name=folder", f"dataset.root={tmp_path}", "source=center", "image_size=48"])
+    figure = visualize.crops_picture(config)[0]
+    assert [len(part.axes) for part in figure.subfigs] == [3, 6, 6, 6]
+    assert all(len(axes.patches) == 1 for axes in figure.subfigs[0].axes)  # the centred box alone
