@@ -282,7 +282,8 @@ def _fill_in(config: dict, machine_workers: Mapping[str, int]) -> dict:
         config["num_workers"] = worker_count(config["A_machine"], machine_workers)
     if config["seed"] is None:
         config["seed"] = secrets.randbelow(2**31)  # below the limit, for a sweep counts on from it
-        print(f"seed=none: seed={config['seed']} was drawn")
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a training take it over
+            print(f"seed=none: seed={config['seed']} was drawn")
     return config
 
 

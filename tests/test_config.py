@@ -236,6 +236,12 @@ def test_a_seed_that_is_none_is_drawn_anew_and_told(capsys):
     assert all(f"seed={seed} " in told for seed in seeds) and load_config([])["seed"] == 0
 
 
+def test_of_several_processes_the_first_alone_tells_its_seed(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    load_config(["seed=none"])
+    assert capsys.readouterr().out == ""
+
+
 def test_workers_come_from_the_key_the_machines_name_or_its_cores(edit, monkeypatch):
     monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: set(range(32)))
     monkeypatch.setattr(settings.platform, "node", lambda: "here")
