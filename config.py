@@ -101,12 +101,18 @@ config = {
         "heads": "mean",  # mean | sparsity (weighted mean) | the number of one head
         "steps": ["heads", "min_max"],  # cleaning, in this order, from: heads, outlier, filter, min_max
         "filter_size": None,  # cells, of the step filter; None: a tenth of the map's short side, at least 3
-        "method": "component",  # component (one connected component of the enlarged map) | published
+        "method": "component",  # component (one connected component of the enlarged map) | published | object_head (the
+        # components of training images teach a classifier of the cells of another network, for photographs)
         "threshold": 0.3,  # of the map scaled to [0, 1]; chosen on training images
         "otsu": False,  # find the threshold by Otsu's method instead, image by image
         "upsample": 4,  # component: the map is enlarged so many times before it is cut
         "choose": "heaviest",  # component: heaviest (largest sum) | strongest (holds the maximum)
         "size_factor": 1.0,  # component: both sides of the box are multiplied by it
+        "object_model": "tf_efficientnet_lite0",  # object_head: a convolutional network of timm, trained on ImageNet
+        "object_weights": "hub",  # object_head: hub | random (to test a pipeline) | the path of a state dict
+        "object_image_size": 384,  # object_head: short side of its input in pixels
+        "object_rounds": 4,  # object_head: so often the classifier learns from the masks that it finds itself
+        "object_images": 1000,  # object_head: training images that teach, at most; each takes about 0.7 MB of memory
         "again": False,  # remove what lies at `out`, finished or not, and start anew
     },
     # --- candidate masks of generate_mask.py
@@ -294,6 +300,13 @@ presets = {
         "dino.image_size": 518,
         "dino.steps": ["heads", "outlier", "filter", "min_max"],
         "dino.threshold": 0.15,  # chosen on photographs of CUB (docs/boxes.md)
+    },
+    "photos_dino": {  # generate_dino_boxes.py on photographs; chosen on images of CUB (docs/boxes.md)
+        "dino.model": "dinov2_vits14",
+        "dino.image_size": 224,
+        "dino.steps": ["heads", "outlier", "filter", "min_max"],
+        "dino.method": "object_head",
+        "dino.threshold": 0.15,
     },
     "cub_first_training": {
         **_CUB,

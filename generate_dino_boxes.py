@@ -40,6 +40,7 @@ from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, maps_path, save_map_cache
 from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer, build_localizer
+from localizer.object_head import build_features, object_box, object_maps
 from readers.data_set import DataSet
 from utils import timed
 
@@ -122,6 +123,8 @@ def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
     heads = last_attention(localizer.model).num_heads
     trial = clean(np.random.default_rng(0).random((heads, 5, 7)), wanted)
     map_to_box(trial, (70, 50), wanted)
+    if wanted["method"] == "object_head":  # a wrong name is told before the maps are made
+        build_features(wanted["object_model"], wanted["object_weights"])
 
 
 def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, device: torch.device) -> dict[str, Any]:
@@ -249,10 +252,13 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
     """Return the box of each image, in the order of the data set, and write the box file."""
     data, wanted = stage.data, stage.config["dino"]
     with timed(stage.seconds, "boxes"):
-        boxes = [
-            map_to_box(cache[image_id], tuple(size), wanted)
-            for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True)
-        ]
+        if wanted["method"] == "object_head":
+            boxes = object_boxes(stage, cache)
+        else:
+            boxes = [
+                map_to_box(cache[image_id], tuple(size), wanted)
+                for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True)
+            ]
         ids = data.ids.tolist()
         unreadable = dict.fromkeys(data.unreadable)
         save_boxes(
@@ -263,6 +269,29 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             settings=stage.config | {"maps": stage.work.identity},
         )
     return boxes
+
+
+def object_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
+    """Return the box of each image by a classifier of cells that the attention maps teach."""
+    data, wanted = stage.data, stage.config["dino"]
+    network = build_features(wanted["object_model"], wanted["object_weights"])
+    network.model.to(stage.device)
+    found = object_maps(
+        network,
+        data,
+        cache,
+        side=wanted["object_image_size"],
+        threshold=wanted["threshold"],
+        rounds=wanted["object_rounds"],
+        most_images=wanted["object_images"],
+        device=stage.device,
+        num_workers=stage.config["num_workers"],
+    )
+    boxes = {
+        row: object_box(cells, tuple(data.image_sizes[row].tolist()), upsample=wanted["upsample"])
+        for row, cells in found
+    }
+    return [boxes[row] for row in range(len(data.ids))]
 
 
 # --- report -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import timm.optim
 import torch
@@ -299,6 +300,33 @@ def parameter_groups(
             rate = lr * group.get("lr_scale", 1.0) * factor
             split.append({"params": params, "weight_decay": group["weight_decay"], "lr": rate})
     return [group for group in split if group["params"]]
+
+
+def fit_linear(features: np.ndarray, labels: np.ndarray, n_classes: int, l2: float) -> tuple[np.ndarray, np.ndarray]:
+    """Fit a linear classifier (multinomial logistic regression) and return its weights (K, D) and biases (K,).
+
+    Args:
+        features: (N, D); they are standardised inside, the result is for them as they are.
+        labels: (N,) int64.
+        n_classes: K.
+        l2: the penalty is half of it times the squared weights on standardised features.
+    """
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
+    inputs, targets = torch.from_numpy(((features - mean) / std).astype(np.float32)), torch.from_numpy(labels)
+    head = nn.Linear(features.shape[1], n_classes)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = nn.functional.cross_entropy(head(inputs), targets) + l2 / 2 * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    weights = head.weight.detach().numpy() / std
+    return weights, head.bias.detach().numpy() - weights @ mean
 
 
 # --- EMA ----------------------------------------------------------------------------------------------------------

@@ -106,12 +106,17 @@ class Dino(Section):
     heads: Name = "mean"
     steps: Many[Text] = ["heads", "min_max"]
     filter_size: Side | None = None
-    method: Literal["component", "published"] = "component"
+    method: Literal["component", "published", "object_head"] = "component"
     threshold: Share = 0.3
     otsu: bool = False
     upsample: int = Field(4, ge=1, le=64)
     choose: Literal["heaviest", "strongest"] = "heaviest"
     size_factor: float = Field(1.0, ge=0.01, le=100)
+    object_model: Text = "tf_efficientnet_lite0"
+    object_weights: Text = "hub"
+    object_image_size: Side = 384
+    object_rounds: int = Field(4, ge=0, le=100)
+    object_images: Count = 1000
     again: bool = False
 
 

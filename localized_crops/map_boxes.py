@@ -206,6 +206,12 @@ def component_box(
     return _scaled_box(near - margin, far + margin, fine.shape, image_size)
 
 
+def component_mask(values: np.ndarray, threshold: float, choose: str = "heaviest") -> np.ndarray:
+    """Return one connected component of the cells from ``threshold`` on, (feat_h, feat_w) bool; none: all False."""
+    labels, count = ndimage.label(values >= threshold, np.ones((3, 3)))
+    return labels == _chosen_label(labels, values, choose) if count else np.zeros(values.shape, dtype=bool)
+
+
 def _chosen_label(labels: np.ndarray, values: np.ndarray, choose: str) -> int:
     """Return the label, from 1, of the heaviest component or of the one that holds the maximum."""
     if choose == "strongest":

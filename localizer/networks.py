@@ -56,7 +56,7 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
         if model_type is None:
             raise UserError(f"dino.weights={weights}: name the network too, such as dino.model=dinov2_vits14")
         name, model = timm_name(model_type), _from_hub(model_type) if weights == "hub" else _from_scratch(model_type)
-        return as_localizer(model, name, weights, **_input_of(model))
+        return as_localizer(model, name, weights, **input_of(model))
     content = load_tensors(weights)
     about = content.get("config") if isinstance(content, dict) else None
     if isinstance(about, dict):
@@ -68,7 +68,7 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
         raise UserError(f"{weights}: does not say which network it is of; add dino.model=NAME, such as dinov2_vits14")
     model = _create(timm_name(model_type))
     _load(model, weights, "dino.model")
-    return as_localizer(model, timm_name(model_type), weights, **_input_of(model))
+    return as_localizer(model, timm_name(model_type), weights, **input_of(model))
 
 
 def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:
@@ -119,7 +119,8 @@ def _create(name: str, **options: Any) -> nn.Module:
         ) from None
 
 
-def _input_of(model: nn.Module) -> dict[str, Any]:
+def input_of(model: nn.Module) -> dict[str, Any]:
+    """Return the image_size, mean and std that a timm network was trained with."""
     about = model.pretrained_cfg
     return {"image_size": about["input_size"][-1], "mean": tuple(about["mean"]), "std": tuple(about["std"])}
 

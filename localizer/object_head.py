@@ -1,0 +1,184 @@
+"""Boxes without labels from many images at once: a linear classifier learns from attention maps where the object is.
+
+A single attention map also marks branches and leaves. Over many images only the object comes back, so a linear
+classifier on the frozen features of an ImageNet network cannot learn the rest: it is fitted to the pseudo masks of the
+training images' attention maps, then several times to the masks that it finds itself. The idea of PSOL (Zhang, Cao and
+Wu, CVPR 2020), cell by cell in place of a regressed box. No box and no class label of the data set is used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from jobs.loader import build_loader
+from localized_crops import map_boxes
+from localized_crops.files import UserError
+from localizer.attention_maps import BatchImages, plan_batches
+from localizer.networks import Localizer, input_of, state_hash
+from models import fit_linear, load_backbone, timm_name
+from readers.data_set import DataSet
+
+OBJECT = 0.5  # probability from which a cell is object: the classifier's own border
+CELLS_PER_IMAGE = 120  # of a training image, drawn at random: neighbours say the same
+L2 = 6e-3  # of the classifier, on standardised features
+BATCH = 8  # images of one shape
+
+
+class LabelledCells(NamedTuple):
+    """Some cells of the training images, from which the classifier learns."""
+
+    features: np.ndarray  # (N, D) float32
+    places: list[np.ndarray]  # of each image: the numbers of its cells in row-major order
+
+
+def build_features(model_type: str, weights: str) -> Localizer:
+    """Build the network whose last two feature maps, at strides 16 and 32 for most, describe the cells.
+
+    Args:
+        model_type: a timm convolutional network.
+        weights: "hub", "random" (to test a pipeline) or a state dict's path.
+
+    Raises:
+        UserError: if the network gives no such maps, or the weights do not fit.
+    """
+    name = timm_name(model_type)
+    if not timm.is_model(name):
+        raise UserError(f"dino.object_model={model_type}: there is no such model in timm")
+    model = timm.create_model(name, num_classes=0, pretrained=weights == "hub")
+    if not hasattr(model, "forward_intermediates"):
+        raise UserError(f"dino.object_model={model_type}: gives no feature maps; take an EfficientNet or a ResNet")
+    if weights not in ("hub", "random"):
+        load_backbone(model, weights)
+    stride = max(level["reduction"] for level in model.feature_info)
+    return Localizer(model.eval(), name, weights, state_hash(model), patch=(stride, stride), **input_of(model))
+
+
+def object_maps(
+    network: Localizer,
+    data: DataSet,
+    attention: Mapping[int, np.ndarray],
+    *,
+    side: int,
+    threshold: float,
+    rounds: int,
+    most_images: int,
+    device: torch.device,
+    num_workers: int | None = None,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Fit the classifier on training images and yield, for each image, its row and its object map.
+
+    Args:
+        network: of `build_features`, on ``device``.
+        data: the data set; test images teach nothing.
+        attention: image id -> cleaned attention map; a blank one teaches nothing.
+        side: of the images' short side, pixels.
+        threshold: of the attention maps' components that teach the first classifier, share of the maximum.
+        rounds: how often the classifier is fitted again to the masks that it finds.
+        most_images: training images that teach, evenly spread; their features stay in memory.
+        device: of the network.
+        num_workers: processes that decode ahead.
+
+    Yields:
+        (row, (feat_h, feat_w) float64 in [0, 1]), the probability of "object"; zeros where an image cannot be read.
+
+    Raises:
+        UserError: if no training image has a map that points anywhere.
+    """
+    teachers = [row for row in np.flatnonzero(data.split != "test").tolist()
+                if not map_boxes.is_blank(attention[data.ids[row]])]  # fmt: skip
+    if not teachers:
+        raise UserError(f"{data.root}: no training image whose attention map points anywhere; see dino.model")
+    teachers = teachers[:: -(-len(teachers) // most_images)]
+    how = {"side": side, "device": device, "num_workers": num_workers}
+    features = {row: one.astype(np.float16) for row, one in _features(network, data, teachers, "teach", **how)
+                if one is not None}  # fmt: skip
+    masks = {row: attention_mask(attention[data.ids[row]], one.shape[:2], threshold) for row, one in features.items()}
+    weight, bias = teach(features, masks, rounds)
+    for row, one in _features(network, data, range(len(data.ids)), "object maps", **how):
+        yield row, np.zeros((1, 1)) if one is None else object_map(one, weight, bias)
+
+
+def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: float) -> np.ndarray:
+    """Return the heaviest component of a map stretched to ``grid`` (feat_h, feat_w), bool."""
+    cells = torch.from_numpy(np.asarray(attention_map, dtype=np.float32))[None, None]
+    stretched = F.interpolate(cells, size=grid, mode="bilinear", antialias=True)[0, 0].double().numpy()
+    return map_boxes.component_mask(map_boxes.min_max(stretched), threshold)
+
+
+def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds: int) -> tuple[np.ndarray, float]:
+    """Return the classifier (weight (D,), bias) learned from masks, then ``rounds`` times from its own masks.
+
+    Args:
+        features: row -> (feat_h, feat_w, D).
+        masks: row -> (feat_h, feat_w) bool, where the object is thought to be.
+        rounds: of self-training.
+    """
+    cells = _draw_cells(features)
+    for _ in range(rounds + 1):
+        labels = np.concatenate([masks[row].ravel()[at] for row, at in zip(masks, cells.places, strict=True)])
+        weights, biases = fit_linear(cells.features, labels.astype(np.int64), 2, L2)
+        weight, bias = weights[1] - weights[0], float(biases[1] - biases[0])
+        masks = {row: _own_mask(object_map(one, weight, bias)) for row, one in features.items()}
+    return weight, bias
+
+
+def object_map(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
+    """Return the probability of "object" of each cell, (feat_h, feat_w) float64; features (feat_h, feat_w, D)."""
+    return 1 / (1 + np.exp(-np.clip(features.astype(np.float64) @ weight + bias, -50, 50)))
+
+
+def object_box(probability: np.ndarray, image_size: tuple[int, int], *, upsample: int) -> map_boxes.MapBox:
+    """Return the box of an object map: of its heaviest component, as the classifier's own masks are chosen."""
+    return map_boxes.component_box(probability, image_size, threshold=min(OBJECT, probability.max()), upsample=upsample)
+
+
+def _own_mask(probability: np.ndarray) -> np.ndarray:
+    return map_boxes.component_mask(probability, min(OBJECT, 0.8 * probability.max()))
+
+
+def _draw_cells(features: dict[int, np.ndarray]) -> LabelledCells:
+    rng, rows, places = np.random.default_rng(0), [], []
+    for one in features.values():
+        flat = one.reshape(-1, one.shape[-1])
+        places.append(rng.choice(len(flat), min(CELLS_PER_IMAGE, len(flat)), replace=False))
+        rows.append(flat[places[-1]].astype(np.float32))
+    return LabelledCells(np.concatenate(rows), places)
+
+
+def _features(
+    network: Localizer,
+    data: DataSet,
+    rows: Sequence[int],
+    what: str,
+    *,
+    side: int,
+    device: torch.device,
+    num_workers: int | None,
+) -> Iterator[tuple[int, np.ndarray | None]]:
+    """Yield (row, features (feat_h, feat_w, D) float32, None where the image cannot be read) in batches of a shape."""
+    rows = np.asarray(rows)
+    batches = plan_batches(data.image_sizes[rows], side, network.patch, BATCH)
+    batches = [batch._replace(rows=rows[batch.rows].tolist()) for batch in batches]
+    images = BatchImages(batches, [[data.paths[row] for row in batch.rows] for batch in batches], network.patch, False)
+    loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
+    with tqdm(total=len(rows), desc=what, unit=" images", mininterval=1.0) as bar:
+        for batch, (pixels, errors) in zip(batches, loader, strict=True):
+            found = cell_features(network, pixels.to(device))
+            for row, error, one in zip(batch.rows, errors, found, strict=True):
+                yield row, one if error is None else None
+            bar.update(len(batch.rows))
+
+
+@torch.inference_mode()
+def cell_features(network: Localizer, pixels: torch.Tensor) -> np.ndarray:
+    """Return the features of images (B, H, W, 3) uint8: (B, feat_h, feat_w, D) float32, on the finer of two grids."""
+    images = network.normalize(pixels.permute(0, 3, 1, 2))
+    fine, coarse = network.model.forward_intermediates(images, indices=2, intermediates_only=True)
+    coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
+    return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1).float().cpu().numpy()
+
