@@ -8,6 +8,8 @@ num_workers=0). A table has as many trainings as it has rows and budgets, times 
     python reproduce.py reproduce.table=toybirds_crops num_workers=0
     python reproduce.py reproduce.table=toybirds_boxes num_workers=0
     python reproduce.py reproduce.table=small_photos reproduce.seeds=3 dataset.root=FOLDER num_workers=0
+    python reproduce.py reproduce.table=photos_probe dataset.root=FOLDER model.weights=FILE \\
+        dino.weights=FILE dino.object_weights=FILE num_workers=0    # a frozen network: no training
     python reproduce.py reproduce.table=cub_dino_boxes dataset.root=CUB_200_2011    # a GPU, weights from the hub
 
 The other words of the command line go to stages and trainings alike; wandb=true logs each training to wandb too.
@@ -21,6 +23,7 @@ from pathlib import Path
 from config import load_config
 from datasets import read_dataset
 from experiments.grid import run_grid
+from experiments.probe import write_probe
 from experiments.table_report import numbers_of, table_points, write_report
 from experiments.tables import TABLES, Step, Table
 from jobs.guard import going_on_with, run_script, same_command
@@ -61,6 +64,9 @@ def main(request: dict) -> None:
     with going_on_with(same_command):
         for step in table.steps:
             run_step(step, own)
+        if table.probe:
+            write_probe(shared, name, table.probe, folder, read_dataset(**shared["dataset"]))
+            return
         run_grid(shared, table_points(table, seeds, folder), train_run)
         blocks = write_report(table, name, seeds, folder, read_dataset(**shared["dataset"]))
         numbers = {budget: {row: numbers_of(cells) for row, cells in found.items()} for budget, found in blocks.items()}

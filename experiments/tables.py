@@ -32,6 +32,7 @@ class Table:
     published: dict[str, str] = field(default_factory=dict)  # row -> its top-1, as quoted
     folder: str | None = None  # under runs/, of trainings that several tables share; None: the table's name
     folders: dict[str, str] = field(default_factory=dict)  # row -> its run folders, without the seed; else by its name
+    probe: dict[str, str] = field(default_factory=dict)  # views of a frozen network: row -> source of the boxes
 
 
 PLAIN = {"use_box": False}
@@ -197,6 +198,51 @@ TABLES["photos_pseudo_boxes"] = Table(
     },
     controls=tuple(SCALES),
     common=PHOTOS | {"eval_box": SALIENCY},
+)
+
+# Real attention and pretrained networks; give dataset.root, dino.weights, dino.object_weights and model.weights.
+OBJECT_BOXES, ATTENTION_BOXES = "runs/photo_boxes/object.json", "runs/photo_attention/boxes.json"
+PHOTO_BOXES = ("preset=photos_dino", "dataset.name=cub")
+OBJECT_STEP = Step(OBJECT_BOXES, "generate_dino_boxes.py", (*PHOTO_BOXES, f"out={OBJECT_BOXES}"))
+ATTENTION_STEP = Step(
+    ATTENTION_BOXES,
+    "generate_dino_boxes.py",
+    (*PHOTO_BOXES, "dino.method=component", "dino.threshold=0.2", f"out={ATTENTION_BOXES}"),
+)
+PRETRAINED = {"dataset.name": "cub", "model.type": "tf_efficientnet_lite0"}
+TABLES["photos_probe"] = Table(
+    title="Photographs: boxes as views of a frozen, pretrained network",
+    preset="finetune",
+    rows={},
+    controls=(),
+    common=PRETRAINED,
+    steps=(ATTENTION_STEP, OBJECT_STEP),
+    probe={
+        "centred (control)": "center",
+        "attention, component": ATTENTION_BOXES,
+        "object head": OBJECT_BOXES,
+        "true (oracle)": "gt",
+    },
+)
+TABLES["photos_pretrained"] = Table(
+    title="Photographs: training crops, a pretrained network",
+    preset="finetune",
+    rows={row: SCALES[row] for row in ("RandomResizedCrop, scale .35", "RandomResizedCrop, scale .5")}
+    | {
+        "exact, object head's boxes, maIoU .9": {"source": OBJECT_BOXES, "maiou": 0.9},
+        "exact, centred boxes, maIoU .9": CENTER | {"maiou": 0.9},
+    },
+    controls=("RandomResizedCrop, scale .35", "RandomResizedCrop, scale .5"),
+    common=PRETRAINED
+    | {
+        "image_size": 160,
+        "num_epochs": 14,
+        "model.freeze_bn_from": 1,
+        "cache": "disk",
+        "eval.views": ["full", "center", "full@192"],
+        "eval_box": OBJECT_BOXES,
+    },
+    steps=(OBJECT_STEP,),
 )
 
 # --- the published rows, on all of CUB-200-2011 -------------------------------------------------------------------

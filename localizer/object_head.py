@@ -181,4 +181,3 @@ def cell_features(network: Localizer, pixels: torch.Tensor) -> np.ndarray:
     fine, coarse = network.model.forward_intermediates(images, indices=2, intermediates_only=True)
     coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
     return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1).float().cpu().numpy()
-

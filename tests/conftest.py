@@ -38,6 +38,12 @@ def cub24() -> Path:
     return real_folder("CUB24")
 
 
+@pytest.fixture
+def weights_folder() -> Path:
+    """Return the folder of real weights that WEIGHTS names."""
+    return real_folder("WEIGHTS")
+
+
 @pytest.fixture(scope="session")
 def cub_boxes() -> tuple[np.ndarray, np.ndarray]:
     """Return all of CUB's boxes (11788, 4), clipped, and image sizes (11788, 2), from CUB_METADATA."""

@@ -381,3 +381,19 @@ def test_a_file_that_is_no_image_is_listed_and_the_rest_goes_on(birds_copy, tiny
     assert missing == 1 and boxes[4].tolist() == [0, 0, *data.image_sizes[4].tolist()]
     with pytest.raises(UserError, match=r"made with dataset=.*dino\.again=true"):
         run(birds_copy, tiny, out)
+
+
+def test_attention_teaches_a_classifier_of_another_networks_cells(birds, tiny, tmp_path):
+    more = ["dino.method=object_head", "dino.object_model=resnet18", "dino.object_weights=random"]
+    out = run(birds, tiny, tmp_path / "boxes.json", *more, "dino.object_image_size=64", "dino.object_rounds=1")
+    boxes = load_boxes(out)
+    data = read_dataset("cub", birds)
+    assert set(boxes.boxes) == set(data.ids.tolist())
+    assert load_json(out)["settings"]["dino"]["object_rounds"] == 1
+
+
+def test_a_wrong_object_model_is_told_before_the_maps_are_made(birds, tiny, tmp_path):
+    more = ["dino.method=object_head", "dino.object_model=no_such_net"]
+    with pytest.raises(UserError, match=r"dino\.object_model"):
+        run(birds, tiny, tmp_path / "boxes.json", *more)
+    assert not list(tmp_path.iterdir())

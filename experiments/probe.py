@@ -1,0 +1,192 @@
+"""What boxes are worth as views of a frozen, pretrained network: a linear probe and nearest neighbours, no training.
+
+A table of reproduce.py, in minutes on a CPU. The features of each view are kept in the table's folder, so that an
+interrupted run goes on with the view that it had reached.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torchvision.transforms.v2.functional as F
+from tqdm import tqdm
+
+from datasets import source_boxes
+from localized_crops.files import save_json, save_text, whole_file
+from models import build_model, features_of, fit_linear
+from readers.data_set import DataSet
+from readers.images import read_image
+from training.evaluation import compare
+from transforms import View
+from utils import environment
+
+PLAIN_VIEWS = ("full", "center", "whole")
+PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, view by view
+NEIGHBOURS = 10
+BATCH = 16  # images
+FEW, DRAWS = (5, 10, 20), 5  # training images a class, and how often they are drawn
+
+
+class Answers(NamedTuple):
+    """One row: a probe trained on one view and tested on one or two."""
+
+    validation: float  # top-1, of the probe without the validation images
+    log_probs: np.ndarray  # (test images, K)
+    neighbours: float | None  # top-1 of the nearest neighbours
+    few: dict[int, np.ndarray]  # images a class -> (draws, test images) bool, right answers
+
+
+def write_probe(config: dict, name: str, sources: dict[str, str], folder: Path, data: DataSet) -> None:
+    """Write NAME.md and NAME.json: every view, and each box view averaged with the full view.
+
+    Args:
+        config: model.type, model.weights, image_size, eval.crop_pct, eval.box_margin and num_threads are read.
+        name: of the table.
+        sources: name of a row -> where its boxes come from, as ``source`` in config.py.
+        folder: where features and table lie.
+        data: the data set; its split "val" chooses the penalty and the plain view to compare with.
+    """
+    torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
+    views = dict.fromkeys(PLAIN_VIEWS) | {f"box: {label}": source for label, source in sources.items()}
+    features = {view: view_features(config, data, view, source, folder) for view, source in views.items()}
+    rows = {view: probe(features[view], data) for view in views}
+    for view in list(views)[len(PLAIN_VIEWS) :]:
+        rows[f"full and {view}"] = averaged(rows["full"], rows[view], data)
+    best = max(PLAIN_VIEWS, key=lambda view: rows[view].validation)
+    text = probe_text(rows, best, data.labels[data.rows("test")])
+    about = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
+    save_text(folder / f"{name}.md", f"{text}\n\n{about}; {environment()}\n")
+    save_json(folder / f"{name}.json", numbers_of(rows, data.labels[data.rows("test")]))
+    print(f"\n{text}\n\n{about}\nwritten to {folder / name}.md and .json")
+
+
+# --- features -----------------------------------------------------------------------------------------------------
+
+
+def view_features(config: dict, data: DataSet, view: str, source: str | None, folder: Path) -> np.ndarray:
+    """Return the features of all images in one view, (N, D) float32: from ``folder`` if they are of these settings."""
+    boxes = None if source is None else source_boxes(source, data)[0]
+    about = [config["model"]["type"], config["model"]["weights"], config["image_size"], config["eval"]["crop_pct"]]
+    about += [config["eval"]["box_margin"], data.fingerprint(), view.split(":")[0]]
+    digest = hashlib.sha256(repr(about).encode() + (b"" if boxes is None else boxes.tobytes())).hexdigest()[:16]
+    path = folder / f"features_{digest}.npy"
+    if not path.exists():
+        kind = View("box" if source else view, config["image_size"], config["eval"]["crop_pct"],
+                    config["eval"]["box_margin"])  # fmt: skip
+        found = np.concatenate(
+            list(tqdm(_batches(config, data, kind, boxes), desc=view, total=-(-len(data.ids) // 16)))
+        )
+        with whole_file(path) as scratch, open(scratch, "wb") as file:
+            np.save(file, found)
+    return np.load(path)
+
+
+@torch.inference_mode()
+def _batches(config: dict, data: DataSet, view: View, boxes: np.ndarray | None):
+    model, normalize = frozen_network(config)
+    for start in range(0, len(data.ids), BATCH):
+        images = []
+        for row in range(start, min(start + BATCH, len(data.ids))):
+            image = torch.from_numpy(np.array(read_image(data.paths[row]))).permute(2, 0, 1)
+            images.append(view(image, None if boxes is None else boxes[row]))
+        yield features_of(model, normalize(torch.stack(images)))[0].flatten(1).numpy()
+
+
+def frozen_network(config: dict) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
+    """Return the pretrained network and what normalises (B, 3, H, W) uint8 images as in its own training."""
+    wanted = config["model"]
+    model = build_model(
+        wanted["type"], 2, image_size=config["image_size"], patch_size=config["patch_size"], weights=wanted["weights"]
+    )
+    about = getattr(model, "pretrained_cfg", None) or {"mean": timm.data.IMAGENET_DEFAULT_MEAN,
+                                                       "std": timm.data.IMAGENET_DEFAULT_STD}  # fmt: skip
+    mean, std = list(about["mean"]), list(about["std"])
+    return model.eval(), lambda images: F.normalize(images.float().div_(255), mean, std)
+
+
+# --- probes -------------------------------------------------------------------------------------------------------
+
+
+def probe(features: np.ndarray, data: DataSet) -> Answers:
+    """Fit a linear classifier on training images of one view and test it on the same view."""
+    train, val, test = (data.rows(split) for split in ("train", "val", "test"))
+    labels, n_classes = data.labels, int(data.labels.max()) + 1
+    top1 = {}
+    for penalty in PENALTIES:
+        fitted = fit_linear(features[train], labels[train], n_classes, penalty)
+        top1[penalty] = float((_log_probs(features[val], fitted).argmax(1) == labels[val]).mean())
+    penalty = max(PENALTIES, key=top1.get)
+    both = np.concatenate([train, val])
+    fitted = fit_linear(features[both], labels[both], n_classes, penalty)
+    few = {count: _few_images(features, data, both, count, penalty) for count in FEW}
+    nearest = _neighbours(features[both], labels[both], features[test])
+    return Answers(top1[penalty], _log_probs(features[test], fitted), float((nearest == labels[test]).mean()), few)
+
+
+def averaged(a: Answers, b: Answers, data: DataSet) -> Answers:
+    """Return the row whose probabilities are the mean of two rows'; few images are not averaged."""
+    return Answers(np.nan, np.logaddexp(a.log_probs, b.log_probs) - np.log(2), None, {})
+
+
+def _log_probs(features: np.ndarray, fitted: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    logits = features @ fitted[0].T + fitted[1]
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+def _few_images(features: np.ndarray, data: DataSet, rows: np.ndarray, count: int, penalty: float) -> np.ndarray:
+    test, n_classes, right = data.rows("test"), int(data.labels.max()) + 1, []
+    for draw in range(DRAWS):
+        rng = np.random.default_rng(draw)  # the same images for every view
+        of_class = [rows[data.labels[rows] == label] for label in range(n_classes)]
+        few = np.concatenate([rng.choice(mine, min(count, len(mine)), replace=False) for mine in of_class])
+        fitted = fit_linear(features[few], data.labels[few], n_classes, penalty)
+        right.append(_log_probs(features[test], fitted).argmax(1) == data.labels[test])
+    return np.stack(right)
+
+
+def _neighbours(known: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Return the label that most of the nearest neighbours (cosine) have, the nearer ones counting more."""
+    known, asked = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (known, asked))
+    similarity = asked @ known.T
+    nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
+    votes = np.zeros((len(asked), labels.max() + 1))
+    for place in nearest.T:
+        votes[np.arange(len(asked)), labels[place]] += similarity[np.arange(len(asked)), place]
+    return votes.argmax(1)
+
+
+# --- the table ----------------------------------------------------------------------------------------------------
+
+
+def probe_text(rows: dict[str, Answers], best: str, labels: np.ndarray) -> str:
+    """Return the Markdown: top-1, the difference to the plain view ``best``, McNemar's p, few images a class."""
+    right = {name: (row.log_probs.argmax(1) == labels)[None] for name, row in rows.items()}
+    few = " | ".join(f"{count} a class" for count in FEW)
+    lines = [f"| view | val | test | against {best} | p | {NEIGHBOURS}-NN | {few} |", "|---" * (6 + len(FEW)) + "|"]
+    for name, row in rows.items():
+        result = compare(right[name], right[best])
+        shares = [f"{100 * row.few[n].mean():.1f} ± {100 * row.few[n].mean(1).std(ddof=1):.1f}" if row.few else ""
+                  for n in FEW]  # fmt: skip
+        near = "" if row.neighbours is None else f"{100 * row.neighbours:.1f}"
+        val = "" if np.isnan(row.validation) else f"{100 * row.validation:.1f}"
+        cells = [name, val, f"{100 * right[name].mean():.1f}", f"{100 * result.difference:+.1f}"]
+        lines.append("| " + " | ".join([*cells, f"{result.p_images:.3f}", near, *shares]) + " |")
+    return "\n".join([*lines, "", f"{len(labels)} test images; p: McNemar against {best}, the plain view that "
+                      f"validates best; few images: mean ± deviation over {DRAWS} draws."])  # fmt: skip
+
+
+def numbers_of(rows: dict[str, Answers], labels: np.ndarray) -> dict[str, Any]:
+    """Return what the JSON holds of each row."""
+    return {
+        name: {
+            "val": None if np.isnan(row.validation) else row.validation,
+            "test": float((row.log_probs.argmax(1) == labels).mean()),
+            "neighbours": row.neighbours,
+            "few": {str(count): right.mean(1).tolist() for count, right in row.few.items()},
+        }
+        for name, row in rows.items()
+    }

@@ -1,0 +1,121 @@
+"""The classifier of cells that attention teaches: on made features, on a random network, on photographs."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from datasets import read_dataset
+from localized_crops.boxes import center_boxes, iou
+from localized_crops.files import UserError
+from localized_crops.map_boxes import component_mask
+from localizer.attention_maps import attend_batches, clean_batch, plan_batches
+from localizer.networks import build_localizer
+from localizer.object_head import (
+    attention_mask,
+    build_features,
+    cell_features,
+    object_box,
+    object_map,
+    object_maps,
+    teach,
+)
+from models import fit_linear
+from readers.data_set import DataSet
+
+GRID, OBJECT_AT = (9, 13), (slice(2, 6), slice(3, 8))
+
+
+def scenes(count: int = 12) -> tuple[dict, dict, dict]:
+    """Return features, true masks and pseudo masks: each pseudo mask takes a piece of background for object too."""
+    rng = np.random.default_rng(0)
+    features, truth, taught = {}, {}, {}
+    for row in range(count):
+        truth[row] = np.zeros(GRID, bool)
+        truth[row][OBJECT_AT] = True
+        taught[row] = truth[row].copy()
+        taught[row][6:, 3 + row % 5] = True  # touches the object: one component
+        features[row] = rng.normal(size=(*GRID, 7)) + 8 * truth[row][..., None] * np.eye(7)[2]
+    return features, truth, taught
+
+
+def test_what_single_masks_get_wrong_is_mended_over_many_images():
+    features, truth, taught = scenes()
+    weight, bias = teach(features, taught, rounds=3)
+    found = [object_map(features[row], weight, bias) >= 0.5 for row in features]
+    wrong = np.mean([mask != truth[row] for row, mask in zip(features, found, strict=True)])
+    assert wrong < 0.2 * np.mean([taught[row] != truth[row] for row in features])
+
+
+def test_the_box_is_in_pixels_of_the_image():
+    cells = np.zeros(GRID)
+    cells[OBJECT_AT] = 1
+    box = object_box(cells, (130, 90), upsample=1)
+    assert box.xywh == pytest.approx((30, 20, 50, 40))
+
+
+def test_a_map_under_the_border_everywhere_still_gives_a_box():
+    cells = np.full(GRID, 0.1)
+    cells[4, 5] = 0.3
+    assert object_box(cells, (130, 90), upsample=1).xywh == pytest.approx((50, 40, 10, 10))
+
+
+def test_the_attention_mask_is_one_component_on_another_grid():
+    cells = np.zeros((5, 7))
+    cells[1:3, 2:5], cells[4, 6] = 1, 0.9
+    mask = attention_mask(cells, (10, 14), 0.5)
+    assert mask.shape == (10, 14)
+    assert mask[3, 6]
+    assert not mask[9, 13]
+
+
+def test_a_component_of_nothing_is_empty():
+    assert not component_mask(np.zeros((3, 4)), 0.5).any()
+
+
+def test_the_linear_classifier_takes_features_as_they_are():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 90)
+    features = (rng.normal(size=(90, 5)) + 6 * np.eye(5)[labels]) * (1, 100, 0.01, 1, 1) + 50
+    weights, biases = fit_linear(features, labels, 3, 1e-3)
+    assert weights.shape == (3, 5)
+    assert ((features @ weights.T + biases).argmax(1) == labels).mean() > 0.95
+
+
+def test_features_lie_on_the_finer_grid():
+    network = build_features("tf_efficientnet_lite0", "random")
+    assert network.patch == (32, 32)
+    assert network.mean == (0.5, 0.5, 0.5)
+    found = cell_features(network, torch.zeros(2, 96, 160, 3, dtype=torch.uint8))
+    assert found.shape == (2, 6, 10, 112 + 320)
+
+
+def test_a_network_that_timm_does_not_know_is_named():
+    with pytest.raises(UserError, match=r"dino\.object_model=no_such_net"):
+        build_features("no_such_net", "random")
+
+
+def test_object_boxes_of_photographs_beat_the_centred_box(cub24, weights_folder):
+    """Real attention (DINOv2 fine-tuned for salient regions by a third party) teaches an ImageNet network."""
+    data = subset(read_dataset("cub", cub24), step=40)
+    wanted = {"heads": "5", "steps": ["heads", "outlier", "filter", "min_max"], "filter_size": None}
+    localizer = build_localizer("dinov2_vits14", str(weights_folder / "dinov2_vits14_salient.safetensors"))
+    batches, maps = plan_batches(data.image_sizes, 224, localizer.patch, 8), {}
+    for one in attend_batches(localizer, batches, data.paths, torch.device("cpu"), autocontrast=False, num_workers=0):
+        maps |= dict(zip(data.ids[one.batch.rows].tolist(), clean_batch(one, wanted), strict=True))
+    network = build_features("tf_efficientnet_lite0", str(weights_folder / "tf_efficientnet_lite0.safetensors"))
+    how = {"side": 256, "threshold": 0.15, "rounds": 2, "most_images": 100, "num_workers": 0}
+    found = dict(object_maps(network, data, maps, device=torch.device("cpu"), **how))
+    sizes = data.image_sizes.tolist()
+    boxes = [object_box(found[row], tuple(size), upsample=4).xywh for row, size in enumerate(sizes)]
+    control = iou(center_boxes(data.image_sizes), data.boxes).mean()
+    assert iou(np.array(boxes), data.boxes).mean() > control + 0.08
+
+
+def subset(data: DataSet, step: int) -> DataSet:
+    """Return every so many images of a data set, all of them training images."""
+    rows = np.arange(0, len(data.ids), step)
+    columns = {name: getattr(data, name)[rows] for name in ("ids", "labels", "boxes", "image_sizes")}
+    paths, split = [data.paths[row] for row in rows], np.full(len(rows), "train")
+    return replace(data, paths=paths, split=split, **columns)
