@@ -449,11 +449,15 @@ def _load_strictly(
     try:
         fitting = _fit_vit(model, state) | (kept or {})
         missing, unexpected = model.state_dict().keys() - fitting.keys(), fitting.keys() - model.state_dict().keys()
+        missing = {
+            key for key in missing if key.split(".")[-1] != "num_batches_tracked"
+        }  # old weights count no batches
         if missing or unexpected:
             first = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in
                      (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
             raise ValueError("weights by name: " + "; ".join(first))
-        model.load_state_dict(fitting, strict=True)
+        counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
+        model.load_state_dict(counters | fitting, strict=True)
     except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
         lines = [line.strip() for line in str(error).splitlines()]
         reason = (lines[1:] or lines or [type(error).__name__])[0][:200]

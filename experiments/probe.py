@@ -5,23 +5,22 @@ interrupted run goes on with the view that it had reached.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
-import torchvision.transforms.v2.functional as F
 from tqdm import tqdm
 
 from datasets import source_boxes
+from experiments.table_report import compare
 from localized_crops.files import save_json, save_text, whole_file
-from models import build_model, features_of, fit_linear
+from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
 from readers.images import read_image
-from training.evaluation import compare
-from transforms import View
+from transforms import View, normalize
 from utils import environment
 
 PLAIN_VIEWS = ("full", "center", "whole")
@@ -70,42 +69,36 @@ def write_probe(config: dict, name: str, sources: dict[str, str], folder: Path, 
 def view_features(config: dict, data: DataSet, view: str, source: str | None, folder: Path) -> np.ndarray:
     """Return the features of all images in one view, (N, D) float32: from ``folder`` if they are of these settings."""
     boxes = None if source is None else source_boxes(source, data)[0]
-    about = [config["model"]["type"], config["model"]["weights"], config["image_size"], config["eval"]["crop_pct"]]
-    about += [config["eval"]["box_margin"], data.fingerprint(), view.split(":")[0]]
+    shown = config["image_size"], config["eval"]["crop_pct"], config["eval"]["box_margin"]
+    about = [config["model"]["type"], config["model"]["weights"], *shown, data.fingerprint(), view.split(":")[0]]
     digest = hashlib.sha256(repr(about).encode() + (b"" if boxes is None else boxes.tobytes())).hexdigest()[:16]
     path = folder / f"features_{digest}.npy"
     if not path.exists():
-        kind = View("box" if source else view, config["image_size"], config["eval"]["crop_pct"],
-                    config["eval"]["box_margin"])  # fmt: skip
-        found = np.concatenate(
-            list(tqdm(_batches(config, data, kind, boxes), desc=view, total=-(-len(data.ids) // 16)))
-        )
+        kind = View("box" if source else view, *shown)
+        parts = tqdm(_batches(config, data, kind, boxes), desc=view, total=-(-len(data.ids) // BATCH))
+        found = np.concatenate(list(parts))
         with whole_file(path) as scratch, open(scratch, "wb") as file:
             np.save(file, found)
     return np.load(path)
 
 
 @torch.inference_mode()
-def _batches(config: dict, data: DataSet, view: View, boxes: np.ndarray | None):
-    model, normalize = frozen_network(config)
+def _batches(config: dict, data: DataSet, view: View, boxes: np.ndarray | None) -> Iterator[np.ndarray]:
+    model, as_trained = frozen_network(config)
     for start in range(0, len(data.ids), BATCH):
         images = []
         for row in range(start, min(start + BATCH, len(data.ids))):
             image = torch.from_numpy(np.array(read_image(data.paths[row]))).permute(2, 0, 1)
             images.append(view(image, None if boxes is None else boxes[row]))
-        yield features_of(model, normalize(torch.stack(images)))[0].flatten(1).numpy()
+        yield features_of(model, as_trained(torch.stack(images)))[0].flatten(1).numpy()
 
 
 def frozen_network(config: dict) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
     """Return the pretrained network and what normalises (B, 3, H, W) uint8 images as in its own training."""
-    wanted = config["model"]
-    model = build_model(
-        wanted["type"], 2, image_size=config["image_size"], patch_size=config["patch_size"], weights=wanted["weights"]
-    )
-    about = getattr(model, "pretrained_cfg", None) or {"mean": timm.data.IMAGENET_DEFAULT_MEAN,
-                                                       "std": timm.data.IMAGENET_DEFAULT_STD}  # fmt: skip
-    mean, std = list(about["mean"]), list(about["std"])
-    return model.eval(), lambda images: F.normalize(images.float().div_(255), mean, std)
+    wanted, sizes = config["model"], {"image_size": config["image_size"], "patch_size": config["patch_size"]}
+    model = build_model(wanted["type"], 2, weights=wanted["weights"], **sizes)
+    about = input_config(wanted["type"])
+    return model.eval(), partial(normalize, mean=about["mean"], std=about["std"])
 
 
 # --- probes -------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from datasets import read_dataset
@@ -89,6 +90,13 @@ def test_features_lie_on_the_finer_grid():
     assert network.mean == (0.5, 0.5, 0.5)
     found = cell_features(network, torch.zeros(2, 96, 160, 3, dtype=torch.uint8))
     assert found.shape == (2, 6, 10, 112 + 320)
+
+
+def test_weights_from_before_batch_norm_counted_batches_are_taken(tmp_path):
+    state = timm.create_model("resnet18", num_classes=3).state_dict()
+    torch.save({key: value for key, value in state.items() if "num_batches_tracked" not in key}, tmp_path / "old.pt")
+    network = build_features("resnet18", str(tmp_path / "old.pt"))
+    assert torch.equal(network.model.state_dict()["conv1.weight"], state["conv1.weight"])
 
 
 def test_a_network_that_timm_does_not_know_is_named():
