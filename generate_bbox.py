@@ -388,6 +388,7 @@ def choose_boxes(stage: Stage, scores: dict[int, list[float]]) -> tuple[np.ndarr
         nothing | {image_id: box for image_id, (box, _) in made.items()},
         nothing | dict(zip(ids, data.image_sizes.tolist(), strict=True)),
         made_by=Path(__file__).name,
+        pixel_grid=data.pixel_grid,
         settings=stage.config | {"identity": stage.work.identity},
         scores=nothing | {image_id: score for image_id, (_, score) in made.items()},
     )

@@ -266,6 +266,7 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)} | unreadable,
             dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
             made_by=Path(__file__).name,
+            pixel_grid=data.pixel_grid,
             settings=stage.config | {"maps": stage.work.identity},
         )
     return boxes

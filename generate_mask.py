@@ -210,7 +210,9 @@ def finished_batches(stage: Stage) -> set[int]:
 def read_batches(stage: Stage, numbers: list[int]) -> Iterator[tuple[list[np.ndarray | None], dict[str, str]]]:
     """Yield the images of batches, decoded ahead by workers, and why images could not be read, by id."""
     workers = stage.config["num_workers"]
-    images = ImageBatches([[(int(stage.data.ids[r]), stage.data.paths[r]) for r in stage.batches[n]] for n in numbers])
+    images = ImageBatches(
+        [[(stage.data.ids[r].item(), stage.data.paths[r]) for r in stage.batches[n]] for n in numbers]
+    )
     yield from build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
 
 
@@ -330,6 +332,7 @@ def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
         {i: box if has else None for i, box, has in zip(ids, boxes.tolist(), found, strict=True)} | unreadable,
         dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
         made_by=Path(__file__).name,
+        pixel_grid=data.pixel_grid,
         settings=config | {"masks": stage.work.identity},
         scores={i: e[0]["predicted_iou"] if e else None for i, e in zip(ids, entries, strict=True)} | unreadable,
     )

@@ -1,6 +1,7 @@
 """Photographs in class folders: root/train/CLASS/*, root/val/CLASS/*, root/test/CLASS/*, or root/CLASS/*."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from localized_crops.files import UserError
 from readers.data_set import DataSet, ImagePaths, no_boxes
 from readers.images import SUFFIXES, image_sizes
 from readers.splits import SPLIT_NAMES
+
+MASKS = re.compile(r"masks_\d+")  # what generate_mask.py writes beside the class folders
 
 
 def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
@@ -110,7 +113,8 @@ def _is_split(name: str) -> bool:
 
 def _folders(root: Path) -> list[Path]:
     with os.scandir(root) as entries:
-        return sorted(Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+        folders = [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
+    return sorted(one for one in folders if not MASKS.fullmatch(one.name))
 
 
 def _images_in(folder: Path) -> tuple[list[str], int]:
