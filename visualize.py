@@ -48,6 +48,7 @@ from figures.plots import (
     panels_figure,
     run_curves_figure,
     save_figure,
+    short,
 )
 from jobs.guard import run_script
 from localized_crops.box_file import load_boxes
@@ -224,7 +225,7 @@ def true_box(subject: Subject, row: int) -> np.ndarray | None:
 
 def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     """Return an image with its true box and, where it is another, the source's."""
-    true, box, title = true_box(subject, row), subject.boxes[row], f"{subject.data.ids[row]}"
+    true, box, title = true_box(subject, row), subject.boxes[row], short(subject.data.ids[row])
     if not subject.has_box[row]:
         return Panel(image, true_xywh=true, title=f"{title}, no box")
     if true is None:

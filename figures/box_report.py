@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.plots import Panel, draw_panel, save_figure
+from figures.plots import Panel, draw_panel, save_figure, short
 from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, iou, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
@@ -189,8 +189,8 @@ def contact_panels(
         row, image_id = rows[place], data.ids[rows[place]].item()
         attention_map = None if maps is None else maps.get(image_id)
         if np.isnan(ious[place]):
-            return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], title=f"image {image_id}")
-        title = f"image {image_id}, IoU {ious[place]:.2f}"
+            return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], title=short(image_id))
+        title = f"image {short(image_id)}, IoU {ious[place]:.2f}"
         return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)
 
     if np.isnan(ious).all():  # no true boxes: images at equal distances

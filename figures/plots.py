@@ -21,6 +21,7 @@ OUTLINE = [withStroke(linewidth=2.8, foreground="#000a")]  # so that a line is s
 TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
 FOUND_BOX = {"edgecolor": "orange"}
 CELL = 1.3  # inches, both sides of a panel in a picture of images
+LONGEST_TITLE = 18  # characters of an image id
 BINS = 50  # of a histogram over [0, 1]
 MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
 COLOURS = matplotlib.colormaps["tab20"]
@@ -197,6 +198,12 @@ class Panel(NamedTuple):
     title: str = ""
     masks: Sequence[np.ndarray] = ()  # (H, W) bool each, small ones over large ones
     candidates_xywh: Sequence[Sequence[float]] = ()
+
+
+def short(image_id: int | str) -> str:
+    """Return an image id as it fits over a panel: of a long path its end."""
+    text = str(image_id)
+    return text if len(text) <= LONGEST_TITLE else f"...{text[-LONGEST_TITLE:]}"
 
 
 def draw_panel(axes: Axes, panel: Panel) -> None:
