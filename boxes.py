@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from config import load_config
-from datasets import read_dataset, source_boxes
+from datasets import has_source_box, read_dataset, source_boxes
 from jobs.guard import run_script
 from jobs.settings import ConfigError
-from localized_crops.box_file import load_boxes, save_boxes
-from localized_crops.boxes import whole_image_boxes
-from readers.box_sources import is_foreign, write_foreign
-from readers.data_set import DataSet
+from localized_crops.box_file import save_boxes
+from readers.box_sources import write_foreign
 
 USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
 
@@ -43,7 +41,8 @@ def main(request: dict) -> None:
     source = config["source"]
     data = read_dataset(**config["dataset"])
     boxes, missing = source_boxes(source, data, **config["boxes"])
-    boxes = np.where(_is_found(source, data, boxes)[:, None], boxes, np.nan)
+    has_box = has_source_box(source, data, config["boxes"]["allow_missing"])
+    boxes = np.where(has_box[:, None], boxes, np.nan)
     made_by = f"boxes.py convert {source}"
     if out.suffix == ".json" and not out.name.endswith(".coco.json"):
         ids, sizes = data.ids.tolist(), data.image_sizes.tolist()
@@ -55,18 +54,6 @@ def main(request: dict) -> None:
         names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
         write_foreign(out, names, data.image_sizes, boxes, made_by)
     print(f"{out}: {len(boxes) - missing} boxes, none for {missing} images")
-
-
-def _is_found(source: str, data: DataSet, boxes: np.ndarray) -> np.ndarray:
-    """Return which images (N,) have a box in the source; for the others it gave the whole image."""
-    if source == "gt":
-        return data.has_box
-    if source in ("center", "image"):
-        return np.ones(len(boxes), dtype=bool)
-    if is_foreign(source):
-        return (boxes != whole_image_boxes(data.image_sizes)).any(1)
-    found = load_boxes(source).boxes
-    return np.array([found[image_id] is not None for image_id in data.ids.tolist()])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from localized_crops.box_file import boxes_for_images
+from localized_crops.box_file import boxes_for_images, load_boxes
 from localized_crops.boxes import center_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from readers.box_sources import BoxSet, is_foreign, read_foreign
@@ -140,6 +140,18 @@ def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | Non
     if source in ("gt", "center", "image") or not is_foreign(source):
         return None
     return read_foreign(source, data, allow_missing)
+
+
+def has_source_box(source: str, data: DataSet, allow_missing: float = 0.0) -> np.ndarray:
+    """Return which images (N,) bool have a box in a source; the others get the whole image from `source_boxes`."""
+    if source == "gt":
+        return data.has_box
+    if source in ("center", "image"):
+        return np.ones(len(data.ids), dtype=bool)
+    if is_foreign(source):
+        return np.isin(np.arange(len(data.ids)), read_foreign(source, data, allow_missing).rows)
+    found = load_boxes(source).boxes
+    return np.array([found.get(image_id) is not None for image_id in data.ids.tolist()], dtype=bool)
 
 
 def _true_boxes(data: DataSet) -> tuple[np.ndarray, int]:

@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from config import load_config
-from datasets import read_dataset, source_boxes, source_set
+from datasets import has_source_box, read_dataset, source_boxes
 from dino_transform import MapCrops
 from experiments.grid import crop_family, settings_key
 from figures.box_report import METHOD_NAMES, SPLITS
@@ -51,7 +51,6 @@ from figures.plots import (
     short,
 )
 from jobs.guard import run_script
-from localized_crops.box_file import load_boxes
 from localized_crops.boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
 from localized_crops.files import UserError, load_json, user_errors
 from localized_crops.map_file import MapCache
@@ -122,19 +121,12 @@ def read_subject(config: dict) -> Subject:
         print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
     candidates = read_candidates(Path(config["masks"]), data) if config["masks"] else None
-    has_box = boxes_there(config, data) if missing else np.ones(len(data.ids), bool)
+    has_box = (
+        has_source_box(config["source"], data, config["boxes"]["allow_missing"])
+        if missing
+        else np.ones(len(data.ids), bool)
+    )
     return Subject(data, boxes, has_box, maps, candidates)
-
-
-def boxes_there(config: dict, data: DataSet) -> np.ndarray:
-    """Return for which images (N,) bool ``source`` has a box."""
-    if config["source"] == "gt":
-        return data.has_box
-    several = source_set(config["source"], data, config["boxes"]["allow_missing"])
-    if several is not None:
-        return np.isin(np.arange(len(data.ids)), several.rows)
-    found = load_boxes(config["source"]).boxes
-    return np.array([found.get(image_id) is not None for image_id in data.ids.tolist()])
 
 
 def read_candidates(folder: Path, data: DataSet) -> Candidates:
