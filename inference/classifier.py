@@ -23,6 +23,7 @@ from jobs.settings import DEFAULTS
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localizer.networks import Localizer, build_localizer
+from readers.data_set import UprightPath
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
 from transforms import View
@@ -102,7 +103,7 @@ class Classifier:
             num_workers: processes that decode ahead; 0: this one decodes.
             progress: show bars.
         """
-        paths, boxes, failed = [Path(path) for path in images], None, {}
+        paths, boxes, failed = [UprightPath(path) for path in images], None, {}
         if self.needs_box:
             about = {"precision": self.precision, "num_workers": num_workers, "progress": progress}
             boxes, failed = find_boxes(paths, self.localizer, self.config["dino"], self.device, **about)

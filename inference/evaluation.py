@@ -86,20 +86,20 @@ def evaluate(
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def figures_of(one: Evaluated, shares: np.ndarray | None) -> dict[str, Any]:
+def figures_of(one: Evaluated, shares: np.ndarray) -> dict[str, Any]:
     """Return all figures of one classifier as JSON takes them.
 
     Args:
         one: what it said.
-        shares: (N,) of each image's area that the object's true box covers; None: not known.
+        shares: (N,) of each image's area that the object's true box covers; NaN: not known.
     """
-    views = {}
+    views, known = {}, ~np.isnan(shares)
     for view, log_probs in one.log_probs.items():
         views[view] = accuracy(one.right(view)) | {
             "top5": top_k_accuracy(log_probs, one.labels, 5),
             "loss": float(-log_probs[np.arange(len(one.labels)), one.labels].mean()),
             "calibration": calibration(log_probs, one.labels),
-            "by_size": None if shares is None else by_size(one.right(view), shares),
+            "by_size": by_size(one.right(view)[known], shares[known]) if known.any() else None,
         }
     names, log_probs = one.classifier.class_names, one.log_probs[one.classifier.answer]
     counts = confusion_counts(one.labels, log_probs.argmax(1), len(names))
@@ -125,7 +125,7 @@ def comparisons(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 
 def object_shares(data: DataSet, rows: np.ndarray) -> np.ndarray:
-    """Return the share of the image's area that each true box covers, (N,)."""
+    """Return the share of the image's area that each true box covers, (N,); NaN where an image has none."""
     return coverage(data.boxes[rows], whole_image_boxes(data.image_sizes[rows]))
 
 

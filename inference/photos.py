@@ -3,15 +3,12 @@
 import glob
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
@@ -19,12 +16,12 @@ from localized_crops.files import UserError
 from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer
 from readers.data_set import UprightPath
-from readers.images import image_size, read_image
+from readers.images import SUFFIXES, image_sizes, read_image
 from training.batches import stack_images
 
 
-def find_images(images: str, lines: Iterable[str] | None = None) -> list[Path]:
-    """Return the image files that ``images`` names, in a stable order.
+def find_images(images: str, lines: Iterable[str] | None = None) -> list[UprightPath]:
+    """Return the image files that ``images`` names, in a stable order; they are read as their EXIF orientation says.
 
     Args:
         images: a file; a folder, of which all files with an image's suffix are taken, those of its folders too; a
@@ -38,28 +35,14 @@ def find_images(images: str, lines: Iterable[str] | None = None) -> list[Path]:
         found = [Path(line.rstrip("\r\n")) for line in lines or sys.stdin if line.strip()]
     elif Path(images).is_dir():
         files = (path for path in Path(images).rglob("*") if path.is_file())
-        found = sorted(path for path in files if path.suffix.lower() in IMG_EXTENSIONS)
+        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     elif Path(images).exists():
         found = [Path(images)]
     else:
         found = sorted(Path(path) for path in glob.glob(images, recursive=True) if Path(path).is_file())
     if not found:
         raise UserError(f"images={images}: no image there; give a file, a folder, a pattern in quotes, or - for stdin")
-    return found
-
-
-def read_upright(path: Path) -> PIL.Image.Image:
-    """Return an image as 8-bit RGB, turned as its EXIF orientation says; errors as of ``read_image``."""
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file")
-    return read_image(UprightPath(path))
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of the image that `read_upright` gives, from the file's head alone."""
-    if not path.exists():
-        raise UserError(f"{path}: there is no such file")
-    return image_size(UprightPath(path))[:2]
+    return [UprightPath(path) for path in found]
 
 
 def reason(error: Exception | str, path: Path) -> str:
@@ -69,20 +52,6 @@ def reason(error: Exception | str, path: Path) -> str:
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------
-
-
-def image_sizes(paths: Sequence[Path]) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the upright sizes (N, 2), width height, of image files; 0 0 and the reason for those that are none."""
-
-    def look(path: Path) -> tuple[tuple[int, int], str | None]:
-        try:
-            return upright_size(path), None
-        except Exception as error:  # whatever one file does, the others go on; decoders raise many kinds
-            return (0, 0), reason(error, path)
-
-    with ThreadPoolExecutor(8) as pool:
-        sizes, errors = zip(*pool.map(look, paths), strict=True)
-    return np.array(sizes), {row: error for row, error in enumerate(errors) if error}
 
 
 def find_boxes(
@@ -108,7 +77,7 @@ def find_boxes(
         num_workers: processes that decode ahead.
         progress: show a bar.
     """
-    sizes, errors = image_sizes(paths)
+    sizes, _, errors = image_sizes(paths, keep_going=True)
     rows = np.array([row for row in range(len(paths)) if row not in errors], dtype=np.int64)
     boxes = np.zeros((len(paths), 4))
     side = wanted["image_size"] or localizer.image_size
@@ -121,7 +90,6 @@ def find_boxes(
         autocontrast=wanted["autocontrast"],
         precision=precision,
         num_workers=num_workers,
-        read=read_upright,
     )
     with tqdm(total=len(rows), desc="boxes", unit=" images", disable=None if progress else True) as bar:
         for one in attended:
@@ -180,9 +148,9 @@ class PhotoBatches(Dataset):
         error = self.failed.get(row)
         if error is None:
             try:
-                image = pil_to_tensor(read_upright(self.paths[row]))
+                image = pil_to_tensor(read_image(self.paths[row]))
                 box = np.array([0, 0, *image.shape[:0:-1]]) if self.boxes is None else self.boxes[row]
                 return [view(image, box) for view in self.views], None
-            except Exception as fault:  # see image_sizes
+            except Exception as fault:  # whatever one file does, the others go on; decoders raise many kinds
                 error = reason(fault, self.paths[row])
         return [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views], error

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from figures.plots import Panel, draw_panel
 from inference.classifier import Prediction
-from inference.photos import read_upright
 from localized_crops.files import UserError, read_text, save_text
+from readers.images import read_image
 
 SUFFIXES = (".csv", ".jsonl")
 COLUMNS = 6  # of the contact sheet
@@ -87,7 +87,7 @@ def sheet_figure(predictions: Sequence[Prediction], most: int) -> Figure:
 
 
 def _panel(one: Prediction) -> Panel:
-    image = read_upright(one.path)
+    image = read_image(one.path)
     width, _ = image.size
     image.thumbnail((SHEET_SIDE, SHEET_SIDE))
     return Panel(image, box_xywh=None if one.box_xywh is None else np.array(one.box_xywh) * image.width / width)

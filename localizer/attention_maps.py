@@ -1,6 +1,6 @@
 """From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,16 +71,10 @@ class BatchImages(Dataset):
     """Whole batches of decoded and resized images."""
 
     def __init__(
-        self,
-        batches: list[Batch],
-        paths: list[list[Path]],
-        patch: tuple[int, int],
-        autocontrast: bool,
-        read: Callable[[Path], PIL.Image.Image] = read_image,
+        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
     ) -> None:
-        """Keep the image paths of each batch, and how a file is read."""
+        """Keep the image paths of each batch."""
         self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
-        self.read_file = read
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -100,7 +94,7 @@ class BatchImages(Dataset):
 
     def read(self, path: Path, batch: Batch) -> np.ndarray:
         """Return one image as the network's input, (H, W, 3) uint8."""
-        image = self.read_file(path)
+        image = read_image(path)
         if image.height < self.patch[0] or image.width < self.patch[1]:
             raise UserError(
                 f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
@@ -131,7 +125,6 @@ def attend_batches(
     precision: str = "float32",
     num_workers: int = 0,
     with_logits: bool = False,
-    read: Callable[[Path], PIL.Image.Image] = read_image,
 ) -> Iterator[Attended]:
     """Yield the CLS attention of each batch, one batch behind the device: it works while the last one is used.
 
@@ -144,10 +137,9 @@ def attend_batches(
         precision: float32 | bf16 | fp16 (on CUDA).
         num_workers: processes that decode ahead.
         with_logits: also return the network's output.
-        read: opens an image file.
     """
     files = [[paths[row] for row in batch.rows] for batch in batches]
-    images = BatchImages(batches, files, localizer.patch, autocontrast, read)
+    images = BatchImages(batches, files, localizer.patch, autocontrast)
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
     pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):

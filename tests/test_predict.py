@@ -13,7 +13,7 @@ import torch
 import models
 import predict
 from inference.classifier import load_classifier
-from inference.photos import find_boxes, find_images, read_upright, upright_size
+from inference.photos import find_boxes, find_images
 from localized_crops.files import UserError
 from localizer.networks import build_localizer
 from transforms import normalize
@@ -126,15 +126,17 @@ def test_a_path_on_stdin_that_is_no_file_is_listed_too(site, photos, tmp_path):
     assert "gone.jpg" in found[2].error and found[2].classes == []
 
 
-def test_the_exif_orientation_is_applied(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 255, (37, 53, 3), np.uint8)
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
-    PIL.Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    PIL.Image.fromarray(pixels).save(tmp_path / "b.png")
-    assert np.array_equal(np.asarray(read_upright(tmp_path / "a.png")), np.rot90(pixels, -1))
-    assert np.array_equal(np.asarray(read_upright(tmp_path / "b.png")), pixels)
-    assert upright_size(tmp_path / "a.png") == (37, 53) and upright_size(tmp_path / "b.png") == (53, 37)
+def test_the_exif_orientation_is_applied(site, photos, tmp_path):
+    with PIL.Image.open(next((photos / "trip").glob("*.jpg"))) as image:
+        exif = PIL.Image.Exif()
+        exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+        image.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        image.save(tmp_path / "upright.png")
+    paths = [tmp_path / "turned.png", tmp_path / "upright.png"]
+    config = predict.load_prediction_config([f"checkpoint={site}/run/best.pt", "images=x", "eval_box=center"])
+    turned, upright = load_classifier(site / "run" / "best.pt", config=config).predict(paths)
+    assert turned.box_xywh == pytest.approx(upright.box_xywh) and turned.classes == upright.classes
+    assert turned.probabilities == pytest.approx(upright.probabilities)
 
 
 def test_what_is_no_prediction_is_never_overwritten(site, photos, tmp_path):
