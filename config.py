@@ -69,8 +69,9 @@ config = {
     "cache_side": None,  # its images' short side is at most so many pixels; None: as they are
     "cache_folder": None,  # where it lies, such as /dev/shm/NAME for memory; None: the data set's folder
     # --- boxes and crops
-    "source": "gt",  # boxes of training: gt | center (0.65 of each side) | image | the path of a box JSON, a COCO JSON,
-    # a CSV (path, x, y, width, height in pixels), a folder of YOLO .txt or Pascal VOC .xml; matched by file name
+    "source": "gt",  # boxes of training: gt | center (0.65 of each side) | image | dino (generate_dino_boxes.py's for this
+    # data set, where it was told no other out) | the path of a box JSON, a COCO JSON, a CSV (path, x, y, width, height
+    # in pixels), a folder of YOLO .txt or Pascal VOC .xml; matched by file name
     "boxes": {  # of other tools' files
         "several": "largest",  # an image with several: largest | union | random (one drawn per crop)
         "allow_missing": 0.0,  # share of the images that may be without a box (the whole image serves as theirs)
@@ -89,7 +90,7 @@ config = {
         # maps in [0, 1], on which the published 2, which belongs to unscaled q·k, is nearly uniform
     },
     # --- attention maps and boxes of generate_dino_boxes.py
-    "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name}/boxes.json
+    "out": None,  # the box JSON to write; None: runs/dino_boxes_{dataset.name, or its folder}/boxes.json
     # predict.py: the .csv or .jsonl to write; None: predictions_{images}.csv beside the checkpoint
     "dino": {
         "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
@@ -175,7 +176,7 @@ config = {
         "box_margin": 0.1,  # view box: margin on each side, as a share of the box's side
         "batch_size": 64,  # images
     },
-    "eval_box": None,  # adds the view box, from: gt (an oracle!) | center | image | a box JSON; None: no such view
+    "eval_box": None,  # adds the view box, from: gt (an oracle!) | any other source as above; None: no such view
     # --- model
     "model": {
         "type": "toyresnet",  # toyresnet (0.7 M parameters) | resnet50 (torchvision) | dinov2_vit{s,b,l,g}14 or
@@ -280,6 +281,10 @@ _CUB_SECOND = {
 presets = {
     "toybirds": {},
     "finetune": {  # photographs, 5 to 100 a class; the weights come from the hub, or from a file (model.weights=FILE)
+        "dataset.name": "folder",
+        "source": "dino",  # generate_dino_boxes.py preset=finetune comes first
+        "THR": 0.5,
+        "eval_box": "dino",
         "model.type": "resnet50",
         "model.weights": "hub",
         "eval.crop_pct": None,  # the network's own

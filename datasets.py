@@ -105,6 +105,16 @@ def _read_toybirds(folder: Path, keep_going: bool) -> DataSet:
     )
 
 
+def stem_of(name: str, root: Path | str | None) -> str:
+    """Return what runs and box files are called after: the folder of a "folder" or "csv", else the data set's name."""
+    return Path(root).resolve().name if name in ("folder", "csv") and root is not None else name
+
+
+def dino_boxes_path(name: str, root: Path | str | None) -> Path:
+    """Return where generate_dino_boxes.py writes the boxes of a data set unless it is told another place."""
+    return Path("runs") / f"dino_boxes_{stem_of(name, root)}" / "boxes.json"
+
+
 # --- boxes of a source --------------------------------------------------------------------------------------------
 
 
@@ -114,7 +124,7 @@ def source_boxes(
     """Return the boxes that ``source`` names, (N, 4) x y width height, and for how many images it has none.
 
     Args:
-        source: "gt" (of the data set), "center", "image", or the path of a box JSON, or of boxes in another tool's
+        source: "gt" (of the data set), "center", "image", "dino" (`dino_boxes_path`), or the path of a box JSON, or of boxes in another tool's
             format (`readers.box_sources`). An image without a box gets the whole image.
         data: the data set, in whose order the boxes come.
         several: what serves an image that another tool's file gives several boxes: "largest" or "union"; "random" gives
@@ -126,6 +136,13 @@ def source_boxes(
     """
     if source == "gt":
         return _true_boxes(data)
+    if source == "dino":
+        source = dino_boxes_path(data.name, data.root)
+        if not source.exists():
+            raise UserError(
+                f"{source}: there is no such file: make it with generate_dino_boxes.py on the same data set"
+            )
+        return boxes_for_images(source, data.ids, data.image_sizes, data.pixel_grid)
     if source == "center":
         return center_boxes(data.image_sizes), 0
     if source == "image":
@@ -137,7 +154,7 @@ def source_boxes(
 
 def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | None:
     """Return all boxes of a source that may hold several an image; None: it holds one."""
-    if source in ("gt", "center", "image") or not is_foreign(source):
+    if source in ("gt", "center", "image", "dino") or not is_foreign(source):
         return None
     return read_foreign(source, data, allow_missing)
 

@@ -28,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 from config import load_config
-from datasets import read_dataset
+from datasets import dino_boxes_path, read_dataset
 from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
 from jobs.shared_work import SharedWork, choose_device, process_numbers
@@ -89,7 +89,7 @@ def prepare(config: dict) -> Stage:
     localizer.model.to(device)
     side = wanted["image_size"] or localizer.image_size
     check_settings(wanted, localizer, side)
-    out = Path(config["out"] or f"runs/dino_boxes_{config['dataset']['name']}/boxes.json")
+    out = Path(config["out"] or dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     stage = Stage(
         config=config,
         out=out,

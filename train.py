@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 import models
 from config import load_config
+from datasets import stem_of
 from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import going_on_with, run_script
@@ -101,7 +102,7 @@ def load_run_config(arguments: list[str]) -> dict | None:
         return forked_config(arguments, Path(config["init_from"]))
     if not config["resume"]:
         return config
-    return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(config["dataset"]["name"])))
+    return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(run_stem(config))))
 
 
 def unfinished_run(stem: str) -> Path:
@@ -165,9 +166,14 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
             return _train_in(folder, copy.deepcopy(config), device, wandb_run)
 
 
+def run_stem(config: dict) -> str:
+    """Return what the folders of runs are called after."""
+    return stem_of(config["dataset"]["name"], config["dataset"]["root"])
+
+
 def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
     """Return the folder of the run, locked for as long as ``held`` is open."""
-    folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", config["dataset"]["name"])
+    folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", run_stem(config))
     if not held.enter_context(locked(folder)):
         raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
     if (folder / "config.json").exists() and not config["resume"]:

@@ -30,7 +30,7 @@ from transforms import View
 from utils import load_tensors
 
 # Sections of the config that evaluation and prediction take from the training, unless a word says otherwise.
-OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "dino")
+OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "boxes", "dino")
 
 
 class Prediction(NamedTuple):

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from datasets import source_boxes
 from experiments.paired_tests import compare
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
@@ -30,6 +29,7 @@ from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
 from training.evaluation import predict
+from training.train_data import boxes_from
 
 WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 MOST_IN_TABLE = 30  # classes, the worst first
@@ -69,7 +69,7 @@ def evaluate(
         num_workers: processes that decode.
     """
     check_classes(classifier, data)
-    boxes = source_boxes(classifier.config["eval_box"] or "image", data)[0]
+    boxes = boxes_from(classifier.config["eval_box"] or "image", classifier.config, data)[0]
     loader = build_loader(
         ViewImages(data, rows, boxes, list(classifier.views.values())),
         batch_size=batch_size,
