@@ -69,9 +69,9 @@ config = {
     "cache_side": None,  # its images' short side is at most so many pixels; None: as they are
     "cache_folder": None,  # where it lies, such as /dev/shm/NAME for memory; None: the data set's folder
     # --- boxes and crops
-    "source": "gt",  # boxes of training: gt | center (0.65 of each side) | image | dino (generate_dino_boxes.py's for this
-    # data set, where it was told no other out) | the path of a box JSON, a COCO JSON, a CSV (path, x, y, width, height
-    # in pixels), a folder of YOLO .txt or Pascal VOC .xml; matched by file name
+    "source": "gt",  # boxes of training: gt | center (0.65 of each side) | image | dino (of generate_dino_boxes.py for
+    # this data set with out=None) | the path of a box JSON, a COCO JSON, a CSV (path, x, y, width, height in
+    # pixels), a folder of YOLO .txt or Pascal VOC .xml; matched by file name
     "boxes": {  # of other tools' files
         "several": "largest",  # an image with several: largest | union | random (one drawn per crop)
         "allow_missing": 0.0,  # share of the images that may be without a box (the whole image serves as theirs)

@@ -124,8 +124,8 @@ def source_boxes(
     """Return the boxes that ``source`` names, (N, 4) x y width height, and for how many images it has none.
 
     Args:
-        source: "gt" (of the data set), "center", "image", "dino" (`dino_boxes_path`), or the path of a box JSON, or of boxes in another tool's
-            format (`readers.box_sources`). An image without a box gets the whole image.
+        source: "gt" (of the data set), "center", "image", "dino" (`dino_boxes_path`), or the path of a box JSON, or of
+            boxes in another tool's format (`readers.box_sources`). An image without a box gets the whole image.
         data: the data set, in whose order the boxes come.
         several: what serves an image that another tool's file gives several boxes: "largest" or "union"; "random" gives
             the largest here (`source_set` keeps them all).
