@@ -298,3 +298,11 @@ def test_torn_and_missing_checkpoints(tmp_path):
     for wrong in (path, tmp_path / "none.pt", tmp_path):
         with pytest.raises(UserError, match=wrong.name):
             models.load_trained(build(), wrong, ema=True)
+
+
+def test_weights_without_batchnorms_counters_load(tmp_path):
+    model = build(n_classes=3)
+    state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "weights.safetensors")  # as converters and older tools write them
+    other = build(n_classes=5, weights=str(tmp_path / "weights.safetensors"))
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
