@@ -390,7 +390,6 @@ def choose_boxes(stage: Stage, scores: dict[int, list[float]]) -> tuple[np.ndarr
         made_by=Path(__file__).name,
         pixel_grid=data.pixel_grid,
         settings=stage.config | {"identity": stage.work.identity},
-        pixel_grid=stage.data.pixel_grid,
         scores=nothing | {image_id: score for image_id, (_, score) in made.items()},
     )
     stage.work.remove()

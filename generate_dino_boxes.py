@@ -268,7 +268,6 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             made_by=Path(__file__).name,
             pixel_grid=data.pixel_grid,
             settings=stage.config | {"maps": stage.work.identity},
-            pixel_grid=data.pixel_grid,
         )
     return boxes
 

@@ -334,7 +334,6 @@ def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
         made_by=Path(__file__).name,
         pixel_grid=data.pixel_grid,
         settings=config | {"masks": stage.work.identity},
-        pixel_grid=data.pixel_grid,
         scores={i: e[0]["predicted_iou"] if e else None for i, e in zip(ids, entries, strict=True)} | unreadable,
     )
     maps = MapCache.open(config["dino_maps"])
