@@ -146,11 +146,12 @@ config = {
         "prompt_background": 3,  # and so many weakest cells outside it
     },
     # --- choice among candidate masks of generate_bbox.py
-    "masks": None,  # the folder masks_{i} that generate_mask.py wrote
+    "masks": None,  # the folder masks_{i} that generate_mask.py wrote; several: A,B
     "bbox": {
         "classifier": None,  # a checkpoint of train.py (its EMA): best.pt of a run
         "score": "logit",  # logit (of the image's own class) | ncm (cosine to the class's mean training feature) |
         # label_free (largest softmax of any class; the other two know the label of test images, as published)
+        "folders": "first",  # of several folders: first (of an image the first folder that has candidates) | all
         "padding": 0.1,  # added on each side of a candidate's box before it is cut out, share of the box's side
         "image_size": None,  # side of the cut-outs in pixels; None: that of the classifier's training
         "batch_size": 64,  # cut-outs that are classified together

@@ -9,6 +9,7 @@ out=FOLDER/STEM.json:
     STEM.png             best, median and worst boxes
     errors.txt           a count, then a line per image that could not be read (it gets no box; exit status 2)
 
+    python generate_bbox.py masks=A,B ...  # B's candidates for images that have none in A (bbox.folders=all: the best)
     python generate_bbox.py masks=data/toybirds/masks_0 bbox.classifier=runs/toybirds_0/best.pt
     python generate_bbox.py preset=cub_dino dataset.root=CUB_200_2011 masks=CUB_200_2011/masks_0 \\
         bbox.classifier=runs/cub_first_training/best.pt
@@ -19,15 +20,13 @@ to be used on images without a label, or as an honest test view, need bbox.score
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import PIL.Image
 import torch
 from torch import nn
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from config import load_config
 from datasets import read_dataset
@@ -35,18 +34,19 @@ from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
 from jobs.loader import build_loader
 from jobs.settings import ConfigError, check_value, get_key
-from jobs.shared_work import SharedWork, choose_device, process_numbers
+from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
 from localized_crops.box_file import load_boxes, save_boxes
-from localized_crops.boxes import clip_boxes, expand_boxes, whole_image_boxes
+from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
-from localized_crops.image_ids import key_to_id
+from localized_crops.image_ids import ImageId, key_to_id
 from localizer.networks import state_hash
+from masks.cut_outs import CutOuts
 from masks.mask_files import load_masks_info, mask_names
+from masks.sam_models import file_sha256
 from models import build_model, features_of, load_trained
 from readers.data_set import DataSet
-from readers.images import read_image
 from transforms import normalize
-from utils import load_tensors, timed
+from utils import autocast, load_tensors, timed
 
 
 def main(config: dict) -> None:
@@ -89,7 +89,7 @@ def prepare(config: dict) -> Stage:
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
-    candidates, setup = read_candidates(Path(config["masks"]), data)
+    candidates, setup = read_folders(config["masks"], wanted["folders"], data)
     device = choose_device(config["device"])
     model, image_size, statistics = load_classifier(wanted["classifier"], data)
     out = Path(config["out"] or f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
@@ -101,12 +101,14 @@ def prepare(config: dict) -> Stage:
         "settings": {"image_size": wanted["image_size"] or image_size, "padding": wanted["padding"]}
         | {key: wanted[key] for key in ("score", "batch_size")},
     }
+    units = plan_units(candidates, len(data.ids), wanted["batch_size"])
     work = SharedWork(
         out.with_name(f"{out.stem}.partial"),
         identity,
         "bbox",
         f"python generate_bbox.py out={out} bbox.again=true",
         *process_numbers(),
+        content_keys([[data.paths[row] for row in unit] for unit in units]),
     )
     stage = Stage(
         config=config,
@@ -118,7 +120,7 @@ def prepare(config: dict) -> Stage:
         image_size=wanted["image_size"] or image_size,
         device=device,
         work=work,
-        units=plan_units(candidates, len(data.ids), wanted["batch_size"]),
+        units=units,
     )
     if work.rank == 0:
         count = sum(map(len, candidates.values()))
@@ -128,6 +130,23 @@ def prepare(config: dict) -> Stage:
     return stage
 
 
+def read_folders(masks: str, folders: str, data: DataSet) -> tuple[dict[int, np.ndarray], list[dict[str, Any]]]:
+    """Return the candidate boxes by row, (N, 4), of one or several folders, and how each of these was made.
+
+    Args:
+        masks: the folder, or several, separated by commas.
+        folders: "first" (an image's candidates are those of the first folder that has any) or "all".
+        data: the data set.
+    """
+    paths = [Path(masks)] if Path(masks).exists() else [Path(part) for part in masks.split(",")]
+    read = [read_candidates(path, data) for path in paths]
+    joined = {}
+    for row in range(len(data.ids)):
+        parts = [boxes[row] for boxes, _ in read if len(boxes[row])] or [np.zeros((0, 4))]
+        joined[row] = np.concatenate(parts) if folders == "all" else parts[0]
+    return joined, [about for _, about in read]
+
+
 def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray], dict[str, Any]]:
     """Return the candidate boxes by row, (N, 4), and the setup that they were made with.
 
@@ -135,6 +154,7 @@ def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray],
         UserError: if the masks are of another data set.
     """
     setup, info = load_masks_info(folder, dataset=data.fingerprint())
+    setup |= {"masks_info_sha256": file_sha256(folder / "masks_info.json")}
     boxes = {}
     for row, name in enumerate(mask_names(data.ids.tolist(), data.paths)):
         found = np.array([entry["bbox"] for entry in info.get(name, [])], dtype=np.float64).reshape(-1, 4)
@@ -142,6 +162,8 @@ def read_candidates(folder: Path, data: DataSet) -> tuple[dict[int, np.ndarray],
         size = data.image_sizes[row]
         found[:, :2] = np.minimum(found[:, :2], size - 1)
         boxes[row] = clip_boxes(found, np.tile(size, (len(found), 1)))
+        if outside := np.flatnonzero((boxes[row][:, 2:] <= 0).any(1)).tolist():
+            raise UserError(f"{folder}: image {name[:60]}, mask {outside[0]}: its box lies outside the image, {size}")
     return boxes, setup
 
 
@@ -168,6 +190,8 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, di
     if wanted["n_classes"] < len(data.class_names):
         raise UserError(f"{path}: knows {wanted['n_classes']} classes, the data set has {len(data.class_names)}")
     load_trained(model, path)
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UserError(f"{path}: some of its weights are not finite numbers; train it again")
     statistics = {key: wanted[key] for key in ("mean", "std") if wanted.get(key)}  # older ones: ImageNet's
     return model.eval(), image_size, statistics
 
@@ -178,10 +202,13 @@ def claim_out(out: Path, work: SharedWork, again: bool) -> None:
     Raises:
         UserError: if it is of other settings, candidates or another classifier, or of another script.
     """
+    was_ours = out.exists()
     if again:
         work.start_anew()
         out.unlink(missing_ok=True)
-    if out.exists():
+    if not was_ours:
+        refuse_foreign(out)
+    elif out.exists():
         with user_errors(UserError, f"{out}: was not made by this script, give another out=FILE: "):
             made = load_boxes(out)
         if "identity" not in made.settings or made.scores.keys() != made.boxes.keys():
@@ -206,34 +233,28 @@ def plan_units(candidates: dict[int, np.ndarray], images: int, batch_size: int) 
 
 
 def score_images(stage: Stage) -> None:
-    """Score this process's share of the candidates; a finished unit is a record."""
-    done = finished_units(stage)
-    mine = [n for n in range(len(stage.units)) if n not in done and stage.work.is_mine(n)]
-    if done and stage.work.rank == 0:
-        print(f"{sum(len(stage.units[n]) for n in done)} of {len(stage.data.ids)} images are done already")
-    if not mine:
-        return
-    with timed(stage.seconds, "class_means"):
-        means = class_means(stage) if stage.config["bbox"]["score"] == "ncm" else None
-    total = sum(len(stage.candidates[row]) for n in mine for row in stage.units[n])
-    with (
-        timed(stage.seconds, "scores"),
-        stage.work.writing() as records,
-        tqdm(total=total, desc="candidates", disable=stage.work.rank > 0, mininterval=1.0) as bar,
-    ):
-        boxes = {row: stage.candidates[row] for n in mine for row in stage.units[n]}
-        for number, (crops, errors) in zip(mine, cut_out(stage, [stage.units[n] for n in mine], boxes), strict=True):
-            scores = score_crops(stage, stage.units[number], crops, errors, means)
-            records.append({"unit": number, "scores": scores, "errors": errors}, b"")
-            bar.update(len(crops))
+    """Score this process's share of the candidates."""
+    with timed(stage.seconds, "scores"):
+        sizes = [len(rows) for rows in stage.units]
+        stage.work.run_units(sizes, partial(scored_units, stage), done=finished_units(stage), what="candidates")
+
+
+def scored_units(stage: Stage, numbers: list[int]) -> Iterator[Result]:
+    """Yield the scores of units of candidates, and why images failed."""
+    means = class_means(stage) if stage.config["bbox"]["score"] == "ncm" else None
+    for number, (crops, errors) in zip(numbers, cut_out(stage, [stage.units[n] for n in numbers], stage.candidates),
+                                       strict=True):  # fmt: skip
+        yield Result({"scores": score_crops(stage, stage.units[number], crops, errors, means), "errors": errors})
 
 
 def finished_units(stage: Stage) -> set[int]:
-    """Return the units that need not be done: in parts, or with a box in ``out`` for each image that has candidates."""
+    """Return the units of which ``out`` has a box for each image with candidates, and whose images did not change."""
+    if not stage.out.exists():
+        return set()
     made = load_made(stage)
     lacking = {row for row, i in enumerate(stage.data.ids.tolist()) if i not in made and len(stage.candidates[row])}
-    whole = {n for n, rows in enumerate(stage.units) if lacking.isdisjoint(rows)} if stage.out.exists() else set()
-    return whole | {record.header["unit"] for record in stage.work.records()}
+    whole = {n for n, rows in enumerate(stage.units) if lacking.isdisjoint(rows)}
+    return whole & stage.work.unchanged(load_boxes(stage.out).settings.get("batches"))
 
 
 def load_made(stage: Stage) -> dict[int, tuple[tuple[float, ...], float]]:
@@ -251,48 +272,6 @@ def cut_out(
     images = CutOuts(units, stage.data, boxes, stage.config["bbox"]["padding"], stage.image_size)
     workers, pin = stage.config["num_workers"], stage.device.type == "cuda"
     yield from build_loader(images, num_workers=workers, pin_memory=pin, batch_size=None)
-
-
-class CutOuts(Dataset):
-    """Boxes of whole units, cut out of their images and resized."""
-
-    def __init__(
-        self, units: list[list[int]], data: DataSet, boxes: dict[int, np.ndarray], padding: float, size: int
-    ) -> None:
-        """Keep the units' images: ``boxes`` is row -> (N, 4); ``padding`` a share of a box's side on each side."""
-        self.units = [
-            [
-                (data.ids[row].item(), data.paths[row], boxes[row], data.image_sizes[row])
-                for row in rows
-                if len(boxes[row])
-            ]
-            for rows in units
-        ]
-        self.padding, self.size = padding, size
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, dict[str, str]]:
-        """Return the cut-outs of a unit, (B, 3, size, size) uint8; and why images have none, by id."""
-        crops, errors = [torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)], {}
-        for image_id, path, boxes, image_size in self.units[number]:
-            try:
-                crops.append(self._crops(path, boxes, image_size))
-            except UserError as error:
-                crops.append(crops[0].new_zeros(len(boxes), 3, self.size, self.size))
-                errors[str(image_id)] = str(error)
-        return torch.cat(crops), errors
-
-    def _crops(self, path: Path, boxes: np.ndarray, image_size: np.ndarray) -> torch.Tensor:
-        image = read_image(path)
-        made = np.zeros((len(boxes), self.size, self.size, 3), dtype=np.uint8)
-        padded = expand_boxes(boxes, np.tile(image_size, (len(boxes), 1)), self.padding)
-        for place, (x, y, width, height) in zip(made, padded.tolist(), strict=True):
-            left, top = int(x), int(y)
-            crop = image.crop((left, top, max(left + 1, round(x + width)), max(top + 1, round(y + height))))
-            place[:] = crop.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
-        return torch.from_numpy(made).permute(0, 3, 1, 2)
 
 
 def score_crops(
@@ -330,9 +309,7 @@ def _scores(stage: Stage, crops: torch.Tensor, labels: torch.Tensor, means: torc
 
 def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (B, D) features before the classifier's last layer, and (B, K) logits, float32."""
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(stage.config["amp"], torch.bfloat16)
-    on = stage.device.type == "cuda" and stage.config["amp"] != "none"
-    with torch.inference_mode(), torch.autocast(stage.device.type, kind, enabled=on):
+    with torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
         features, logits = features_of(
             stage.model, normalize(crops.to(stage.device, non_blocking=True), **stage.statistics)
         )
@@ -361,14 +338,12 @@ def class_means(stage: Stage) -> torch.Tensor:
 # --- boxes --------------------------------------------------------------------------------------------------------
 
 
-def gather_scores(stage: Stage) -> tuple[dict[int, list[float]], dict[int, str]]:
+def gather_scores(stage: Stage) -> tuple[dict[ImageId, list[float]], dict[ImageId, str]]:
     """Return the scores of all processes by image id, and why images failed."""
-    everything = set(range(len(stage.units)))
-    stage.work.wait_for_others(lambda: everything - finished_units(stage))
     scores, errors = {}, dict(stage.data.unreadable)
-    for record in stage.work.records():
-        scores |= {key_to_id(image_id): found for image_id, found in record.header["scores"].items()}
-        errors |= {key_to_id(image_id): error for image_id, error in record.header["errors"].items()}
+    for about, _ in stage.work.results(set(range(len(stage.units))) - finished_units(stage)):
+        scores |= {key_to_id(image_id): found for image_id, found in about["scores"].items()}
+        errors |= {key_to_id(image_id): error for image_id, error in about["errors"].items()}
     return scores, errors
 
 
@@ -389,7 +364,7 @@ def choose_boxes(stage: Stage, scores: dict[int, list[float]]) -> tuple[np.ndarr
         nothing | dict(zip(ids, data.image_sizes.tolist(), strict=True)),
         made_by=Path(__file__).name,
         pixel_grid=data.pixel_grid,
-        settings=stage.config | {"identity": stage.work.identity},
+        settings=stage.config | {"identity": stage.work.identity, "batches": list(stage.work.keys)},
         scores=nothing | {image_id: score for image_id, (_, score) in made.items()},
     )
     stage.work.remove()

@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from config import load_config
 from datasets import dino_boxes_path, read_dataset
 from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
-from jobs.shared_work import SharedWork, choose_device, process_numbers
+from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
 from localized_crops import map_boxes
 from localized_crops.attention import last_attention
 from localized_crops.box_file import save_boxes
@@ -44,6 +43,8 @@ from localizer.object_head import build_features, object_box, object_maps
 from readers.data_set import DataSet
 from utils import timed
 
+PHOTOGRAPHS = "dinov2_vits14"  # the network for all but the drawn birds, whose localizer knows nothing else
+
 
 def main(config: dict) -> None:
     """Make maps, boxes and their evaluation; with several processes each makes its share of the maps."""
@@ -51,7 +52,7 @@ def main(config: dict) -> None:
         stage = prepare(config)
     with going_on_with(same_command), stage.work.claimed():
         claim_out(stage)
-        make_maps(stage, missing_batches(stage))
+        make_maps(stage)
         if stage.work.rank == 0:
             cache = gather_maps(stage)
             boxes = find_boxes(stage, cache)
@@ -85,10 +86,12 @@ def prepare(config: dict) -> Stage:
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     read = time.perf_counter()
-    localizer = build_localizer(wanted["model"], wanted["weights"])
+    toys = config["dataset"]["name"] == "toybirds" or wanted["weights"]
+    localizer = build_localizer(wanted["model"] or (None if toys else PHOTOGRAPHS), wanted["weights"])
     localizer.model.to(device)
     side = wanted["image_size"] or localizer.image_size
     check_settings(wanted, localizer, side)
+    batches = plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"])
     out = Path(config["out"] or dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     stage = Stage(
         config=config,
@@ -102,8 +105,9 @@ def prepare(config: dict) -> Stage:
             "dino",
             f"python generate_dino_boxes.py out={out} dino.again=true",
             *process_numbers(),
+            content_keys([[data.paths[row] for row in batch.rows] for batch in batches]),
         ),
-        batches=plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"]),
+        batches=batches,
         seconds={"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)},
     )
     if stage.work.rank == 0:
@@ -150,6 +154,7 @@ def claim_out(stage: Stage) -> None:
         UserError: if it is of other settings, another model or data set, or of another script.
     """
     index = maps_path(stage.out)
+    was_ours = index.exists()
     if stage.config["dino"]["again"]:
         stage.work.start_anew()
         for path in (index, stage.out):
@@ -159,84 +164,71 @@ def claim_out(stage: Stage) -> None:
         stage.work.check_identity(header, f"{index}: made")
         if not isinstance(header.get("errors"), dict):
             raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
-    elif stage.out.exists():
-        raise UserError(f"{stage.out}: was not made by this script (no {index.name} beside it); give another out=FILE")
+    elif not was_ours:
+        refuse_foreign(stage.out)
     stage.work.check()
 
 
 def finished_batches(stage: Stage) -> set[int]:
-    """Return the batches that need not be done: those in a finished cache without a failed image, and in parts."""
-    done = {record.header["batch"] for record in stage.work.records()}
-    index = maps_path(stage.out)
-    if index.exists():
-        failed = set(MapCache.open(stage.out).header["errors"])
-        done |= {b.number for b in stage.batches if failed.isdisjoint(str(i) for i in stage.data.ids[b.rows])}
-    return done
-
-
-def missing_batches(stage: Stage) -> list[Batch]:
-    """Return the batches that are still to be done, by whichever process; say how much was found."""
-    done = finished_batches(stage)
-    if stage.work.rank == 0 and done:
-        count = sum(len(batch.rows) for batch in stage.batches if batch.number in done)
-        print(f"the maps of {count} of {len(stage.data.ids)} images are there already")
-    return [batch for batch in stage.batches if batch.number not in done]
+    """Return the batches that a finished map file holds: those without a failed image whose images did not change."""
+    if not maps_path(stage.out).exists():
+        return set()
+    header = MapCache.open(stage.out).header
+    ids = stage.data.ids
+    whole = {b.number for b in stage.batches if header["errors"].keys().isdisjoint(str(i) for i in ids[b.rows])}
+    return whole & stage.work.unchanged(header.get("batches"))
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
 
 
-def make_maps(stage: Stage, todo: list[Batch]) -> None:
-    """Make this process's share of the missing maps and append each finished batch to its record file."""
-    mine = [batch for batch in todo if stage.work.is_mine(batch.number)]
-    if mine:
-        with timed(stage.seconds, "maps"), stage.work.writing() as records:
-            for header, maps in mapped_batches(stage, mine):
-                records.append(header, maps.tobytes())
+def make_maps(stage: Stage) -> None:
+    """Make this process's share of the missing maps."""
+    with timed(stage.seconds, "maps"):
+        stage.images_mapped = stage.work.run_units(
+            [len(batch.rows) for batch in stage.batches],
+            lambda numbers: mapped_batches(stage, [stage.batches[number] for number in numbers]),
+            done=finished_batches(stage),
+            what="maps",
+        )
 
 
-def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Yield (record header, cleaned maps (B, feat_h, feat_w) float16) of each batch; blank maps are zeros."""
-    total, wanted = sum(len(batch.rows) for batch in batches), stage.config["dino"]
+def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[Result]:
+    """Yield the cleaned maps (B, feat_h, feat_w) float16 of each batch; blank maps are zeros."""
     attended = attend_batches(
         stage.localizer,
         batches,
         stage.data.paths,
         stage.device,
-        autocontrast=wanted["autocontrast"],
+        autocontrast=stage.config["dino"]["autocontrast"],
         precision=stage.work.identity["precision"],
         num_workers=stage.config["num_workers"],
     )
-    with tqdm(total=total, desc="maps", unit=" images", disable=stage.work.rank > 0, mininterval=1.0) as bar:
-        for one in attended:
-            ids, maps = stage.data.ids[one.batch.rows].tolist(), clean_batch(one, wanted)
-            failed = {str(i): error for i, error in zip(ids, one.errors, strict=True) if error is not None}
-            yield {"batch": one.batch.number, "ids": ids, "feat": list(maps.shape[1:]), "errors": failed}, maps
-            bar.update(len(ids))
-    stage.images_mapped = total
+    for one in attended:
+        ids = stage.data.ids[one.batch.rows].tolist()
+        failed = {str(i): error for i, error in zip(ids, one.errors, strict=True) if error is not None}
+        yield Result({"ids": ids, "errors": failed}, {"maps": clean_batch(one, stage.config["dino"])})
 
 
 def gather_maps(stage: Stage) -> MapCache:
-    """Put all maps into the cache, in the order of the data set; the parts go once it is written."""
-    index = maps_path(stage.out)
-    if stage.work.begun or not index.exists():
-        stage.work.wait_for_others(lambda: {batch.number for batch in stage.batches} - finished_batches(stage))
+    """Put all maps into one file, in the order of the data set; the parts go once it is written."""
+    path, done = maps_path(stage.out), finished_batches(stage)
+    missing = {batch.number for batch in stage.batches} - done
+    if missing or not path.exists():
         with timed(stage.seconds, "cache"):
-            errors, maps = {}, {}
-            if index.exists():
-                maps = dict(MapCache.open(stage.out))
-            for record in stage.work.records():
-                batch = np.frombuffer(record.payload, np.float16).reshape(-1, *record.header["feat"])
-                maps |= dict(zip(record.header["ids"], batch, strict=True))
-                errors |= record.header["errors"]
+            errors, maps = {}, dict(MapCache.open(stage.out)) if path.exists() else {}
+            for about, arrays in stage.work.results(missing):
+                maps |= dict(zip(about["ids"], arrays["maps"], strict=True))
+                errors |= about["errors"]
             ordered = ((image_id, maps[image_id]) for image_id in stage.data.ids.tolist())
-            save_map_cache(index, ordered, stage.work.identity | {"errors": errors} | cache_about(stage))
-        stage.work.remove()
+            about = stage.work.identity | {"errors": errors, "batches": list(stage.work.keys)} | cache_about(stage)
+            save_map_cache(path, ordered, about)
+    stage.work.remove()
     return MapCache.open(stage.out, dataset=stage.work.identity["dataset"])
 
 
 def cache_about(stage: Stage) -> dict[str, Any]:
-    """Return what else the cache's header tells a person."""
+    """Return what else the file's header tells a person."""
     return {
         "made_by": Path(__file__).name,
         "weights": stage.localizer.weights,
@@ -266,8 +258,8 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)} | unreadable,
             dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
             made_by=Path(__file__).name,
-            pixel_grid=data.pixel_grid,
             settings=stage.config | {"maps": stage.work.identity},
+            pixel_grid=data.pixel_grid,
         )
     return boxes
 

@@ -18,25 +18,24 @@ classifier: out=FILE is written too, with its evaluation. A killed run goes on w
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from segment_anything import SamAutomaticMaskGenerator
-from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from config import load_config
 from datasets import read_dataset
 from figures.box_report import refuse_to_hide, report_boxes, save_errors
-from jobs.guard import DEAD_WORKER, going_on_with, run_script, same_command
+from jobs.guard import dead_workers, going_on_with, run_script, same_command
 from jobs.loader import build_loader
-from jobs.shared_work import SharedWork, choose_device, process_numbers
-from localized_crops.box_file import save_boxes
+from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
+from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
-from localized_crops.image_ids import key_to_id
+from localized_crops.image_ids import ImageId, key_to_id
 from localized_crops.map_file import MapCache
 from masks.mask_files import (
     info_entry,
@@ -52,7 +51,7 @@ from masks.sam_models import load_sam
 from masks.sam_prompts import PromptedMasks
 from masks.segments import SegmentGenerator
 from readers.data_set import DataSet
-from readers.images import read_image
+from readers.image_batches import ImageBatches, as_it_is
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -64,14 +63,17 @@ def main(config: dict) -> None:
     """Make the masks; with several processes each makes its share, and the first writes the info."""
     with user_errors(ValueError):
         stage = prepare(config)
-    with going_on_with(lambda: same_command(f"mask.folder={stage.folder}")), stage.work.claimed():
+    command = partial(same_command, f"mask.folder={stage.folder}")
+    with going_on_with(command), stage.work.claimed():
         claim_folder(stage.folder, stage.work)
+        if config["mask"]["prompt"] == "dino":
+            claim_out(boxes_path(config))
         make_masks(stage)
         if stage.work.rank == 0:
             errors = gather_info(stage)
             if config["mask"]["prompt"] == "dino":
                 write_boxes(stage, errors)
-            refuse_to_hide(errors, stage.folder / "errors.txt")
+            refuse_to_hide(errors, stage.folder / "errors.txt", command())
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -103,9 +105,11 @@ def prepare(config: dict) -> Stage:
     identity |= {"dataset": data.fingerprint(), "store": config["mask"]["store"]}
     folder = Path(config["mask"]["folder"] or new_mask_folder(data.root))
     again = f"remove {folder} and run the same command"
-    work = SharedWork(folder / "unfinished", identity, "mask", again, rank, world_size)
     size = config["mask"]["image_batch"]
     rows = list(range(len(data.ids)))
+    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    keys = content_keys([[data.paths[row] for row in batch] for batch in batches])
+    work = SharedWork(folder / "unfinished", identity, "mask", again, rank, world_size, keys)
     if rank == 0:
         print(f"{len(rows)} images of {data.root}; masks by {identity['engine']} to {folder}")
         print(f"if this run is interrupted, mask.folder={folder} goes on with it", flush=True)
@@ -116,7 +120,7 @@ def prepare(config: dict) -> Stage:
         folder=folder,
         generate=generate,
         work=work,
-        batches=[rows[start : start + size] for start in range(0, len(rows), size)],
+        batches=batches,
     )
 
 
@@ -131,6 +135,17 @@ def claim_folder(folder: Path, work: SharedWork) -> None:
     elif not work.begun and any(path != work.folder for path in folder.iterdir()):
         raise UserError(f"{folder}: is no folder of this script (no masks_info.json); name another mask.folder")
     work.check()
+
+
+def boxes_path(config: dict) -> Path:
+    """Return the box file of prompted masks."""
+    return Path(config["out"] or f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
+
+
+def claim_out(out: Path) -> None:
+    """Raise UserError if another program's files lie where the boxes of prompted masks go."""
+    if not out.exists() or load_boxes(out).made_by != Path(__file__).name:
+        refuse_foreign(out)
 
 
 def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Callable, dict[str, Any]]:
@@ -177,70 +192,31 @@ def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tu
 
 
 def make_masks(stage: Stage) -> None:
-    """Make this process's share of the missing masks; a finished batch is a record, written after its mask files."""
-    done = finished_batches(stage)
-    mine = [n for n in range(len(stage.batches)) if n not in done and stage.work.is_mine(n)]
-    if done and stage.work.rank == 0:
-        print(f"{sum(len(stage.batches[n]) for n in done)} of {len(stage.data.ids)} images are done already")
-    if not mine:
-        return
+    """Make this process's share of the missing masks; a batch is finished once its mask files are written."""
     start = time.perf_counter()
-    total = sum(len(stage.batches[n]) for n in mine)
-    with (
-        stage.work.writing() as records,
-        tqdm(total=total, desc="masks", unit=" images", disable=stage.work.rank > 0, mininterval=1.0) as bar,
-    ):
-        for number, (images, errors) in zip(mine, read_batches(stage, mine), strict=True):
-            rows = stage.batches[number]
-            found = masks_of_batch(stage, rows, images, errors)
-            records.append({"batch": number, "images": found, "errors": errors}, b"")
-            bar.update(len(rows))
+    sizes = [len(rows) for rows in stage.batches]
+    stage.work.run_units(sizes, partial(made_batches, stage), done=finished_batches(stage), what="masks")
     stage.seconds = round(time.perf_counter() - start, 3)
 
 
 def finished_batches(stage: Stage) -> set[int]:
-    """Return the batches that need not be done: those of a finished folder without a failed image, and in parts."""
-    done = {record.header["batch"] for record in stage.work.records()}
-    if (stage.folder / "masks_info.json").exists():
-        whole = load_masks_info(stage.folder)[1]
-        done |= {n for n, rows in enumerate(stage.batches) if all(stage.names[row] in whole for row in rows)}
-    return done
+    """Return the batches that a finished folder holds: those without a failed image whose images did not change."""
+    if not (stage.folder / "masks_info.json").exists():
+        return set()
+    setup, info = load_masks_info(stage.folder)
+    whole = {n for n, rows in enumerate(stage.batches) if all(stage.names[row] in info for row in rows)}
+    return whole & stage.work.unchanged(setup.get("batches"))
 
 
-def read_batches(stage: Stage, numbers: list[int]) -> Iterator[tuple[list[np.ndarray | None], dict[str, str]]]:
-    """Yield the images of batches, decoded ahead by workers, and why images could not be read, by id."""
+def made_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
+    """Write the masks of batches, whose images are decoded ahead by workers; yield their entries and failures."""
+    data = stage.data
+    images = ImageBatches([[(data.ids[r].item(), data.paths[r]) for r in stage.batches[n]] for n in numbers])
     workers = stage.config["num_workers"]
-    images = ImageBatches(
-        [[(stage.data.ids[r].item(), stage.data.paths[r]) for r in stage.batches[n]] for n in numbers]
-    )
-    yield from build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
-
-
-def as_it_is(batch: Any) -> Any:
-    """Return the batch (images of different sizes cannot be stacked, and stay arrays)."""
-    return batch
-
-
-class ImageBatches(Dataset):
-    """Whole batches of decoded images of any size."""
-
-    def __init__(self, batches: list[list[tuple[int, Path]]]) -> None:
-        """Keep (id, path) of the images of each batch."""
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[list[np.ndarray | None], dict[str, str]]:
-        """Return (H, W, 3) uint8 images, None where one cannot be read, and why, by id."""
-        images, errors = [], {}
-        for image_id, path in self.batches[number]:
-            try:
-                images.append(np.asarray(read_image(path)))
-            except UserError as error:
-                images.append(None)
-                errors[str(image_id)] = str(error)
-        return images, errors
+    loader = build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
+    for number, (pixels, errors) in zip(numbers, loader, strict=True):
+        found = masks_of_batch(stage, stage.batches[number], pixels, errors)
+        yield Result({"images": found, "errors": errors})
 
 
 def masks_of_batch(
@@ -268,7 +244,7 @@ def masks_of_batch(
 
 def _unless_a_worker_died(error: Exception) -> None:
     """Raise the error again if torch's signal handler threw it into the work on an image, which is not at fault."""
-    if DEAD_WORKER.search(str(error)):
+    if dead_workers():
         raise error
 
 
@@ -288,23 +264,21 @@ def stacked(records: Records, size: tuple[int, int]) -> torch.Tensor:
     return torch.from_numpy(masks)
 
 
-def gather_info(stage: Stage) -> dict[int, str]:
+def gather_info(stage: Stage) -> dict[ImageId, str]:
     """Write masks_info.json and errors.txt of all processes' work; return why images failed."""
-    info, finished = {}, (stage.folder / "masks_info.json").exists()
-    if finished:
-        info = load_masks_info(stage.folder)[1]
-    everything = set(range(len(stage.batches)))
-    if stage.work.begun:
-        stage.work.wait_for_others(lambda: everything - finished_batches(stage))
+    finished = (stage.folder / "masks_info.json").exists()
+    info = load_masks_info(stage.folder)[1] if finished else {}
+    missing = set(range(len(stage.batches))) - finished_batches(stage)
     errors = dict(stage.data.unreadable)
-    for record in stage.work.records():
-        info |= record.header["images"]
-        errors |= {key_to_id(image_id): error for image_id, error in record.header["errors"].items()}
-    ordered = {name: info[name] for name in stage.names if name in info}
+    for about, _ in stage.work.results(missing):
+        info |= about["images"]
+        errors |= {key_to_id(image_id): error for image_id, error in about["errors"].items()}
+    failed = {name for name, i in zip(stage.names, stage.data.ids.tolist(), strict=True) if i in errors}
+    ordered = {name: info[name] for name in stage.names if name in info and name not in failed}
     counts = [len(entries) for entries in ordered.values()]
-    setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": stage.seconds}
-    if stage.work.begun or not finished:
-        save_masks_info(stage.folder, setup, ordered)
+    if missing or not finished:
+        about = {"made_by": Path(__file__).name, "seconds": stage.seconds, "batches": list(stage.work.keys)}
+        save_masks_info(stage.folder, stage.work.identity | about, ordered)
         save_errors(stage.folder / "errors.txt", errors)
     stage.work.remove()
     print(
@@ -320,7 +294,7 @@ def gather_info(stage: Stage) -> dict[int, str]:
 def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
     """Write the box JSON of prompted masks, one an image, and its report."""
     data, config = stage.data, stage.config
-    out = Path(config["out"] or f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
+    out = boxes_path(config)
     _, info = load_masks_info(stage.folder)
     entries = [info.get(name) for name in stage.names]
     found = np.array([bool(entry) for entry in entries])
@@ -332,8 +306,8 @@ def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
         {i: box if has else None for i, box, has in zip(ids, boxes.tolist(), found, strict=True)} | unreadable,
         dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
         made_by=Path(__file__).name,
-        pixel_grid=data.pixel_grid,
         settings=config | {"masks": stage.work.identity},
+        pixel_grid=data.pixel_grid,
         scores={i: e[0]["predicted_iou"] if e else None for i, e in zip(ids, entries, strict=True)} | unreadable,
     )
     maps = MapCache.open(config["dino_maps"])

@@ -215,6 +215,12 @@ def pick_device(device: str | None) -> torch.device:
     return chosen
 
 
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Return the context for forward passes in ``precision``, bf16 or fp16; off for others and on a CPU."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None and device.type == "cuda")
+
+
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     """Add the time that the with block takes to ``seconds[name]``."""

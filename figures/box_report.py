@@ -154,7 +154,10 @@ def report_boxes(
     save_report(out, scores, seconds, **about)
     save_errors(out.with_name("errors.txt"), errors)
     print(report_table(scores))
-    print(f"{out}: {int(found.sum())} boxes, no box for {int((~found).sum())} images; seconds: {seconds}")
+    unfound = sum(i not in errors for i in data.ids[~found].tolist())
+    print(
+        f"{out}: {int(found.sum())} boxes; no box found in {unfound} images, {len(errors)} failed; seconds: {seconds}"
+    )
 
 
 def save_errors(path: Path, errors: Mapping[int, str]) -> None:
@@ -163,12 +166,11 @@ def save_errors(path: Path, errors: Mapping[int, str]) -> None:
     save_text(path, "\n".join(lines) + "\n")
 
 
-def refuse_to_hide(errors: Mapping[int, str], path: Path) -> None:
+def refuse_to_hide(errors: Mapping[int, str], path: Path, command: str = "the same command again") -> None:
     """Raise UserError if images failed: after everything else was written the script ends with status 2."""
     if errors:
         raise UserError(
-            f"{len(errors)} images failed and have no box, see {path}; the rest is done: mend them and run the same "
-            "command again"
+            f"{len(errors)} images failed and have no box, see {path}; the rest is done: mend them and run {command}"
         )
 
 

@@ -2,15 +2,14 @@
 
 import contextlib
 import io
-import multiprocessing
+import multiprocessing.connection
 import os
-import re
 import select
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from localized_crops.files import DiskError, UserError, remedy, user_errors
@@ -18,32 +17,22 @@ from localized_crops.files import DiskError, UserError, remedy, user_errors
 LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
 
 
+WORKERS: weakref.WeakSet = weakref.WeakSet()  # the processes that jobs/loader.py started
+
+
 class DeadWorkerError(UserError):
     """A process that loads images died; what was finished before is whole."""
 
-    def __init__(self, message: str, pids: Iterable[int]) -> None:
-        """Keep the message and the pids of the processes that died."""
-        super().__init__(message)
-        self.pids = list(pids)
-
-
-LONGEST_END = 60  # seconds of a process's own end after a worker died
-# What torch says then: the pid and, where it is known, the signal.
-DEAD_WORKER = re.compile(
-    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: [\w ]+|exited unexpectedly)"
-)
-SHARED_MEMORY = Path("/dev/shm")
-
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Not an Exception, so that nothing but the guard catches it (as with KeyboardInterrupt)."""
+    """SIGTERM or SIGHUP arrived. Not an Exception, so that only the guard catches it (as with KeyboardInterrupt)."""
 
 
 def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], dict | None]) -> None:
     """Run a script from the command line: load its config, call ``main``, end with the right exit status.
 
-    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM, 141 (SIGPIPE) without a
-    word where nobody reads what is printed any more, as after ``| head``. Where `going_on_with`
+    Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP,
+    141 (SIGPIPE) without a word where nobody reads what is printed any more, as after ``| head``. Where `going_on_with`
     was told a command, the line ends with it.
 
     Args:
@@ -51,7 +40,9 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
     """
     _make_printing_safe()
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
         signal.signal(signal.SIGINT, _stop)
     try:
@@ -63,13 +54,11 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
     except (UserError, OSError) as error:
         if _reader_has_gone():
             sys.exit(128 + signal.SIGPIPE)
-        if isinstance(error, DeadWorkerError):
-            _end_within(LONGEST_END, 2, error)
         _exit(f"error: {_one_line(error)}", error, 2)
     except KeyboardInterrupt as error:
         _exit("interrupted", error, 130)
     except Terminated as error:
-        _exit("terminated", error, 143)
+        _exit("terminated", error, 128 + error.args[0])
 
 
 def _make_printing_safe() -> None:
@@ -111,15 +100,23 @@ def going_on_with(command: Callable[[], str | None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _dead_workers() -> Iterator[None]:
-    """Turn what torch says of a dead worker, from a signal handler and so at any point, into DeadWorkerError."""
+    """Turn what torch raises of a dead worker, from a signal handler and so at any point, into DeadWorkerError."""
     try:
         yield
-    except RuntimeError as error:
-        dead = DEAD_WORKER.search(str(error))
-        if not dead:
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed a batch over
+        dead = dead_workers()
+        if not dead or isinstance(error, DiskError):
             raise
-        words = f"{dead[0].strip()}; if memory ran out (see dmesg) lower num_workers"
-        raise DeadWorkerError(words, map(int, dead[1].split(","))) from None
+        raise DeadWorkerError(
+            f"processes that load images died (pid {', '.join(map(str, dead))}); if memory ran out (see dmesg) lower "
+            "num_workers"
+        ) from None
+
+
+def dead_workers() -> list[int]:
+    """Return the pids of the processes that load images and have ended by themselves; one may still be ending."""
+    multiprocessing.connection.wait([worker.sentinel for worker in WORKERS if worker.pid], timeout=1.0)
+    return [worker.pid for worker in WORKERS if worker.pid and worker.exitcode not in (None, 0)]
 
 
 def same_command(*words: str) -> str:
@@ -135,26 +132,7 @@ def _stop(number: int, _frame: Any) -> None:
     signal.signal(number, signal.SIG_DFL)
     # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    raise {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}[number]
-
-
-def _end_within(seconds: int, status: int, error: DeadWorkerError) -> None:
-    """Kill the other workers than the dead ones, and this process too if its end takes longer than ``seconds``.
-
-    A worker that was killed may have held what another one, for whose end this process waits, waits for.
-    """
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # torch would raise once more
-    sys.last_value = error  # holds the loader to the end: freed before, its threads would be cut off as they clean up
-    others = multiprocessing.active_children()
-    for child in others:
-        child.kill()
-    for child in others:
-        child.join(timeout=1)
-    for pid in (*error.pids, *(child.pid for child in others)):
-        for path in SHARED_MEMORY.glob(f"torch_{pid}_*"):  # a batch has this name while it is made, then none
-            path.unlink(missing_ok=True)
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(status))
-    signal.alarm(seconds)
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
 def _one_line(error: Exception) -> str:
@@ -170,4 +148,8 @@ def _exit(message: str, error: BaseException, status: int) -> None:
     with contextlib.suppress(OSError):  # of a full disk or a reader that has gone
         sys.stdout.flush()
     print(f"{message}; to go on: {command}" if command else message, file=sys.stderr, flush=True)
+    if isinstance(error, DeadWorkerError):  # the dead may hold what the others, for whose end Python waits, wait for
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(status)
     sys.exit(status)

@@ -151,6 +151,7 @@ class Sam(Section):
 class Bbox(Section):
     classifier: Text | None = None
     score: Literal["logit", "ncm", "label_free"] = "logit"
+    folders: Literal["first", "all"] = "first"
     padding: float = Field(0.1, ge=0, le=10)
     image_size: Side | None = None
     batch_size: Count = 64

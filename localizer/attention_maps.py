@@ -1,36 +1,23 @@
 """From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 import torch
-from torch.utils.data import Dataset
 
 from jobs.loader import build_loader
 from localized_crops import map_boxes
 from localized_crops.attention import cls_attention, cls_attention_and_logits, nearest_patch_size
-from localized_crops.files import UserError
+from localizer.batches import Batch, BatchImages
 from localizer.networks import Localizer
-from readers.images import read_image
+from utils import autocast
 
 LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
 
 
 # --- batches of one shape -----------------------------------------------------------------------------------------
-
-
-class Batch(NamedTuple):
-    """Images of one shape that go through the network together."""
-
-    number: int
-    rows: list[int]  # of the data set
-    height: int  # of the network's input, pixels
-    width: int
 
 
 def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], batch_size: int) -> list[Batch]:
@@ -65,42 +52,6 @@ def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) 
     scale = side / min(width, height)
     sides = (min(length * scale, LONGEST * side) for length in (height, width))
     return tuple(nearest_patch_size(length, one) for length, one in zip(sides, patch, strict=True))
-
-
-class BatchImages(Dataset):
-    """Whole batches of decoded and resized images."""
-
-    def __init__(
-        self, batches: list[Batch], paths: list[list[Path]], patch: tuple[int, int], autocontrast: bool
-    ) -> None:
-        """Keep the image paths of each batch."""
-        self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, list[str | None]]:
-        """Return images (B, H, W, 3) uint8 of the batch, zeros where one failed, and what failed (None: nothing)."""
-        batch = self.batches[number]
-        pixels = np.zeros((len(batch.rows), batch.height, batch.width, 3), dtype=np.uint8)
-        errors = []
-        for place, path in zip(pixels, self.paths[number], strict=True):
-            try:
-                place[:] = self.read(path, batch)
-                errors.append(None)
-            except Exception as error:  # whatever one image does, the others go on; decoders raise many kinds
-                errors.append(" ".join(str(error).split())[:300] or type(error).__name__)
-        return torch.from_numpy(pixels), errors
-
-    def read(self, path: Path, batch: Batch) -> np.ndarray:
-        """Return one image as the network's input, (H, W, 3) uint8."""
-        image = read_image(path)
-        if image.height < self.patch[0] or image.width < self.patch[1]:
-            raise UserError(
-                f"{path}: {image.width} x {image.height} pixels, smaller than one patch of {max(self.patch)}"
-            )
-        image = image.resize((batch.width, batch.height), PIL.Image.Resampling.BICUBIC)
-        return np.asarray(PIL.ImageOps.autocontrast(image) if self.autocontrast else image)
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
@@ -158,9 +109,7 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return attention and logits (None if not wanted) of (B, H, W, 3) uint8 images on the network's device."""
     images = pixels.permute(0, 3, 1, 2)
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    cast = torch.autocast(pixels.device.type, dtype=kind) if kind else nullcontext()
-    with torch.inference_mode(), cast:
+    with torch.inference_mode(), autocast(pixels.device, precision):
         images = localizer.normalize(images)
         if with_logits:
             return cls_attention_and_logits(localizer.model, images)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from jobs.loader import build_loader
 from localized_crops import map_boxes
 from localized_crops.files import UserError
-from localizer.attention_maps import BatchImages, plan_batches
+from localizer.attention_maps import plan_batches
+from localizer.batches import BatchImages
 from localizer.networks import Localizer, input_of, state_hash
 from models import fit_linear, load_backbone, timm_name
 from readers.data_set import DataSet

@@ -5,7 +5,9 @@ original image), area (pixels), predicted_iou, stability_score, point_coords, cr
 them. Only the info is needed to choose boxes; the masks themselves may be left out.
 """
 
+import hashlib
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -16,23 +18,34 @@ import numpy as np
 import torch
 
 from localized_crops.files import UserError, load_json, save_json
+from localized_crops.image_ids import ImageId
 from utils import load_tensors, save_tensors
 
 KIND, VERSION = "localized-crops masks", 1
 STORES = ("bool", "packed", "none")
 ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
-LONGEST_NAME = 250  # bytes, without the suffix: file systems take 255
+LONGEST_NAME = 220  # bytes: file systems take 255, and the name of a file in the making is longer
 MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
 
 
-def mask_names(ids: Sequence[int], paths: Sequence[Path]) -> list[str]:
+def mask_names(ids: Sequence[ImageId], paths: Sequence[Path]) -> list[str]:
     """Return the name of each image's files: its file name without suffix, as in the original artefacts.
 
-    Where two images of different class folders share that name, all of them get their image id behind it.
+    Where two images of different class folders share that name, all of them get their image id behind it; where that
+    is no unused file name, and behind the beginning of a long name, a hash of the image id stands in its place.
     """
     stems = [path.stem for path in paths]
     counts = Counter(stems) + Counter(["setup", "setup"])  # the key of the setup is no image's
-    return [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in zip(stems, ids, strict=True)]
+    pairs = list(zip(stems, ids, strict=True))
+    names = [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in pairs]
+    counts = Counter(names)
+    fits = [counts[name] == 1 and "/" not in name and len(os.fsencode(name)) <= LONGEST_NAME for name in names]
+    return [name if fit else _hashed(*pair) for name, fit, pair in zip(names, fits, pairs, strict=True)]
+
+
+def _hashed(stem: str, image_id: ImageId) -> str:
+    start = os.fsencode(stem)[: LONGEST_NAME - 20].decode(errors="ignore")
+    return f"{start}.{hashlib.sha256(os.fsencode(str(image_id))).hexdigest()[:16]}"
 
 
 def new_mask_folder(root: Path) -> Path:
@@ -180,8 +193,7 @@ def _info_fault(content: Any) -> str | None:
 
 def _is_file_name(name: str) -> bool:
     """Tell whether ``name`` and a suffix can name a file in a folder."""
-    length = len(name.encode(errors="replace"))
-    return Path(name).name == name and name.isprintable() and length <= LONGEST_NAME
+    return Path(name).name == name and "\0" not in name and len(name.encode(errors="replace")) <= 250
 
 
 def _is_box(box: Any) -> bool:

@@ -26,8 +26,9 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torchvision.ops import batched_nms, box_area, box_convert
 
 from masks.sam_networks import UPSCALING, ImageTokens, decode_prompts, encode, upscale_masks
+from utils import autocast
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = ("float32", "bf16", "fp16")
 CPU_POINTS = 4  # points decoded at once on a CPU: 64 take a quarter longer, as their tokens outgrow the caches
 
 
@@ -168,8 +169,7 @@ class MaskGenerator:
 
     def _autocast(self) -> torch.autocast:
         """Return the context of half precision, or one that does nothing."""
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast("cuda", dtype, enabled=dtype is not None and self.sam.device.type == "cuda")
+        return autocast(self.sam.device, self.precision)
 
     def _generate_group(self, images: Sequence[np.ndarray], masks: bool) -> list[ImageMasks]:
         """Return the masks of as many images as are encoded at once: all their crops, layer by layer."""

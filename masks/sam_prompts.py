@@ -1,7 +1,6 @@
 """Masks that SAM draws where DINO's attention points: one encoder pass and one decoder call an image."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +12,7 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from localized_crops.map_boxes import component_box, is_blank, min_max
 from masks.mask_files import tight_box
 from masks.sam_models import sam_device
-
-PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from utils import autocast
 
 
 class Prompt(NamedTuple):
@@ -78,8 +76,7 @@ class PromptedMasks:
 
     def __init__(self, sam: Sam, precision: str = "float32", **prompt: Any) -> None:
         """Keep the network and the arguments of `prompt_from_map`; ``precision`` is of CUDA."""
-        self.sam, self.prompt = sam, prompt
-        self.kind = PRECISIONS.get(precision) if sam_device(sam).type == "cuda" else None
+        self.sam, self.prompt, self.precision = sam, prompt, precision
         self.transform = ResizeLongestSide(sam.image_encoder.img_size)
 
     def generate(self, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
@@ -98,8 +95,7 @@ class PromptedMasks:
         asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
         records: list[list[dict[str, Any]]] = [[] for _ in images]
         if asked:
-            cast = torch.autocast("cuda", self.kind) if self.kind else nullcontext()
-            with torch.no_grad(), cast:
+            with torch.no_grad(), autocast(sam_device(self.sam), self.precision):
                 answers = self.sam([self._question(images[n], prompts[n]) for n in asked], multimask_output=True)
             for number, answer in zip(asked, answers, strict=True):
                 records[number] = self._record(answer, maps[number], prompts[number])

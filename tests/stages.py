@@ -15,7 +15,7 @@ import PIL.Image
 import torch
 
 from datasets import read_dataset
-from jobs.records import read_records
+from jobs.shared_work import load_result
 from localized_crops.files import SCRATCH, load_json
 from localized_crops.map_file import MapCache
 from utils import load_log, load_tensors
@@ -75,7 +75,7 @@ def bbox_stage(root: Path, masks: Path, classifier: Path) -> Stage:
 
 def dino_stage(root: Path) -> Stage:
     """Return maps and boxes by the built-in localizer, an image a batch."""
-    words = [*_common(root), "num_workers=0", "dino.batch_size=1"]
+    words = [*_common(root), "num_workers=0", "dino.batch_size=1", f"dino.weights={ROOT / 'toybirds/toy_localizer.pt'}"]
     return Stage("generate_dino_boxes.py", words, "out", "boxes.json")
 
 
@@ -240,8 +240,9 @@ def assert_same(one: Path, other: Path) -> None:
 def units_done(folder: Path) -> int:
     """Return how many images of a generator that was broken off need not be done again."""
     counts = {"images": len, "scores": len, "ids": len}
-    records = [r.header for path in folder.rglob("units.records") for r in read_records(path)]
-    return sum(counts[key](header[key]) for header in records for key in counts if key in header)
+    found = [load_result(path).about for path in folder.glob("**/process_*/[0-9]*.safetensors")]
+    failed = sum(len(about["errors"]) for about in found if "ids" not in about)
+    return failed + sum(counts[key](about[key]) for about in found for key in counts if key in about)
 
 
 def image_count(root: Path) -> int:

@@ -17,7 +17,6 @@ from stages import Stage
 
 from datasets import read_dataset
 from figures import plots
-from jobs.records import RecordFile
 from localized_crops.box_file import save_boxes
 from localized_crops.files import DiskError, save_json
 from localized_crops.map_file import save_map_cache
@@ -110,21 +109,6 @@ def test_a_full_disk_leaves_the_earlier_file(kind, small_disk):
     check_full(kind, small_disk, "No space left on device")
     write(kind, small_disk, 11)  # there is room again
     stages.check_whole(small_disk)
-
-
-def test_records_on_a_full_disk_go_on_when_there_is_room(small_disk):
-    records = RecordFile(small_disk / "units.records")
-    with pytest.raises(DiskError, match=r"units\.records: No space left on device; .*make room"):
-        for number in range(100):
-            records.append({"ids": [number]}, bytes(1000))
-    records.close()
-    done = stages.units_done(small_disk)
-    assert 40 < done < 65
-    os.system(f"mount -o remount,size=1m {small_disk}")
-    records = RecordFile(small_disk / "units.records")
-    records.append({"ids": [0]}, bytes(1000))
-    records.close()
-    assert stages.units_done(small_disk) == done + 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

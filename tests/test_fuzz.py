@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import safetensors.torch
@@ -20,8 +21,8 @@ import torch
 import train
 from config import load_config
 from datasets import read_dataset
-from jobs.records import RecordFile, read_records
 from jobs.settings import ConfigError
+from jobs.shared_work import Result, load_result, save_result
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import MapCache
@@ -134,10 +135,9 @@ def read_maps(folder: Path) -> None:
         maps[image_id]
 
 
-def read_all_records(folder: Path) -> None:
-    """Read the records, and open the file to write more."""
-    list(read_records(folder / "units.records"))
-    RecordFile(folder / "units.records").close()
+def read_unit(folder: Path) -> None:
+    """Read a finished unit."""
+    load_result(folder / "unit.safetensors")
 
 
 def read_weights(folder: Path) -> None:
@@ -163,7 +163,7 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "log": ("run/log.jsonl", lambda folder: load_log(folder / "run" / "log.jsonl", LOGGED)),
     "run_config": ("run/config.json", lambda folder: train.resumed_config([], folder / "run")),
     "summary": ("run/summary.json", lambda folder: load_json(folder / "run" / "summary.json")),
-    "records": ("units.records", read_all_records),
+    "records": ("unit.safetensors", read_unit),
     "masks": ("mask.pt", lambda folder: load_masks(folder / "mask.pt")),
     "checkpoint": ("small.pt", read_weights),
     "safetensors": ("small.safetensors", lambda folder: load_tensors(folder / "small.safetensors")),
@@ -186,10 +186,7 @@ def folder(site_copy, monkeypatch) -> Path:
     torch.save({"ema": network.state_dict()}, site_copy / "small.pt")
     safetensors.torch.save_file({"weight": torch.ones(3, 5)}, site_copy / "small.safetensors")
     (site_copy / "words.txt").write_text("THR=0.5\ncrop.scale=0.1,1.0\nnum_epochs=3\nmodel.type=toyresnet\nsave=true")
-    records = RecordFile(site_copy / "units.records")
-    for number in range(3):
-        records.append({"unit": number}, bytes(20))
-    records.close()
+    save_result(site_copy / "unit.safetensors", Result({"errors": {}}, {"maps": np.zeros((2, 3, 5), np.float16)}))
     return site_copy
 
 

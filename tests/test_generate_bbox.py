@@ -132,16 +132,15 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, t
     whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
     out = tmp_path / "killed" / "boxes.json"
     process = command(birds, masks, classifier, out)
-    parts = out.parent / "boxes.partial" / "process_0" / "units.records"
-    while process.poll() is None and not (parts.exists() and parts.stat().st_size > 100):
+    while process.poll() is None and not list(out.parent.glob("boxes.partial/process_0/[0-9]*.safetensors")):
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not out.exists() and parts.exists(), "killed too late to show anything"
+    assert not out.exists(), "killed too late to show anything"
     with pytest.raises(UserError, match=r"begun with bbox\.padding=0\.1, now 0\.3; .* bbox\.again=true"):
         run(birds, masks, classifier, out, "bbox.padding=0.3")
     prepared = stage.prepare(load_config(words(birds, masks, classifier, out)))
-    done, scored, original = stage.finished_units(prepared), [], stage.score_crops
+    done, scored, original = prepared.work.finished().keys(), [], stage.score_crops
 
     def spy(one, rows, *rest):
         scored.append(one.units.index(rows))
@@ -234,3 +233,43 @@ def test_what_does_not_fit_is_one_line(birds, masks, classifier, tmp_path):
     (tmp_path / "boxes.json").write_text("{}")
     with pytest.raises(UserError, match="was not made by this script"):
         run(birds, masks, classifier, tmp_path / "boxes.json")
+
+
+def test_a_second_folder_serves_images_without_a_candidate_in_the_first(birds, masks, classifier, tmp_path):
+    data, (setup, info) = read_dataset("cub", birds), load_masks_info(masks)
+    second = tmp_path / "masks_1"
+    second.mkdir()
+    names, sizes = mask_names(data.ids.tolist(), data.paths), data.image_sizes.tolist()
+    whole = {n: [{"bbox": [0.0, 0.0, *map(float, size)]}] for n, size in zip(names, sizes, strict=True)}
+    save_masks_info(second, setup, whole)
+    file = load_boxes(run(birds, f"{masks},{second}", classifier, tmp_path / "first.json"))
+    alone = load_boxes(run(birds, masks, classifier, tmp_path / "alone.json")).boxes
+    for (image_id, box), name, size in zip(file.boxes.items(), names, sizes, strict=True):
+        assert box == (alone[image_id] if info[name] else (0, 0, *size))
+    every = load_boxes(run(birds, f"{masks},{second}", classifier, tmp_path / "all.json", "bbox.folders=all"))
+    assert all(every.scores[i] >= score - 1e-4 for i, score in file.scores.items()) and every.scores != file.scores
+
+
+def test_candidates_that_were_edited_after_the_choice_are_noticed(birds, masks, classifier, tmp_path):
+    own = Path(shutil.copytree(masks, tmp_path / "masks_0"))
+    run(birds, own, classifier, tmp_path / "boxes.json")
+    (own / "masks_info.json").write_text((own / "masks_info.json").read_text().replace(".0", ".5", 1))
+    with pytest.raises(UserError, match=r"bbox\.again=true"):
+        run(birds, own, classifier, tmp_path / "boxes.json")
+
+
+def test_weights_that_are_no_numbers_and_boxes_outside_the_image_are_found_at_the_start(
+    birds, masks, classifier, tmp_path
+):
+    state = load_tensors(classifier)
+    for part in ("ema", "model", "state_dict"):
+        next(iter(state.get(part, {0: torch.zeros(1)}).values()))[:] = np.nan
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=r"nan\.pt"):
+        run(birds, masks, tmp_path / "nan.pt", tmp_path / "boxes.json")
+    own = Path(shutil.copytree(masks, tmp_path / "masks_0"))
+    setup, info = load_masks_info(own)
+    info[next(iter(info))][0]["bbox"] = [-90.0, 2.0, 3.0, 4.0]
+    save_masks_info(own, setup, info)
+    with pytest.raises(UserError, match="masks_0"):
+        run(birds, own, classifier, tmp_path / "boxes.json")

@@ -33,6 +33,7 @@ from toybirds.network import build_toy_vit
 
 ROOT = Path(__file__).parent.parent
 TINY = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}
+TOY = f"dino.weights={ROOT / 'toybirds' / 'toy_localizer.pt'}"
 SMALL = ["dataset.name=cub", "num_workers=0", "dino.batch_size=8"]
 
 
@@ -145,7 +146,7 @@ def test_the_contact_sheet(birds, tiny, unbroken, tmp_path, monkeypatch):
 
 
 def test_the_default_localizer_beats_the_trivial_boxes(birds, tmp_path):
-    stage.main(load_config([*SMALL, f"dataset.root={birds}", f"out={tmp_path / 'boxes.json'}"]))
+    stage.main(load_config([*SMALL, f"dataset.root={birds}", f"out={tmp_path / 'boxes.json'}", TOY]))
     scores = load_json(tmp_path / "boxes.eval.json")
     for split in ("train", "test"):
         best = max(scores[name][split]["mean_iou"] for name in ("whole_image", "center", "median_train"))
@@ -166,27 +167,24 @@ def test_workers_change_nothing(birds, tiny, unbroken, tmp_path):
 
 def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
     slow = ["dino.batch_size=1", "dino.image_size=160"]  # many batches, so that the kill comes in between
-    out, parts = (
-        tmp_path / "killed" / "boxes.json",
-        tmp_path / "killed" / "boxes.partial" / "process_0" / "units.records",
-    )
+    out = tmp_path / "killed" / "boxes.json"
     process = command(birds, tiny, out, *slow)
-    while process.poll() is None and not (parts.exists() and parts.stat().st_size > 3000):
+    while process.poll() is None and len(list(out.parent.glob("boxes.partial/process_0/[0-9]*.safetensors"))) < 3:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert not out.exists() and parts.exists(), "killed too late to show anything"
-    before = parts.read_bytes()
-    done = stage.finished_batches(stage.prepare(load_config(words(birds, tiny, out, *slow))))
+    assert not out.exists(), "killed too late to show anything"
+    work = stage.prepare(load_config(words(birds, tiny, out, *slow))).work
+    done = work.finished()
     assert 1 <= len(done) < 72
     with pytest.raises(UserError, match=r"begun with dino\.image_size=160, now 32; .* dino\.again=true"):
         run(birds, tiny, out, "dino.batch_size=1")
-    assert parts.read_bytes() == before
+    assert work.finished() == done
     mapped = spy_on_batches()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage, "mapped_batches", mapped)
         run(birds, tiny, out, *slow)
-    assert mapped.numbers == set(range(72)) - done  # nothing done twice, nothing lost
+    assert mapped.numbers == set(range(72)) - done.keys()  # nothing done twice, nothing lost
     whole = run(birds, tiny, tmp_path / "whole" / "boxes.json", *slow)
     assert_same_files(whole, out)
 
@@ -233,7 +231,7 @@ def test_processes_that_do_not_come_are_named(birds, tiny, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(shared_work, "STALLED_SECONDS", 0.1)
-    with pytest.raises(UserError, match="batches of other processes do not come"):
+    with pytest.raises(UserError, match="batches of other processes"):
         run(birds, tiny, tmp_path / "boxes.json")
 
 
@@ -241,7 +239,7 @@ def test_maps_are_used_again_for_other_boxes(birds, tiny, unbroken, tmp_path, mo
     out = Path(shutil.copytree(unbroken.parent, tmp_path / "copy")) / unbroken.name
     monkeypatch.setattr(stage, "mapped_batches", None)  # would raise
     run(birds, tiny, out, "dino.method=published", "dino.threshold=0.5")
-    assert "the maps of 72 of 72 images are there already" in capsys.readouterr().out
+    assert "72 of 72 images are done already" in capsys.readouterr().out
     assert load_boxes(out).boxes != load_boxes(unbroken).boxes
     assert load_json(out.with_suffix(".eval.json"))["images_mapped"] == 0
 
@@ -397,3 +395,40 @@ def test_a_wrong_object_model_is_told_before_the_maps_are_made(birds, tiny, tmp_
     with pytest.raises(UserError, match=r"dino\.object_model"):
         run(birds, tiny, tmp_path / "boxes.json", *more)
     assert not list(tmp_path.iterdir())
+
+
+def test_photographs_are_not_looked_at_by_the_network_of_the_drawn_birds(birds, tmp_path, monkeypatch):
+    asked = []
+
+    def stop(*names):
+        asked.append(names)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(stage, "build_localizer", stop)
+    with pytest.raises(UserError):
+        stage.prepare(load_config([*SMALL, f"dataset.root={birds}", f"out={tmp_path / 'boxes.json'}"]))
+    assert asked == [("dinov2_vits14", None)]
+
+
+def test_files_of_the_user_are_not_replaced(birds, tiny, tmp_path):
+    for name in ("boxes.png", "errors.txt", "boxes.eval.md"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(UserError, match=name):
+            run(birds, tiny, tmp_path / "boxes.json")
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "mine")]
+        (tmp_path / name).unlink()
+
+
+def test_an_image_that_was_replaced_by_one_of_its_size_gets_a_new_map(birds_copy, tiny, tmp_path):
+    out = run(birds_copy, tiny, tmp_path / "boxes.json")
+    data = read_dataset("cub", birds_copy)
+    with PIL.Image.open(data.paths[0]) as image:
+        turned = image.transpose(PIL.Image.Transpose.ROTATE_180)
+    before = MapCache.open(out)[data.ids[0].item()].copy()
+    turned.save(data.paths[0], quality=95)
+    mapped = spy_on_batches()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "mapped_batches", mapped)
+        run(birds_copy, tiny, out)
+    assert len(mapped.numbers) == 1
+    assert (MapCache.open(out)[data.ids[0].item()] != before).any()

@@ -1,6 +1,7 @@
 """mask_files.py: masks and their info, written and read back, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,3 +143,14 @@ def test_tight_box():
     mask = np.zeros((37, 53), dtype=bool)
     mask[4:9, 10] = mask[6, 10:30] = True
     assert tight_box(mask) == (10, 4, 20, 5)
+
+
+def test_every_image_has_a_mask_file_of_its_own_with_a_name_that_can_be_written(tmp_path):
+    names = ["x/a.jpg", "y/a.jpg", "z/a.425.jpg", "b\u00ad\u200d\x7f.jpg", f"{'n' * 240}.jpg", f"{'n' * 241}.jpg"]
+    for ids in ([424, 425, 426, 427, 428, 429], names):
+        found = mask_names(ids, [Path(name) for name in names])
+        assert len(set(found)) == len(names)
+        for name in found:
+            save_masks(tmp_path / f"{name}.pt", torch.zeros(1, 2, 3, dtype=torch.bool), "bool")
+        save_masks_info(tmp_path, {"store": "bool"}, {name: [] for name in found})
+        assert list(load_masks_info(tmp_path)[1]) == found
