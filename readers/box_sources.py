@@ -120,7 +120,7 @@ def _read_any(path: Path) -> Read:
         found = {suffix: sorted(path.rglob(f"*.{suffix}")) for suffix in ("xml", "txt")}
         if bool(found["xml"]) == bool(found["txt"]):
             raise UserError(
-                f"{path}: holds {'both' if found['xml'] else 'neither'} Pascal VOC's .xml and YOLO's .txt files"
+                f"{path}: holds {'both' if found['xml'] else 'none of'} Pascal VOC's .xml and YOLO's .txt files"
             )
         return _read_voc(found["xml"]) if found["xml"] else _read_yolo(path, found["txt"])
     if read_text(path).lstrip("\ufeff \t\r\n").startswith(("{", "[")):
@@ -142,7 +142,8 @@ def _read_coco(path: Path) -> Read:
         boxes = np.array([box for _, box in pairs], dtype=np.float64).reshape(-1, 4)
         listed = [names[image_id] for image_id, _ in pairs], [sizes[image_id] for image_id, _ in pairs]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: neither a box JSON of this program nor a COCO JSON ({error!r})") from None
+        lacking = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: neither a box JSON of this program nor a COCO JSON ({lacking}); give one") from None
     return listed[0], boxes, [None if None in size else size for size in listed[1]], False
 
 

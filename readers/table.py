@@ -94,7 +94,7 @@ def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...])
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
     lacking = [one for one in needed if one not in header]
     if lacking:
-        raise UserError(f"{path}:1: has no column {lacking[0]!r}; it needs {', '.join(needed)}, may have {optional}")
+        raise UserError(f"{path}:1: has no column {lacking[0]!r}; it needs {', '.join(needed)}")
     bad = next((line for line, row in rows if len(row) != len(header)), None)
     if bad is not None:
         raise UserError(f"{path}:{bad}: has another number of fields than the header, {len(header)}")

@@ -170,7 +170,7 @@ def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str
     changed = first_difference(state["made_from"], run.made_from)
     if changed:
         raise ValueError(f"the {changed} are others than when it was written; start a new run")
-    free = {*may_change, "num_epochs", "opt.gamma"}  # a training may be extended
+    free = {*may_change, "num_epochs", "dataset.root"}  # a training may be extended; the images are compared themselves
     kept = {key: value for key, value in leaves(config).items() if key not in free}
     changed = first_difference(leaves(state["config"]), kept)
     if changed:
