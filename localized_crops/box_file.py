@@ -129,6 +129,8 @@ def _numbers(entries: Mapping[str, Any], what: str, *shape: int, kinds: str = "i
         ValueError: if a value is not ``what``: not of this shape, not finite, or not of one of NumPy's ``kinds``.
     """
     values = [value for value in entries.values() if value is not None]
+    holds_bool = [isinstance(value, list) and bool in map(type, value) for value in entries.values()]
+    _refuse(entries, np.array(holds_bool), what)  # NumPy would take true for 1
     rows = _array(values)
     if values and (rows.shape != (len(values), *shape) or rows.dtype.kind not in kinds or not np.isfinite(rows).all()):
         singles = [None if value is None else _array(value) for value in entries.values()]
