@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from config import load_config
+from localizer.networks import TOY_WEIGHTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "using.md"
 LOADERS = {
@@ -16,7 +17,7 @@ LOADERS = {
     "predict": "load_prediction_config",
 }
 TOY = ["model.type=toyresnet", "model.weights=none", "image_size=32", "num_epochs=1", "batch_size=8"]
-TOY += ["dino.model=none", "dino.weights=none", "dino.image_size=none", "dino.steps=heads,min_max"]
+TOY += ["dino.model=none", f"dino.weights={TOY_WEIGHTS}", "dino.image_size=none", "dino.steps=heads,min_max"]
 
 
 def commands() -> list[list[str]]:
