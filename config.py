@@ -199,7 +199,8 @@ config = {
     "patch_size": 14,  # of the ViT, pixels; a ViT's image_size must be a multiple
     # --- recipe
     "num_epochs": 40,  # may be raised when a run is resumed
-    "patience": None,  # stop when so many epochs in a row have not validated better; None: never
+    # stop when so many validations in a row, one every log_interval epochs, were not better (a tie is not); None: never
+    "patience": None,
     "batch_size": 16,  # images of one optimizer step, over all processes of torchrun and all parts of opt.accumulate
     "image_size": 64,  # side of the training crops after resizing, pixels
     "opt": {

@@ -45,7 +45,7 @@ from training.distributed import (
     world_size,
 )
 from training.fingerprints import fingerprints
-from training.loop import train_and_log_epoch
+from training.loop import out_of_patience, train_and_log_epoch
 from training.run import Run, build_run, load_run
 from training.self_distillation import maps_path, refresh_epoch, refresh_maps
 from training.summary import finish
@@ -203,12 +203,11 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     own_wandb = wandb_run is None and config["wandb"] and rank() == 0
     if own_wandb:
         wandb_run = start_wandb(config, folder)
-    for _ in range(run.epoch, config["num_epochs"]):
+    while run.epoch < config["num_epochs"] and not out_of_patience(run.records, config["patience"]):
         train_loader = with_own_maps(train_loader, run, config, data, device)
         train_and_log_epoch(run, config, train_loader, val_loader, device, wandb_run)
-        if config["patience"] is not None and run.epoch - run.best_epoch >= config["patience"]:
-            print(f"stopped early: validated best after epoch {run.best_epoch}")
-            break
+    if run.epoch < config["num_epochs"]:
+        print(f"stopped early after epoch {run.epoch}: patience={config['patience']}")
     summary = finish(run, config, data, test_loader, device, notes)
     if wandb_run is not None:
         wandb_run.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})

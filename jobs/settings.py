@@ -111,25 +111,26 @@ def parse_value(key: str, text: str) -> Any:
         ConfigError: if there is no such key, or the value is not allowed.
     """
     _check_known(key)
-    is_list, is_bool = isinstance(KNOWN[key], list), isinstance(KNOWN[key], bool)
-    nested = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
-    given = nested or [part.strip() for part in text.strip("[]").split(",") if part.strip()] if is_list else text
-    adapter = _adapter(key)
+    kinds = _kinds(key)
+    if text in NONE_WORDS and "null" in kinds:
+        return None
+    if "boolean" in kinds and text.lower() not in ("true", "false"):
+        raise ConfigError(f"{key}={text}: must be true or false")
+    given = text
+    if "array" in kinds:
+        nested = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
+        given = nested or [part.strip() for part in text.strip("[]").split(",") if part.strip()]
     try:
-        if text in NONE_WORDS and _takes_none(adapter):
-            return None
-        if is_bool and text.lower() not in ("true", "false"):
-            raise ConfigError(f"{key}={text}: must be true or false")
-        return adapter.validate_python(given, strict=False)
+        return _adapter(key).validate_python(given, strict=False)
     except ValidationError as error:
         raise ConfigError(_message(f"{key}={text}", error.errors()[0])) from None
 
 
-def _takes_none(adapter: TypeAdapter) -> bool:
-    try:
-        return adapter.validate_python(None) is None
-    except ValidationError:
-        return False
+@functools.cache
+def _kinds(key: str) -> set[str]:
+    """Return the JSON types that a dotted key may have: "null" beside its own where it may be None."""
+    schema = _adapter(key).json_schema()
+    return {kind["type"] for kind in schema.get("anyOf", [schema])}
 
 
 def _message(given: str, error: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ import torch
 
 from datasets import read_dataset
 from jobs.shared_work import load_result
+from localized_crops import map_file
 from localized_crops.files import SCRATCH, load_json
 from localized_crops.map_file import MapCache
 from utils import load_log, load_tensors
@@ -199,7 +200,7 @@ def check_whole(folder: Path) -> None:
         elif path.suffix == ".png":
             PIL.Image.open(path).load()
         elif path.suffix == ".safetensors":
-            MapCache.open(path)
+            (MapCache.open if path.name.endswith(map_file.SUFFIX) else load_result)(path)
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -231,7 +232,8 @@ def _plain(value: Any, folder: str) -> Any:
 
 
 def assert_same(one: Path, other: Path) -> None:
-    """Check that two finished stages left the same, bit for bit."""
+    """Check that two finished stages left the same, bit for bit; their folders have one name, which pictures show."""
+    assert one.name == other.name
     a, b = contents(one), contents(other)
     assert list(a) == list(b)
     assert [name for name in a if a[name] != b[name]] == []

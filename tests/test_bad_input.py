@@ -35,6 +35,7 @@ from readers.images import read_image
 ROOT = Path(__file__).parent.parent
 DATA = ("dataset.name=cub", "dataset.root={folder}/birds")
 TRAIN = (*DATA, "num_workers=0", "num_epochs=1", "image_size=32", "device=cpu", "run_dir={folder}/new")
+LOCALIZE = (*DATA, f"dino.weights={ROOT / 'toybirds/toy_localizer.pt'}")
 RESUME = ("resume=true", "run_dir={folder}/run")
 CODE = "__import__('os').system('touch ran')"
 DEEP = "[" * 100_000
@@ -579,8 +580,8 @@ FINISHED = [
     taken("bbox-text", "generate_bbox", CHOOSE, put("boxes.json", "mine"), "was not made by this script"),
     taken("bbox-list", "generate_bbox", CHOOSE, content("boxes.json", lambda file: file.update(settings=[])),
           "was not made by this script"),
-    taken("dino-foreign", "generate_dino_boxes", DATA, remove(MAP_FILE), "was not made by this script"),
-    taken("dino-other", "generate_dino_boxes", DATA, nothing, "made with model=test", "dino.again=true"),
+    taken("dino-foreign", "generate_dino_boxes", LOCALIZE, remove(MAP_FILE), "was not made by this script"),
+    taken("dino-other", "generate_dino_boxes", LOCALIZE, nothing, "made with model=test", "dino.again=true"),
 ]  # fmt: skip
 
 IMAGES = [

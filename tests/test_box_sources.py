@@ -91,21 +91,22 @@ def test_images_without_a_box_are_named_and_allowed_by_a_key(data, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    ("write", "told"),
+    "write",
     [
-        (lambda p: coco(p / "b.json", BOXES / 100), "pixels are expected"),
-        (lambda p: coco(p / "b.json", sizes=[(30, 40), *SIZES[1:]]), "another size"),
-        (lambda p: coco(p / "b.json", BOXES * [1, 1, 0, 1]), "area"),
-        (lambda p: coco(p / "b.json", bbox=[], segmentation=[[1, 2, 3, 4, 5, 6]]), "segmentations"),
-        (lambda p: yolo(p / "yolo", BOXES * 100), "shares of the image"),
-        (lambda p: p / "photos" / "ash", "neither"),
+        lambda p: coco(p / "b.json", BOXES / 100),
+        lambda p: coco(p / "b.json", sizes=[(30, 40), *SIZES[1:]]),
+        lambda p: coco(p / "b.json", BOXES * [1, 1, 0, 1]),
+        lambda p: coco(p / "b.json", bbox=[], segmentation=[[1, 2, 3, 4, 5, 6]]),
+        lambda p: yolo(p / "yolo", BOXES * 100),
+        lambda p: p / "photos" / "ash",
     ],
     ids=["normalised", "size", "flat", "segmentations", "yolo in pixels", "no boxes"],
 )
-def test_what_cannot_be_boxes_is_one_line(data, tmp_path, write, told):
-    with pytest.raises(UserError, match=told) as error:
-        source_boxes(str(write(tmp_path)), data)
-    assert "\n" not in str(error.value)
+def test_what_cannot_be_boxes_is_one_line(data, tmp_path, write):
+    path = write(tmp_path)
+    with pytest.raises(UserError) as error:
+        source_boxes(str(path), data)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"images": 3, "annotations": []}', "no,such,columns\n1,2,3\n", ""])

@@ -156,8 +156,9 @@ def test_a_training_on_a_full_disk_says_how_to_go_on(birds, tmp_path):
     )
     assert not list(folder.glob("*.pt"))
     stages.finish(stage, folder, log)
-    stages.finish(stage, tmp_path / "whole", log)
-    stages.assert_same(tmp_path / "whole", folder)
+    (tmp_path / "whole").mkdir()
+    stages.finish(stage, tmp_path / "whole" / "run", log)
+    stages.assert_same(tmp_path / "whole" / "run", folder)
 
 
 def test_an_image_cache_on_a_full_disk_is_built_when_there_is_room(birds, tmp_path):

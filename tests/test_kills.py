@@ -37,8 +37,8 @@ def unbroken(tmp_path_factory):
 
     def run(name: str, stage: Stage) -> Path:
         if name not in made:
-            made[name] = tmp_path_factory.mktemp("unbroken") / name
-            stages.finish(stage, made[name], made[name].with_name(f"{name}_log"))
+            made[name] = tmp_path_factory.mktemp(f"unbroken_{name}") / "run"
+            stages.finish(stage, made[name], made[name].with_name("log"))
         return made[name]
 
     return run
@@ -109,7 +109,8 @@ def kill_in_work(name: str, stage: Stage, folder: Path, log: Path, delay: float)
 
 def kill_and_finish(name: str, stage: Stage, whole: Path, folder: Path, delays: list[float]) -> int:
     """Kill a stage some times, then let it end; compare; return how many kills came in time."""
-    log = folder.with_name(f"{folder.name}_log")
+    folder.parent.mkdir(exist_ok=True)
+    log = folder.with_name("log")
     kills = sum(kill_in_work(name, stage, folder, log, delay) for delay in delays)
     expected = finished_work(name, folder)
     printed = stages.finish(stage, folder, log)
@@ -126,7 +127,7 @@ def test_a_stage_killed_at_random_moments_ends_as_an_unbroken_one(name, build, u
     whole = unbroken(name, stage)
     for number in range(ROUNDS):
         delays = [rng.uniform(0, SPANS[name]) for _ in range(KILLS)]
-        kills += kill_and_finish(name, stage, whole, tmp_path / str(number), delays)
+        kills += kill_and_finish(name, stage, whole, tmp_path / str(number) / "run", delays)
     print(f"{name}: {kills} kills")
     assert kills >= ROUNDS * KILLS - 1, "the kills came too late to show anything"
 

@@ -11,6 +11,7 @@ from jobs.settings import ConfigError, word_of
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, load_json, save_json
 
+TOY = f"dino.weights={Path(__file__).parent.parent / 'toybirds/toy_localizer.pt'}"
 SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset.name=cub"]
 
 
@@ -86,10 +87,10 @@ def test_an_unknown_table_is_one_line(tmp_path):
 
 def test_a_step_is_done_once_with_the_words_of_the_command_line(birds, tmp_path, capfd):
     out = tmp_path / "boxes.json"
-    step = Step(str(out), "generate_dino_boxes.py", ("dataset.name=cub", f"out={out}"))
+    step = Step(str(out), "generate_dino_boxes.py", ("dataset.name=cub", TOY, f"out={out}"))
     own = {"dataset.root": str(birds), "num_workers": 0, "dino.steps": ["heads", "min_max"]}
     reproduce.run_step(step, own)
-    words = f"dataset.root={birds} num_workers=0 dino.steps=heads,min_max dataset.name=cub out="
+    words = f"dataset.root={birds} num_workers=0 dino.steps=heads,min_max dataset.name=cub {TOY} out="
     assert words in capfd.readouterr().out
     before = out.stat().st_mtime_ns
     reproduce.run_step(step, own)

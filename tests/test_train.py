@@ -23,6 +23,7 @@ from jobs.settings import ConfigError, leaves
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache
+from training.loop import out_of_patience
 from training.optimization import build_optimizer, build_scheduler, learning_rate
 from training.summary import last_epochs
 from utils import load_log, load_tensors
@@ -374,11 +375,30 @@ def test_a_run_can_be_forked_with_other_settings(unbroken, tmp_path, capsys):
     assert f"starting from {unbroken / 'best.pt'}" in capsys.readouterr().out
 
 
-def test_early_stopping(birds, tmp_path, monkeypatch):
-    accuracies = iter([0.5, 0.5, *[0.1] * 6])  # of model and EMA, epoch after epoch
+def test_patience_counts_validations_in_a_row_without_a_gain(birds, tmp_path, monkeypatch):
+    accuracies = iter([0.4, 0.5, 0.5, 0.1, *[0.1] * 6])  # of model and EMA, at epochs 2, 4, ...: a tie is no gain
     monkeypatch.setattr("training.loop.loss_and_top1", lambda *_a: (1.0, next(accuracies)))
-    summary = run(birds, tmp_path / "run", "patience=1", "num_epochs=4")
-    assert summary["epochs"] == 2
+    stop = ["patience=1", "num_epochs=8", "log_interval=2"]
+    assert run(birds, tmp_path / "run", *stop)["epochs"] == 4
+    resume = ["resume=true", f"run_dir={tmp_path / 'run'}"]
+    assert train.train_run(train.load_run_config(resume))["epochs"] == 4  # it had stopped, and trains no further
+    assert train.train_run(train.load_run_config([*resume, "patience=2"]))["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("top1", "patience", "ends"),
+    [
+        ([0.3, 0.2, 0.2], 2, True),
+        ([0.3, 0.3, 0.3], 2, True),
+        ([0.3, 0.2, 0.4], 2, False),
+        ([0.3, 0.2], 2, False),
+        ([], 1, False),
+        ([0.3] * 9, None, False),
+    ],
+)
+def test_patience_ends_after_validations_without_a_gain(top1, patience, ends):
+    records = [{"top1": 0.1, "ema_top1": one} for one in top1]
+    assert out_of_patience(records, patience) == ends
 
 
 def test_the_published_measure_is_of_the_last_hundred_epochs():

@@ -54,6 +54,19 @@ def train_and_log_epoch(
         save_run(run, config, is_best, device)
 
 
+def out_of_patience(records: list[dict], patience: int | None) -> bool:
+    """Return whether none of the last ``patience`` validations was better than the best one before; a tie is not.
+
+    Args:
+        records: one per validation, with the top-1 of model and EMA, of which the higher one counts.
+        patience: None: there is no limit.
+    """
+    if patience is None or len(records) <= patience:
+        return False
+    top1 = [max(record["top1"], record["ema_top1"]) for record in records]
+    return max(top1[-patience:]) <= max(top1[:-patience])
+
+
 def check_finite(record: dict, key: str) -> None:
     """Raise UserError if a loss is no longer a number."""
     if not math.isfinite(record[key]):
@@ -150,6 +163,5 @@ def validate_and_log(
     )
     run.chosen = "ema" if record["ema_top1"] >= record["top1"] else "model"
     is_best = max(record["top1"], record["ema_top1"]) >= run.best_top1  # on a tie keep the later epoch
-    run.best_epoch = run.epoch if is_best else run.best_epoch
     run.best_top1 = max(run.best_top1, record["top1"], record["ema_top1"])
     return is_best

@@ -50,7 +50,6 @@ class Run:
     begin: Callable[[], None] = lambda: None  # called after every optimizer step
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
-    best_epoch: int = 0  # after which the model or the EMA validated best
     best_top1: float = -1.0  # of the model or the EMA on the validation images
     chosen: str = "ema"  # which of the two validated better when they were last looked at: model | ema
     records: list[dict] = field(default_factory=list)  # log.jsonl
@@ -116,7 +115,6 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
         "epoch": run.epoch,
         "step": run.step,
         "best_top1": run.best_top1,
-        "best_epoch": run.best_epoch,
         "config": config,
         "made_from": run.made_from,
         "versions": environment(),
@@ -153,7 +151,7 @@ def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.epoch, run.step, run.best_top1 = int(state["epoch"]), int(state["step"]), float(state["best_top1"])
-        run.chosen, run.best_epoch = str(state["chosen"]), int(state["best_epoch"])
+        run.chosen = str(state["chosen"])
         run.scheduler = build_scheduler(run.optimizer, config["opt"], config["num_epochs"], done=run.epoch)
         torch.set_rng_state(state["rng"])
         if device.type == "cuda" and state["cuda_rng"] is not None:
