@@ -136,20 +136,28 @@ def source_boxes(
     """
     if source == "gt":
         return _true_boxes(data)
-    if source == "dino":
-        source = dino_boxes_path(data.name, data.root)
-        if not source.exists():
-            raise UserError(
-                f"{source}: there is no such file: make it with generate_dino_boxes.py on the same data set"
-            )
-        return boxes_for_images(source, data.ids, data.image_sizes, data.pixel_grid)
     if source == "center":
         return center_boxes(data.image_sizes), 0
     if source == "image":
         return whole_image_boxes(data.image_sizes), 0
-    if is_foreign(source):
+    own = box_file_of(source, data)
+    if own is None:
         return read_foreign(source, data, allow_missing).one_each("union" if several == "union" else "largest")
-    return boxes_for_images(source, data.ids, data.image_sizes, data.pixel_grid)
+    return boxes_for_images(own, data.ids, data.image_sizes, data.pixel_grid)
+
+
+def box_file_of(source: str, data: DataSet) -> Path | None:
+    """Return the box file of this program that a source names; None for gt, center, image and other tools' files.
+
+    Raises:
+        UserError: if the source is "dino" and generate_dino_boxes.py has made no boxes yet.
+    """
+    if source != "dino":
+        return None if source in ("gt", "center", "image") or is_foreign(source) else Path(source)
+    path = dino_boxes_path(data.name, data.root)
+    if not path.exists():
+        raise UserError(f"{path}: there is no such file: make it with generate_dino_boxes.py on the same data set")
+    return path
 
 
 def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | None:
@@ -165,9 +173,10 @@ def has_source_box(source: str, data: DataSet, allow_missing: float = 0.0) -> np
         return data.has_box
     if source in ("center", "image"):
         return np.ones(len(data.ids), dtype=bool)
-    if is_foreign(source):
+    own = box_file_of(source, data)
+    if own is None:
         return np.isin(np.arange(len(data.ids)), read_foreign(source, data, allow_missing).rows)
-    found = load_boxes(source).boxes
+    found = load_boxes(own).boxes
     return np.array([found.get(image_id) is not None for image_id in data.ids.tolist()], dtype=bool)
 
 

@@ -2,7 +2,8 @@
 
 Reads a data set. Writes, for out=FOLDER/STEM.json:
 
-    STEM.json            the boxes: train.py source=FOLDER/STEM.json holds its crops to them
+    STEM.json            the boxes: train.py source=FOLDER/STEM.json holds its crops to them; and how they were found,
+                         so that predict.py finds boxes likewise
     STEM.maps.safetensors  the attention maps, for density-map crops
     STEM.eval.json/.md   mean IoU, coverage and shares beside the trivial boxes, time per stage
     STEM.png             best, median and worst boxes
@@ -38,12 +39,10 @@ from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, maps_path, save_map_cache
 from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
-from localizer.networks import Localizer, build_localizer
-from localizer.object_head import build_features, object_box, object_maps
+from localizer.networks import Localizer, configured_localizer
+from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
 from readers.data_set import DataSet
 from utils import timed
-
-PHOTOGRAPHS = "dinov2_vits14"  # the network for all but the drawn birds, whose localizer knows nothing else
 
 
 def main(config: dict) -> None:
@@ -70,6 +69,7 @@ class Stage:
     out: Path
     data: DataSet
     localizer: Localizer
+    cells: Localizer | None  # the network whose cells dino.method=object_head classifies
     device: torch.device
     work: SharedWork  # finished batches, until all are there
     batches: list[Batch]  # the units of resuming and of sharding
@@ -86,11 +86,12 @@ def prepare(config: dict) -> Stage:
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     read = time.perf_counter()
-    toys = config["dataset"]["name"] == "toybirds" or wanted["weights"]
-    localizer = build_localizer(wanted["model"] or (None if toys else PHOTOGRAPHS), wanted["weights"])
+    localizer = configured_localizer(config)
     localizer.model.to(device)
     side = wanted["image_size"] or localizer.image_size
     check_settings(wanted, localizer, side)
+    is_taught = wanted["method"] == "object_head"
+    cells = build_features(wanted["object_model"], wanted["object_weights"]) if is_taught else None
     batches = plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"])
     out = Path(config["out"] or dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     stage = Stage(
@@ -98,6 +99,7 @@ def prepare(config: dict) -> Stage:
         out=out,
         data=data,
         localizer=localizer,
+        cells=cells,
         device=device,
         work=SharedWork(
             out.with_name(f"{out.stem}.partial"),
@@ -127,8 +129,6 @@ def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
     heads = last_attention(localizer.model).num_heads
     trial = clean(np.random.default_rng(0).random((heads, 5, 7)), wanted)
     map_to_box(trial, (70, 50), wanted)
-    if wanted["method"] == "object_head":  # a wrong name is told before the maps are made
-        build_features(wanted["object_model"], wanted["object_weights"])
 
 
 def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, device: torch.device) -> dict[str, Any]:
@@ -243,9 +243,11 @@ def cache_about(stage: Stage) -> dict[str, Any]:
 def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
     """Return the box of each image, in the order of the data set, and write the box file."""
     data, wanted = stage.data, stage.config["dino"]
+    settings = stage.config | {"maps": stage.work.identity}
     with timed(stage.seconds, "boxes"):
-        if wanted["method"] == "object_head":
-            boxes = object_boxes(stage, cache)
+        if stage.cells is not None:
+            boxes, head = object_boxes(stage, stage.cells, cache)
+            settings["object_head"] = head.plain()
         else:
             boxes = [
                 map_to_box(cache[image_id], tuple(size), wanted)
@@ -258,33 +260,22 @@ def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
             {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)} | unreadable,
             dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
             made_by=Path(__file__).name,
-            settings=stage.config | {"maps": stage.work.identity},
+            settings=settings,
             pixel_grid=data.pixel_grid,
         )
     return boxes
 
 
-def object_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
-    """Return the box of each image by a classifier of cells that the attention maps teach."""
+def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[map_boxes.MapBox], ObjectHead]:
+    """Return the box of each image by a classifier of cells that the attention maps teach, and that classifier."""
     data, wanted = stage.data, stage.config["dino"]
-    network = build_features(wanted["object_model"], wanted["object_weights"])
-    network.model.to(stage.device)
-    found = object_maps(
-        network,
-        data,
-        cache,
-        side=wanted["object_image_size"],
-        threshold=wanted["threshold"],
-        rounds=wanted["object_rounds"],
-        most_images=wanted["object_images"],
-        device=stage.device,
-        num_workers=stage.config["num_workers"],
-    )
-    boxes = {
-        row: object_box(cells, tuple(data.image_sizes[row].tolist()), upsample=wanted["upsample"])
-        for row, cells in found
-    }
-    return [boxes[row] for row in range(len(data.ids))]
+    cells.model.to(stage.device)
+    how = {"side": wanted["object_image_size"], "device": stage.device, "num_workers": stage.config["num_workers"]}
+    rounds, most_images = wanted["object_rounds"], wanted["object_images"]
+    head = learn_head(cells, data, cache, threshold=wanted["threshold"], rounds=rounds, most_images=most_images, **how)
+    found = find_objects(cells, head, data.paths, data.image_sizes, upsample=wanted["upsample"], **how)
+    boxes = {row: box for row, box, _ in found}
+    return [boxes[row] for row in range(len(data.ids))], head
 
 
 # --- report -------------------------------------------------------------------------------------------------------

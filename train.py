@@ -56,6 +56,7 @@ from training.train_data import (
     build_view_loaders,
     crop_boxes,
     decoded_images,
+    how_boxes_are_found,
     load_data,
     loading,
     map_crops,
@@ -195,6 +196,7 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
     made_from = fingerprints(data, boxes, getattr(crops, "maps", None))
     run = build_run(folder, config, data.class_names, made_from, device)
+    run.localizer = how_boxes_are_found(config, data)
     print(describe(config, run, data, device))
     if config["resume"]:
         load_run(run, config, RESUME_MAY_CHANGE, device)

@@ -22,7 +22,8 @@ from jobs.loader import build_loader
 from jobs.settings import DEFAULTS
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
-from localizer.networks import Localizer, build_localizer
+from localizer.networks import Localizer, configured_localizer
+from localizer.object_head import ObjectHead, build_features
 from readers.data_set import UprightPath
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
@@ -57,6 +58,7 @@ class Classifier:
     mean: tuple[float, ...]  # of the network's input
     std: tuple[float, ...]
     localizer: Localizer | None = None  # finds the box for the views that look at one
+    object_head: ObjectHead | None = None  # of dino.method=object_head, on the localizer's cells
 
     @property
     def answer(self) -> str:
@@ -106,6 +108,7 @@ class Classifier:
         paths, boxes, failed = [UprightPath(path) for path in images], None, {}
         if self.needs_box:
             about = {"precision": self.precision, "num_workers": num_workers, "progress": progress}
+            about["head"] = self.object_head
             boxes, failed = find_boxes(paths, self.localizer, self.config["dino"], self.device, **about)
         batches = PhotoBatches(paths, list(self.views.values()), batch_size, boxes, failed)
         loader = build_loader(batches, num_workers=num_workers, pin_memory=self.device.type == "cuda", batch_size=None)
@@ -153,6 +156,7 @@ def load_classifier(
         views = test_views(config)
         statistics = {key: tuple(map(float, content["config"]["model"][key])) for key in ("mean", "std")}
     needs = localize and any(view.kind == "box" for view in views.values())
+    localizer, object_head = load_localizer(config, content, path) if needs else (None, None)
     return Classifier(
         path=str(path),
         model=model.eval().to(where, memory_format=torch.channels_last),
@@ -162,8 +166,35 @@ def load_classifier(
         config=config,
         device=where,
         **statistics,
-        localizer=build_localizer(config["dino"]["model"], config["dino"]["weights"]) if needs else None,
+        localizer=localizer,
+        object_head=object_head,
     )
+
+
+def load_localizer(
+    config: Mapping[str, Any], content: Mapping[str, Any], path: Path | str
+) -> tuple[Localizer, ObjectHead | None]:
+    """Return what finds the object's box: a ViT, or the network and the classifier of cells of dino.method=object_head.
+
+    Args:
+        config: the settings to use.
+        content: of the checkpoint, which holds the classifier of cells that the training's boxes were found by.
+        path: of the checkpoint.
+
+    Raises:
+        UserError: if the checkpoint holds none, or a network cannot be had.
+    """
+    wanted = config["dino"]
+    if wanted["method"] != "object_head":
+        return configured_localizer(config), None
+    head = (content.get("localizer") or {}).get("object_head")
+    if head is None:
+        raise UserError(
+            f"{path}: holds no classifier for dino.method=object_head: eval_box of its training names no boxes found "
+            "that way; give dino.method=component, or eval_box=none to leave the box out"
+        )
+    network = build_features(wanted["object_model"], wanted["object_weights"])
+    return network, ObjectHead.of_plain(head)
 
 
 def build_trained(config: Mapping[str, Any], path: Path | str, n_classes: int) -> tuple[nn.Module, str]:
@@ -190,9 +221,13 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 def training_defaults(path: Path | str) -> dict[str, Any]:
     """Return the default config with the sections OF_TRAINING as the checkpoint's training had them.
 
-    Keys that the training did not know yet stay as they are.
+    The section ``dino`` is that of the boxes that the training evaluated on, where it knows it. Keys that the training
+    did not know yet stay as they are.
     """
-    merged, saved = copy.deepcopy(DEFAULTS), load_checkpoint(path)["config"]
+    merged, content = copy.deepcopy(DEFAULTS), load_checkpoint(path)
+    saved = content["config"]
+    if isinstance(content.get("localizer"), dict):
+        saved = saved | {"dino": content["localizer"]["dino"]}
     for name in OF_TRAINING:
         if isinstance(merged[name], dict):
             section = saved[name] if isinstance(saved.get(name), dict) else {}

@@ -2,7 +2,7 @@
 
 import glob
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from tqdm import tqdm
 
 from localized_crops.files import UserError
+from localized_crops.map_boxes import MapBox
 from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer
+from localizer.object_head import ObjectHead, find_objects
 from readers.data_set import UprightPath
 from readers.images import SUFFIXES, image_sizes, read_image
 from training.batches import stack_images
@@ -63,6 +65,7 @@ def find_boxes(
     precision: str = "float32",
     num_workers: int = 0,
     progress: bool = True,
+    head: ObjectHead | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Return the box of the object in each image, (N, 4) x y width height in upright pixels, and why some have none.
 
@@ -70,36 +73,47 @@ def find_boxes(
 
     Args:
         paths: of the images.
-        localizer: the Vision Transformer whose attention is followed.
+        localizer: the Vision Transformer whose attention is followed, or the network whose cells ``head`` classifies.
         wanted: the section ``dino`` of the config.
         device: where the localizer works.
         precision: float32 | bf16 | fp16 (on CUDA).
         num_workers: processes that decode ahead.
         progress: show a bar.
+        head: of dino.method=object_head.
     """
     sizes, _, errors = image_sizes(paths, keep_going=True)
     rows = np.array([row for row in range(len(paths)) if row not in errors], dtype=np.int64)
-    boxes = np.zeros((len(paths), 4))
-    side = wanted["image_size"] or localizer.image_size
+    boxes, files = np.zeros((len(paths), 4)), [paths[row] for row in rows]
     localizer.model.to(device)
-    attended = attend_batches(
-        localizer,
-        plan_batches(sizes[rows], side, localizer.patch, wanted["batch_size"]),
-        [paths[row] for row in rows],
-        device,
-        autocontrast=wanted["autocontrast"],
-        precision=precision,
-        num_workers=num_workers,
-    )
-    with tqdm(total=len(rows), desc="boxes", unit=" images", disable=None if progress else True) as bar:
-        for one in attended:
-            in_batch = rows[one.batch.rows]
-            for row, attention_map, error in zip(in_batch, clean_batch(one, wanted), one.errors, strict=True):
-                boxes[row] = map_to_box(attention_map, tuple(sizes[row].tolist()), wanted).xywh
-                if error is not None:
-                    errors[int(row)] = reason(error, paths[row])
-            bar.update(len(in_batch))
+    if head is None:
+        found = _boxes_of_maps(files, sizes[rows], localizer, wanted, device, precision, num_workers)
+    else:
+        how = {"side": wanted["object_image_size"], "upsample": wanted["upsample"], "num_workers": num_workers}
+        found = find_objects(localizer, head, files, sizes[rows], device=device, progress=False, **how)
+    bar = tqdm(found, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
+    for number, box, error in bar:
+        row = int(rows[number])
+        boxes[row] = box.xywh
+        if error is not None:
+            errors[row] = reason(error, paths[row])
     return boxes, errors
+
+
+def _boxes_of_maps(
+    files: Sequence[Path],
+    sizes: np.ndarray,
+    localizer: Localizer,
+    wanted: Mapping[str, Any],
+    device: torch.device,
+    precision: str,
+    num_workers: int,
+) -> Iterator[tuple[int, MapBox, str | None]]:
+    """Yield row, box and fault of each image, as `find_objects` does, from a Vision Transformer's attention."""
+    batches = plan_batches(sizes, wanted["image_size"] or localizer.image_size, localizer.patch, wanted["batch_size"])
+    how = {"autocontrast": wanted["autocontrast"], "precision": precision, "num_workers": num_workers}
+    for one in attend_batches(localizer, batches, files, device, **how):
+        for row, attention_map, error in zip(one.batch.rows, clean_batch(one, wanted), one.errors, strict=True):
+            yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), wanted), error
 
 
 # --- batches ------------------------------------------------------------------------------------------------------

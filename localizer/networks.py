@@ -19,6 +19,7 @@ from transforms import normalize
 from utils import UNREADABLE, load_tensors, torch_seed
 
 TOY_WEIGHTS = Path(__file__).parent.parent / "toybirds" / "toy_localizer.pt"  # made by toybirds/make_localizer.py
+PHOTOGRAPHS = "dinov2_vits14"  # the network for all but the drawn birds, whose localizer knows nothing else
 MAX_SIDE = 4096  # pixels, cells, layers: the largest number of an architecture that a file may ask for
 
 
@@ -69,6 +70,13 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
     model = _create(timm_name(model_type))
     _load(model, weights, "dino.model")
     return as_localizer(model, timm_name(model_type), weights, **input_of(model))
+
+
+def configured_localizer(config: dict[str, Any]) -> Localizer:
+    """Build the localizer that a config's section ``dino`` names; the toy one serves the drawn birds alone."""
+    wanted = config["dino"]
+    toys = config["dataset"]["name"] == "toybirds" or wanted["weights"]
+    return build_localizer(wanted["model"] or (None if toys else PHOTOGRAPHS), wanted["weights"])
 
 
 def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:

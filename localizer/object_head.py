@@ -7,7 +7,8 @@ Wu, CVPR 2020), cell by cell in place of a regressed box. No box and no class la
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
@@ -28,6 +29,22 @@ OBJECT = 0.5  # probability from which a cell is object: the classifier's own bo
 CELLS_PER_IMAGE = 120  # of a training image, drawn at random: neighbours say the same
 L2 = 6e-3  # of the classifier, on standardised features
 BATCH = 8  # images of one shape
+
+
+class ObjectHead(NamedTuple):
+    """The linear classifier of cells; with its network it finds the object in any image."""
+
+    weight: np.ndarray  # (D,) float64
+    bias: float
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as a box file and a checkpoint hold it."""
+        return {"weight": self.weight.tolist(), "bias": self.bias}
+
+    @staticmethod
+    def of_plain(content: Mapping[str, Any]) -> "ObjectHead":
+        """Return it from what `plain` gave."""
+        return ObjectHead(np.asarray(content["weight"], dtype=np.float64), float(content["bias"]))
 
 
 class LabelledCells(NamedTuple):
@@ -59,10 +76,10 @@ def build_features(model_type: str, weights: str) -> Localizer:
     return Localizer(model.eval(), name, weights, state_hash(model), patch=(stride, stride), **input_of(model))
 
 
-def object_maps(
+def learn_head(
     network: Localizer,
     data: DataSet,
-    attention: Mapping[int, np.ndarray],
+    attention: Mapping[int | str, np.ndarray],
     *,
     side: int,
     threshold: float,
@@ -70,8 +87,8 @@ def object_maps(
     most_images: int,
     device: torch.device,
     num_workers: int | None = None,
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Fit the classifier on training images and yield, for each image, its row and its object map.
+) -> ObjectHead:
+    """Return the classifier that the attention maps of the training images teach.
 
     Args:
         network: of `build_features`, on ``device``.
@@ -84,9 +101,6 @@ def object_maps(
         device: of the network.
         num_workers: processes that decode ahead.
 
-    Yields:
-        (row, (feat_h, feat_w) float64 in [0, 1]), the probability of "object"; zeros where an image cannot be read.
-
     Raises:
         UserError: if no training image has a map that points anywhere.
     """
@@ -94,14 +108,44 @@ def object_maps(
                 if not map_boxes.is_blank(attention[data.ids[row]])]  # fmt: skip
     if not teachers:
         raise UserError(f"{data.root}: no training image whose attention map points anywhere; see dino.model")
-    teachers = teachers[:: -(-len(teachers) // most_images)]
-    how = {"side": side, "device": device, "num_workers": num_workers}
-    features = {row: one.astype(np.float16) for row, one in _features(network, data, teachers, "teach", **how)
-                if one is not None}  # fmt: skip
+    teachers = np.array(teachers[:: -(-len(teachers) // most_images)])
+    paths, sizes = [data.paths[row] for row in teachers], data.image_sizes[teachers]
+    how = {"side": side, "device": device, "num_workers": num_workers, "what": "teach"}
+    features = {int(teachers[n]): one.astype(np.float16)
+                for n, one, error in _features(network, paths, sizes, **how) if error is None}  # fmt: skip
     masks = {row: attention_mask(attention[data.ids[row]], one.shape[:2], threshold) for row, one in features.items()}
-    weight, bias = teach(features, masks, rounds)
-    for row, one in _features(network, data, range(len(data.ids)), "object maps", **how):
-        yield row, np.zeros((1, 1)) if one is None else object_map(one, weight, bias)
+    return teach(features, masks, rounds)
+
+
+def find_objects(
+    network: Localizer,
+    head: ObjectHead,
+    paths: Sequence[Path],
+    image_sizes: np.ndarray,
+    *,
+    side: int,
+    upsample: int,
+    device: torch.device,
+    num_workers: int | None = None,
+    progress: bool = True,
+) -> Iterator[tuple[int, map_boxes.MapBox, str | None]]:
+    """Yield the row of each image, its box, and why it could not be read (None: it was); in batches of one shape.
+
+    Args:
+        network: of `build_features`, on ``device``.
+        head: of `learn_head`, with the same network and side.
+        paths: the images.
+        image_sizes: (N, 2) width height.
+        side: of the images' short side, pixels.
+        upsample: the object map is enlarged so many times before it is cut.
+        device: of the network.
+        num_workers: processes that decode ahead.
+        progress: show a bar.
+    """
+    how = {"side": side, "device": device, "num_workers": num_workers, "progress": progress}
+    for row, one, error in _features(network, paths, image_sizes, what="boxes", **how):
+        cells = np.zeros((1, 1)) if error is not None else object_map(one, head)
+        yield row, object_box(cells, tuple(image_sizes[row].tolist()), upsample=upsample), error
 
 
 def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: float) -> np.ndarray:
@@ -111,8 +155,8 @@ def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: 
     return map_boxes.component_mask(map_boxes.min_max(stretched), threshold)
 
 
-def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds: int) -> tuple[np.ndarray, float]:
-    """Return the classifier (weight (D,), bias) learned from masks, then ``rounds`` times from its own masks.
+def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds: int) -> ObjectHead:
+    """Return the classifier learned from masks, then ``rounds`` times from its own masks.
 
     Args:
         features: row -> (feat_h, feat_w, D).
@@ -123,14 +167,14 @@ def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds:
     for _ in range(rounds + 1):
         labels = np.concatenate([masks[row].ravel()[at] for row, at in zip(masks, cells.places, strict=True)])
         weights, biases = fit_linear(cells.features, labels.astype(np.int64), 2, L2)
-        weight, bias = weights[1] - weights[0], float(biases[1] - biases[0])
-        masks = {row: _own_mask(object_map(one, weight, bias)) for row, one in features.items()}
-    return weight, bias
+        head = ObjectHead(weights[1] - weights[0], float(biases[1] - biases[0]))
+        masks = {row: _own_mask(object_map(one, head)) for row, one in features.items()}
+    return head
 
 
-def object_map(features: np.ndarray, weight: np.ndarray, bias: float) -> np.ndarray:
+def object_map(features: np.ndarray, head: ObjectHead) -> np.ndarray:
     """Return the probability of "object" of each cell, (feat_h, feat_w) float64; features (feat_h, feat_w, D)."""
-    return 1 / (1 + np.exp(-np.clip(features.astype(np.float64) @ weight + bias, -50, 50)))
+    return 1 / (1 + np.exp(-np.clip(features.astype(np.float64) @ head.weight + head.bias, -50, 50)))
 
 
 def object_box(probability: np.ndarray, image_size: tuple[int, int], *, upsample: int) -> map_boxes.MapBox:
@@ -153,25 +197,22 @@ def _draw_cells(features: dict[int, np.ndarray]) -> LabelledCells:
 
 def _features(
     network: Localizer,
-    data: DataSet,
-    rows: Sequence[int],
-    what: str,
+    paths: Sequence[Path],
+    image_sizes: np.ndarray,
     *,
     side: int,
     device: torch.device,
     num_workers: int | None,
-) -> Iterator[tuple[int, np.ndarray | None]]:
-    """Yield (row, features (feat_h, feat_w, D) float32, None where the image cannot be read) in batches of a shape."""
-    rows = np.asarray(rows)
-    batches = plan_batches(data.image_sizes[rows], side, network.patch, BATCH)
-    batches = [batch._replace(rows=rows[batch.rows].tolist()) for batch in batches]
-    images = BatchImages(batches, [[data.paths[row] for row in batch.rows] for batch in batches], network.patch, False)
+    what: str,
+    progress: bool = True,
+) -> Iterator[tuple[int, np.ndarray, str | None]]:
+    """Yield (row, features (feat_h, feat_w, D) float32, why the image could not be read) in batches of a shape."""
+    batches = plan_batches(image_sizes, side, network.patch, BATCH)
+    images = BatchImages(batches, [[paths[row] for row in batch.rows] for batch in batches], network.patch, False)
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
-    with tqdm(total=len(rows), desc=what, unit=" images", mininterval=1.0) as bar:
+    with tqdm(total=len(paths), desc=what, unit=" images", mininterval=1.0, disable=not progress) as bar:
         for batch, (pixels, errors) in zip(batches, loader, strict=True):
-            found = cell_features(network, pixels.to(device))
-            for row, error, one in zip(batch.rows, errors, found, strict=True):
-                yield row, one if error is None else None
+            yield from zip(batch.rows, cell_features(network, pixels.to(device)), errors, strict=True)
             bar.update(len(batch.rows))
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import datasets
-from datasets import read_dataset, source_boxes
+from datasets import has_source_box, read_dataset, source_boxes
 from jobs.loader import build_loader
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError
@@ -205,6 +205,19 @@ def test_sources(birds, tmp_path):
     boxes, missing = source_boxes(str(tmp_path / "boxes.json"), data)
     assert missing == 1 and boxes[0].tolist() == [1, 2, 3, 4]
     assert boxes[3].tolist() == [0, 0, *data.image_sizes[3]]
+
+
+def test_the_word_dino_names_the_boxes_of_the_localizer(birds, tmp_path, monkeypatch):
+    data = read(birds)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"dino_boxes_cub.boxes\.json"):
+        source_boxes("dino", data)
+    sizes = dict(zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True))
+    found = {i: None if i == 4 else (1, 2, 3, 4) for i in sizes}
+    save_boxes("runs/dino_boxes_cub/boxes.json", found, sizes, made_by="test", settings={})
+    boxes, missing = source_boxes("dino", data)
+    assert missing == 1 and boxes[0].tolist() == [1, 2, 3, 4]
+    assert has_source_box("dino", data).tolist() == [i != 4 for i in sizes]
 
 
 # --- loaders ------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from config import load_config
 from datasets import read_dataset, source_boxes
 from figures import box_report
 from figures.box_report import evaluate_boxes
+from inference.classifier import load_classifier
 from jobs import shared_work
 from jobs.settings import ConfigError
 from localized_crops import map_boxes
@@ -26,7 +27,7 @@ from localized_crops.attention import cls_attention
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import MapCache, maps_path
-from localizer import attention_maps
+from localizer import attention_maps, networks
 from localizer.networks import build_localizer
 from toybirds.make_localizer import save_localizer
 from toybirds.network import build_toy_vit
@@ -397,17 +398,19 @@ def test_a_wrong_object_model_is_told_before_the_maps_are_made(birds, tiny, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_photographs_are_not_looked_at_by_the_network_of_the_drawn_birds(birds, tmp_path, monkeypatch):
+def test_photographs_are_not_looked_at_by_the_network_of_the_drawn_birds(birds, site, tmp_path, monkeypatch):
     asked = []
 
     def stop(*names):
         asked.append(names)
         raise UserError("far enough")
 
-    monkeypatch.setattr(stage, "build_localizer", stop)
+    monkeypatch.setattr(networks, "build_localizer", stop)
     with pytest.raises(UserError):
         stage.prepare(load_config([*SMALL, f"dataset.root={birds}", f"out={tmp_path / 'boxes.json'}"]))
-    assert asked == [("dinov2_vits14", None)]
+    with pytest.raises(UserError):  # nor where predict.py looks for the box
+        load_classifier(site / "run" / "best.pt", config=load_config(["dataset.name=cub", "eval_box=center"]))
+    assert asked == [("dinov2_vits14", None)] * 2
 
 
 def test_files_of_the_user_are_not_replaced(birds, tiny, tmp_path):

@@ -17,9 +17,10 @@ from localizer.object_head import (
     attention_mask,
     build_features,
     cell_features,
+    find_objects,
+    learn_head,
     object_box,
     object_map,
-    object_maps,
     teach,
 )
 from models import fit_linear
@@ -43,8 +44,8 @@ def scenes(count: int = 12) -> tuple[dict, dict, dict]:
 
 def test_what_single_masks_get_wrong_is_mended_over_many_images():
     features, truth, taught = scenes()
-    weight, bias = teach(features, taught, rounds=3)
-    found = [object_map(features[row], weight, bias) >= 0.5 for row in features]
+    head = teach(features, taught, rounds=3)
+    found = [object_map(features[row], head) >= 0.5 for row in features]
     wrong = np.mean([mask != truth[row] for row, mask in zip(features, found, strict=True)])
     assert wrong < 0.2 * np.mean([taught[row] != truth[row] for row in features])
 
@@ -113,10 +114,10 @@ def test_object_boxes_of_photographs_beat_the_centred_box(cub24, weights_folder)
     for one in attend_batches(localizer, batches, data.paths, torch.device("cpu"), autocontrast=False, num_workers=0):
         maps |= dict(zip(data.ids[one.batch.rows].tolist(), clean_batch(one, wanted), strict=True))
     network = build_features("tf_efficientnet_lite0", str(weights_folder / "tf_efficientnet_lite0.safetensors"))
-    how = {"side": 256, "threshold": 0.15, "rounds": 2, "most_images": 100, "num_workers": 0}
-    found = dict(object_maps(network, data, maps, device=torch.device("cpu"), **how))
-    sizes = data.image_sizes.tolist()
-    boxes = [object_box(found[row], tuple(size), upsample=4).xywh for row, size in enumerate(sizes)]
+    how = {"side": 256, "num_workers": 0, "device": torch.device("cpu")}
+    head = learn_head(network, data, maps, threshold=0.15, rounds=2, most_images=100, **how)
+    found = find_objects(network, head, data.paths, data.image_sizes, upsample=4, **how)
+    boxes = [box.xywh for _, box, error in sorted(found) if error is None]
     control = iou(center_boxes(data.image_sizes), data.boxes).mean()
     assert iou(np.array(boxes), data.boxes).mean() > control + 0.08
 
@@ -125,5 +126,4 @@ def subset(data: DataSet, step: int) -> DataSet:
     """Return every so many images of a data set, all of them training images."""
     rows = np.arange(0, len(data.ids), step)
     columns = {name: getattr(data, name)[rows] for name in ("ids", "labels", "boxes", "image_sizes")}
-    paths, split = [data.paths[row] for row in rows], np.full(len(rows), "train")
-    return replace(data, paths=paths, split=split, **columns)
+    return replace(data, paths=data.paths[rows], split=np.full(len(rows), "train"), **columns)

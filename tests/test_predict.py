@@ -15,9 +15,11 @@ import predict
 from inference.classifier import load_classifier
 from inference.photos import find_boxes, find_images
 from localized_crops.files import UserError
-from localizer.networks import build_localizer
+from localizer.networks import TOY_WEIGHTS, build_localizer
 from transforms import normalize
 from utils import load_tensors
+
+TOY = f"dino.weights={TOY_WEIGHTS}"
 
 
 @pytest.fixture
@@ -86,10 +88,10 @@ def test_the_library_call_gives_what_the_command_writes(site, photos, tmp_path):
 def test_with_the_box_view_the_localizers_box_is_looked_at_and_averaged(site, photos, tmp_path):
     sheet = tmp_path / "sheet.png"
     words = [f"images={photos}", f"out={tmp_path}/found.jsonl", "predict.top_k=8", f"predict.sheet={sheet}"]
-    run(site, *words, "eval_box=center", "eval.views=full")
+    run(site, *words, "eval_box=center", TOY, "eval.views=full")
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     paths = find_images(str(photos))
-    words = [f"checkpoint={site}/run/best.pt", f"images={photos}", "eval_box=center", "eval.views=full"]
+    words = [f"checkpoint={site}/run/best.pt", f"images={photos}", "eval_box=center", TOY, "eval.views=full"]
     config = predict.load_prediction_config(words)
     classifier = load_classifier(site / "run" / "best.pt", config=config)
     boxes, failed = find_boxes(paths, build_localizer(None, None), config["dino"], torch.device("cpu"), progress=False)
@@ -108,7 +110,7 @@ def test_files_that_cannot_be_read_are_listed_and_cost_no_other_its_row(site, ph
     (photos / "damaged.jpg").write_bytes(whole.read_bytes()[:500])
     (photos / "text.jpg").write_text("no image")
     (photos / "empty.png").touch()
-    for words in ([], ["eval_box=center"]):
+    for words in ([], ["eval_box=center", TOY]):
         with pytest.raises(UserError, match=r"3 of 8 .*errors\.txt"):
             run(site, f"images={photos}", f"out={tmp_path}/found.csv", *words)
         assert len(rows_of(tmp_path / "found.csv")) == 1 + 5
@@ -133,7 +135,7 @@ def test_the_exif_orientation_is_applied(site, photos, tmp_path):
         image.transpose(PIL.Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
         image.save(tmp_path / "upright.png")
     paths = [tmp_path / "turned.png", tmp_path / "upright.png"]
-    config = predict.load_prediction_config([f"checkpoint={site}/run/best.pt", "images=x", "eval_box=center"])
+    config = predict.load_prediction_config([f"checkpoint={site}/run/best.pt", "images=x", "eval_box=center", TOY])
     turned, upright = load_classifier(site / "run" / "best.pt", config=config).predict(paths)
     assert turned.box_xywh == pytest.approx(upright.box_xywh) and turned.classes == upright.classes
     assert turned.probabilities == pytest.approx(upright.probabilities)

@@ -18,6 +18,7 @@ LOADERS = {
 }
 TOY = ["model.type=toyresnet", "model.weights=none", "image_size=32", "num_epochs=1", "batch_size=8"]
 TOY += ["dino.model=none", f"dino.weights={TOY_WEIGHTS}", "dino.image_size=none", "dino.steps=heads,min_max"]
+TOY += ["dino.object_model=test_efficientnet", "dino.object_weights=random", "dino.object_image_size=64"]
 
 
 def commands() -> list[list[str]]:

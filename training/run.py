@@ -47,6 +47,7 @@ class Run:
     std: list[float]
     class_names: list[str]
     made_from: dict[str, str]  # fingerprints of data, boxes and maps
+    localizer: dict | None = None  # of `how_boxes_are_found`
     begin: Callable[[], None] = lambda: None  # called after every optimizer step
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
@@ -117,6 +118,7 @@ def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> Non
         "best_top1": run.best_top1,
         "config": config,
         "made_from": run.made_from,
+        "localizer": run.localizer,
         "versions": environment(),
     }
     if is_best:

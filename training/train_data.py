@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import read_dataset, source_boxes, source_set
+from datasets import box_file_of, read_dataset, source_boxes, source_set
 from dino_transform import MapCrops
 from jobs.loader import build_loader
+from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
 from localized_crops.map_file import MapCache
 from readers.data_set import DataSet
@@ -50,6 +51,20 @@ def report_rows(data: DataSet) -> np.ndarray:
 def boxes_from(source: str, config: dict, data: DataSet) -> tuple[np.ndarray, int]:
     """Return the boxes (N, 4) of a source, as the section ``boxes`` says, and for how many images it has none."""
     return source_boxes(source, data, **config["boxes"])
+
+
+def how_boxes_are_found(config: dict, data: DataSet) -> dict | None:
+    """Return how the boxes of ``eval_box`` were found, so that prediction finds those of other images likewise.
+
+    Returns:
+        ``dino``, that section of the config, and ``object_head``, the classifier of cells (None: its method has none);
+        None where ``eval_box`` is no file of generate_dino_boxes.py.
+    """
+    path = box_file_of(config["eval_box"], data) if config["eval_box"] is not None else None
+    settings = load_boxes(path).settings if path is not None else {}
+    if not isinstance(settings.get("dino"), dict) or "maps" not in settings:
+        return None
+    return {"dino": settings["dino"], "object_head": settings.get("object_head")}
 
 
 def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
