@@ -190,7 +190,10 @@ config = {
         "mean": None,  # of the input's red, green and blue in [0, 1], for normalising; None: the network's own
         "std": None,  # and their deviation
         "drop_path": 0.0,  # share of residual branches that a training step leaves out (timm's networks)
+        "head_start": "random",  # random | probe (a linear classifier fitted to the backbone's features of the training
+        # crops: fine-tuning then starts from what the features know; LP-FT, Kumar et al. 2022)
         "freeze_backbone": False,  # train the head alone
+        "freeze_layers": 0,  # so many layers at the input do not learn (stages, of a ViT blocks; the stem is the first)
         "train_cls": False,  # train the CLS token and the head alone (ViT)
         "freeze_bn_from": None,  # BatchNorm's statistics stand still from this epoch on; None: never
         "ema_step": 1,  # update the EMA every so many optimizer steps

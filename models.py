@@ -10,6 +10,7 @@ import timm.optim
 import torch
 import torchvision
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import group_parameters
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -19,6 +20,7 @@ from utils import UNREADABLE, load_tensors
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
 _SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
 _WORDS = {"small": "s", "base": "b", "large": "l", "huge": "g", "giant": "g"}
+TORCHVISION_RESNET = {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)", "head": r"^fc"}  # as timm groups its own
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
@@ -223,12 +225,16 @@ def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, t
 # --- what learns --------------------------------------------------------------------------------------------------
 
 
-def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool) -> None:
+def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, freeze_layers: int = 0) -> None:
     """Leave only the head (``freeze_backbone``) or only the CLS token and the head (``train_cls``) to learn.
 
+    ``freeze_layers``: or all but the first so many layers, counted from the input, the stem being the first.
+
     Raises:
-        UserError: if ``train_cls`` is asked of a model without a CLS token.
+        UserError: if ``train_cls`` is asked of a model without a CLS token, or it has too few layers.
     """
+    if freeze_layers:
+        _freeze_first_layers(model, freeze_layers)
     if not (freeze_backbone or train_cls):
         return
     cls_token = getattr(model, "cls_token", None)
@@ -238,6 +244,19 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool) -
     head_of(model).requires_grad_(True)
     if train_cls:
         cls_token.requires_grad_(True)
+
+
+def _freeze_first_layers(model: nn.Module, count: int) -> None:
+    """Stop the first ``count`` layers from learning, the stages or blocks that timm groups parameters by."""
+    is_torchvision = isinstance(model, torchvision.models.ResNet)
+    matcher = TORCHVISION_RESNET if is_torchvision else model.group_matcher(coarse=True)
+    layer_of = group_parameters(model, matcher, reverse=True)
+    layers = max(layer_of.values())  # of the backbone: the last number is the head's, or the last layer's with it
+    if count > layers:
+        raise UserError(f"model.freeze_layers={count}: this model has {layers} layers before its head")
+    for name, parameter in model.named_parameters():
+        if layer_of[name] < count:
+            parameter.requires_grad_(False)
 
 
 def sync_bn(model: nn.Module, device: torch.device) -> nn.Module:

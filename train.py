@@ -45,6 +45,7 @@ from training.distributed import (
     world_size,
 )
 from training.fingerprints import fingerprints
+from training.head_start import start_head_as_probe
 from training.loop import out_of_patience, train_and_log_epoch
 from training.run import Run, build_run, load_run
 from training.self_distillation import maps_path, refresh_epoch, refresh_maps
@@ -200,6 +201,8 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     print(describe(config, run, data, device))
     if config["resume"]:
         load_run(run, config, RESUME_MAY_CHANGE, device)
+    if config["model"]["head_start"] == "probe" and not run.step:
+        start_head_as_probe(run, train_loader, device)
     if rank() == 0:
         run.begin = lambda: begin(run, config)
     own_wandb = wandb_run is None and config["wandb"] and rank() == 0

@@ -192,7 +192,9 @@ class Model(Section):
     mean: Colour | None = None
     std: Colour | None = None
     drop_path: float = Field(0.0, ge=0, le=0.9)
+    head_start: Literal["random", "probe"] = "random"
     freeze_backbone: bool = False
+    freeze_layers: Natural = 0
     train_cls: bool = False
     freeze_bn_from: Natural | None = None
     ema_step: Count = 1

@@ -127,6 +127,28 @@ def test_only_what_should_learn_changes_bit_for_bit(train_cls):
     assert changed == {"head.weight", "head.bias"} | ({"cls_token"} if train_cls else set())
 
 
+@pytest.mark.parametrize("name", ["toyresnet", "resnet50", TINY_VIT])
+def test_frozen_layers_are_those_next_to_the_input(name):
+    model = models.build_model(name, 3, image_size=32, patch_size=16)
+    models.set_trainable(model, freeze_backbone=False, train_cls=False, freeze_layers=2)
+    before = copy.deepcopy(model.state_dict())
+    models.train_mode(model, freeze_bn=False)
+    optimizer = torch.optim.AdamW(models.parameter_groups(model, lr=0.1, weight_decay=0.1), lr=0.1)
+    model(torch.randn(3, 3, 32, 32)).square().sum().backward()
+    optimizer.step()
+    changed = {key.split(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    later = {"layer2", "layer3", "layer4", "fc"} if name in ("toyresnet", "resnet50") else {"blocks", "norm", "head"}
+    assert changed == later
+    if name == TINY_VIT:  # the embedding and the first block stand still
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
+        assert not torch.equal(model.blocks[1].mlp.fc1.weight, before["blocks.1.mlp.fc1.weight"])
+
+
+def test_more_frozen_layers_than_there_are():
+    with pytest.raises(UserError, match=r"model\.freeze_layers=9"):
+        models.set_trainable(build(), freeze_backbone=False, train_cls=False, freeze_layers=9)
+
+
 def test_train_cls_needs_a_cls_token():
     with pytest.raises(UserError, match="no CLS token"):
         models.set_trainable(build(), freeze_backbone=False, train_cls=True)

@@ -123,12 +123,17 @@ def my_rows(rows: np.ndarray) -> np.ndarray:
     return rows[rank() :: world_size()]
 
 
+def shares_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
+    """Return, on every process, what each process holds, by rank."""
+    shares: list[torch.Tensor] = [mine] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(shares, mine)
+    return shares
+
+
 def all_rows(mine: torch.Tensor) -> torch.Tensor:
     """Return, on every process, the rows (N, ...) of which each holds its share (n, ...), in their first order."""
-    if world_size() == 1:
-        return mine
-    shares: list[torch.Tensor] = [mine] * world_size()
-    dist.all_gather_object(shares, mine)
+    shares = shares_of_all(mine)
     whole = mine.new_empty(sum(map(len, shares)), *mine.shape[1:])
     for number, share in enumerate(shares):
         whole[number :: world_size()] = share

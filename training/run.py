@@ -78,7 +78,8 @@ def build_run(
     if config["self_distillation"]["every"]:
         with user_errors(ValueError, f"self_distillation.every: model.type={wanted['type']} gives no maps: "):
             last_attention(model)
-    models.set_trainable(model, freeze_backbone=wanted["freeze_backbone"], train_cls=wanted["train_cls"])
+    learning = {key: wanted[key] for key in ("freeze_backbone", "train_cls", "freeze_layers")}
+    models.set_trainable(model, **learning)
     if wanted["sync_bn"]:
         model = models.sync_bn(model, device)
     model = model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)

@@ -1,0 +1,40 @@
+"""A classifier layer that starts as a linear probe of the backbone's features."""
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import models
+from training.distributed import rank, shares_of_all
+from training.run import Run
+from transforms import flip_images, normalize
+
+PENALTY = 0.03  # of the weights on standardised features; photos_probe chose 0.01 to 0.1 on validation images
+
+
+def start_head_as_probe(run: Run, loader: DataLoader, device: torch.device) -> None:
+    """Set model's and EMA's classifier layer to a linear classifier of the features of the first epoch's crops.
+
+    Linear probing before fine-tuning (LP-FT: Kumar et al., "Fine-Tuning can Distort Pretrained Features and
+    Underperform Out-of-Distribution", ICLR 2022): a random head would first spoil the features that it learns from.
+
+    Args:
+        run: a training that has not begun.
+        loader: its training batches.
+        device: where its model is.
+    """
+    run.model.eval()
+    features, labels = [], []
+    for batch in tqdm(loader, desc="linear probe", leave=False, disable=True if rank() else None):
+        images, flips = batch.images[: batch.real].to(device), batch.flips[: batch.real].to(device)
+        pixels = normalize(flip_images(images, flips), run.mean, run.std)
+        with torch.no_grad():
+            features.append(models.features_of(run.model, pixels)[0].float().cpu())
+        labels.append(batch.labels[: batch.real])
+    known, classes = (torch.cat(shares_of_all(torch.cat(mine))).numpy() for mine in (features, labels))
+    weights, biases = models.fit_linear(known, classes, len(run.class_names), PENALTY)
+    for network in (run.model, run.ema.module):
+        head = models.head_of(network)
+        with torch.no_grad():
+            head.weight[: len(weights)].copy_(torch.from_numpy(weights))
+            head.bias[: len(biases)].copy_(torch.from_numpy(biases))
