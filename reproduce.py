@@ -65,7 +65,8 @@ def main(request: dict) -> None:
         for step in table.steps:
             run_step(step, own)
         if table.probe:
-            write_probe(shared, name, table.probe, folder, read_dataset(**shared["dataset"]))
+            blocks = {title: point_config(table, changed | own) for title, changed in table.budgets.items()}
+            write_probe(blocks, name, table.probe, folder, read_dataset(**shared["dataset"]))
             return
         run_grid(shared, table_points(table, seeds, folder), train_run)
         blocks = write_report(table, name, seeds, folder, read_dataset(**shared["dataset"]))

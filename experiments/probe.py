@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from datasets import source_boxes
 from experiments.table_report import compare
+from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import save_json, save_text, whole_file
 from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
@@ -39,28 +40,43 @@ class Answers(NamedTuple):
     few: dict[int, np.ndarray]  # images a class -> (draws, test images) bool, right answers
 
 
-def write_probe(config: dict, name: str, sources: dict[str, str], folder: Path, data: DataSet) -> None:
-    """Write NAME.md and NAME.json: every view, and each box view averaged with the full view.
+def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], folder: Path, data: DataSet) -> None:
+    """Write NAME.md and NAME.json: every view, and each box view averaged with the full view, block by block.
 
     Args:
-        config: model.type, model.weights, image_size, eval.crop_pct, eval.box_margin and num_threads are read.
+        configs: title of a block -> its config, of which model.type, model.weights, image_size, eval.crop_pct,
+            eval.box_margin and num_threads are read.
         name: of the table.
         sources: name of a row -> where its boxes come from, as ``source`` in config.py.
         folder: where features and table lie.
         data: the data set; its split "val" chooses the penalty and the plain view to compare with.
     """
+    labels, texts, numbers = data.labels[data.rows("test")], [], {}
+    for title, config in configs.items():
+        rows = view_rows(config, sources, folder, data)
+        best = max(PLAIN_VIEWS, key=lambda view: rows[view].validation)
+        about = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
+        texts.append(
+            "\n\n".join([f"### {title}", probe_text(rows, best, labels), about, *groups_text(rows, data, sources)])
+        )
+        numbers[title] = numbers_of(rows, labels)
+    made_with = environment()
+    machine = f"{made_with['processor']}; torch {made_with['torch']}, Python {made_with['python']}."
+    text = "\n\n".join([*texts, machine])
+    save_text(folder / f"{name}.md", text + "\n")
+    save_json(folder / f"{name}.json", numbers)
+    print(f"\n{text}\nwritten to {folder / name}.md and .json")
+
+
+def view_rows(config: dict, sources: dict[str, str], folder: Path, data: DataSet) -> dict[str, Answers]:
+    """Return the probes of all views at one input size."""
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
     views = dict.fromkeys(PLAIN_VIEWS) | {f"box: {label}": source for label, source in sources.items()}
     features = {view: view_features(config, data, view, source, folder) for view, source in views.items()}
     rows = {view: probe(features[view], data) for view in views}
     for view in list(views)[len(PLAIN_VIEWS) :]:
         rows[f"full and {view}"] = averaged(rows["full"], rows[view], data)
-    best = max(PLAIN_VIEWS, key=lambda view: rows[view].validation)
-    text = probe_text(rows, best, data.labels[data.rows("test")])
-    about = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
-    save_text(folder / f"{name}.md", f"{text}\n\n{about}; {environment()}\n")
-    save_json(folder / f"{name}.json", numbers_of(rows, data.labels[data.rows("test")]))
-    print(f"\n{text}\n\n{about}\nwritten to {folder / name}.md and .json")
+    return rows
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -98,7 +114,7 @@ def frozen_network(config: dict) -> tuple[torch.nn.Module, Callable[[torch.Tenso
     wanted, sizes = config["model"], {"image_size": config["image_size"], "patch_size": config["patch_size"]}
     model = build_model(wanted["type"], 2, weights=wanted["weights"], **sizes)
     about = input_config(wanted["type"])
-    return model.eval(), partial(normalize, mean=about["mean"], std=about["std"])
+    return model.eval().to(memory_format=torch.channels_last), partial(normalize, mean=about["mean"], std=about["std"])
 
 
 # --- probes -------------------------------------------------------------------------------------------------------
@@ -170,6 +186,28 @@ def probe_text(rows: dict[str, Answers], best: str, labels: np.ndarray) -> str:
         lines.append("| " + " | ".join([*cells, f"{result.p_images:.3f}", near, *shares]) + " |")
     return "\n".join([*lines, "", f"{len(labels)} test images; p: McNemar against {best}, the plain view that "
                       f"validates best; few images: mean ± deviation over {DRAWS} draws."])  # fmt: skip
+
+
+def groups_text(rows: dict[str, Answers], data: DataSet, sources: dict[str, str]) -> list[str]:
+    """Return top-1 in thirds of the test images: by the object's size, and by the IoU of each source's boxes.
+
+    Nothing for a data set without true boxes.
+    """
+    test = data.rows("test")
+    true, labels, sizes = data.boxes[test], data.labels[test], data.image_sizes[test]
+    if np.isnan(true).any():
+        return []
+    measures = {"share of the image that the object covers": coverage(true, whole_image_boxes(sizes))}
+    for label, source in sources.items():
+        if source != "gt":
+            measures[f"IoU of the boxes: {label}"] = iou(source_boxes(source, data)[0][test], true)
+    lines = [f"| test images in thirds by | of | {' | '.join(rows)} |", "|---" * (2 + len(rows)) + "|"]
+    for name, values in measures.items():
+        for third in np.array_split(np.argsort(values, kind="stable"), 3):
+            top1 = [100 * (row.log_probs[third].argmax(1) == labels[third]).mean() for row in rows.values()]
+            span = f"{values[third].min():.2f} to {values[third].max():.2f}"
+            lines.append(f"| {name} | {span} | {' | '.join(f'{value:.1f}' for value in top1)} |")
+    return ["\n".join(lines)]
 
 
 def numbers_of(rows: dict[str, Answers], labels: np.ndarray) -> dict[str, Any]:

@@ -215,6 +215,7 @@ TABLES["photos_probe"] = Table(
     preset="finetune",
     rows={},
     controls=(),
+    budgets={f"{side} px": {"image_size": side} for side in (224, 384)},
     common=PRETRAINED | {"eval.crop_pct": 0.875},
     steps=(ATTENTION_STEP, OBJECT_STEP),
     probe={
