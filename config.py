@@ -58,8 +58,8 @@ config = {
         "table": None,  # csv: columns path (below root), label, may be split, x, y, width, height; None: root's .csv
         "download": False,  # fetch CUB-200-2011 (1.1 GB) or torchvision's data set when it is missing
         "check": False,  # decode every image before the run starts
-        "split": "official",  # official | 70/30 (train filled up with the first test images until it holds 70%; of CUB's
-        # 200 classes the test part then has 121)
+        "split": "official",  # official | 70/30 (train filled up with the first test images until it holds 70%, which
+        # leaves images of 121 of CUB's 200 classes in test)
         "val_fraction": 0.3333,  # share of each class's training images held out to choose settings on; 0: none, and
         # validation then looks at the test images, as the published protocol does. A val part of its own is kept
         "test_fraction": 0.2,  # folder, csv: share of each class's images to test on, where there is no test part

@@ -21,7 +21,7 @@ from readers.images import unreadable_images
 from readers.splits import fill_train, hold_out
 from readers.table import read_table
 from readers.torchvision_sets import SETS, read_torchvision
-from toybirds import drawing
+from toybirds import writing
 
 DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"} | dict.fromkeys(SETS, "data")
 
@@ -93,9 +93,9 @@ def _read(name: str, root: Path | str | None, table: Path | str | None, download
 
 def _read_toybirds(folder: Path, keep_going: bool) -> DataSet:
     """Read ToyBirds; only the default folder is drawn into."""
-    if folder == Path(DEFAULT_ROOTS["toybirds"]) or drawing.has_toybirds(folder):
+    if folder == Path(DEFAULT_ROOTS["toybirds"]) or writing.has_toybirds(folder):
         with user_errors(FileExistsError):  # something else, or another version of the drawings, lies there
-            drawing.write_toybirds(folder)
+            writing.write_toybirds(folder)
         return read_cub_tables("toybirds", folder, keep_going)
     if not folder.exists():
         raise UserError(f"{folder}: there is no such folder (for the drawn birds leave dataset.root out)")

@@ -65,6 +65,17 @@ class ImageMasks:
         return [{"segmentation": mask} | record for mask, record in zip(self.masks.numpy(), records, strict=True)]
 
 
+def _check_choices(output_mode: str, precision: str, **counts: int) -> None:
+    """Raise ValueError for an output or precision that is not known, or a count below 1."""
+    if output_mode != "binary_mask":
+        raise ValueError(f"output_mode={output_mode!r}: only 'binary_mask' is known here")
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: known are {', '.join(PRECISIONS)}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
+
+
 class MaskGenerator:
     """Masks for whole lists of images. The settings are the official generator's, and some of our own."""
 
@@ -110,15 +121,9 @@ class MaskGenerator:
             raise ValueError("exactly one of points_per_side and point_grids must be given")
         if point_grids is not None and len(point_grids) <= crop_n_layers:
             raise ValueError(
-                f"{len(point_grids)} point_grids given: crop_n_layers={crop_n_layers} needs one more than it"
+                f"crop_n_layers={crop_n_layers}: {len(point_grids)} point_grids are too few, one more is needed"
             )
-        if output_mode != "binary_mask":
-            raise ValueError(f"output_mode={output_mode!r}: only 'binary_mask' is known here")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision={precision!r}: known are {', '.join(PRECISIONS)}")
-        for name, value in (("points_per_batch", points_per_batch), ("image_batch", image_batch)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: at least 1 is needed")
+        _check_choices(output_mode, precision, points_per_batch=points_per_batch, image_batch=image_batch)
         if point_grids is None:
             point_grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
         self.sam, self.point_grids = sam, point_grids

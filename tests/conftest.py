@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from toybirds import drawing
+from toybirds.writing import write_toybirds
 
 
 @pytest.fixture(scope="session")
 def birds(tmp_path_factory) -> Path:
     """Return a small ToyBirds folder, in CUB's file format: read only."""
     root = tmp_path_factory.mktemp("data") / "birds"
-    drawing.write_toybirds(root, train_per_class=6, test_per_class=3, progress=False)
+    write_toybirds(root, train_per_class=6, test_per_class=3, progress=False)
     return root
 
 

@@ -20,7 +20,7 @@ from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError
 from readers import cub, images
 from readers.images import read_image
-from toybirds import drawing
+from toybirds import writing
 from training.batches import EpochBatches, TrainImages, ViewImages
 from transforms import BoxCrops, build_train_transform, build_views
 
@@ -68,16 +68,16 @@ def test_validation_is_the_end_of_each_class_of_train(birds):
 
 
 def test_toybirds_are_drawn_once_and_another_version_is_not_taken_for_this_one(tmp_path, monkeypatch):
-    draw = drawing.write_toybirds
+    draw = writing.write_toybirds
     small = functools.partial(draw, train_per_class=2, test_per_class=1, progress=False)
-    monkeypatch.setattr(drawing, "write_toybirds", small)
+    monkeypatch.setattr(writing, "write_toybirds", small)
     monkeypatch.setitem(datasets.DEFAULT_ROOTS, "toybirds", tmp_path / "toy")
     first = read_dataset("toybirds")
     written = first.paths[0].stat().st_mtime_ns
     second = read_dataset("toybirds")
     assert (first.boxes == second.boxes).all() and len(first.ids) == 24
     assert second.paths[0].stat().st_mtime_ns == written
-    monkeypatch.setattr(drawing, "VERSION", 999)
+    monkeypatch.setattr(writing, "VERSION", 999)
     with pytest.raises(UserError, match="toy"):
         read_dataset("toybirds", tmp_path / "toy")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toybirds import drawing
+from toybirds import drawing, writing
 
 LISTS = {"images", "image_class_labels", "classes", "bounding_boxes", "train_test_split"}
 SMALL = {"train_per_class": 3, "test_per_class": 2, "progress": False}
@@ -35,7 +35,7 @@ def drawings() -> list[drawing.ToyBird]:
 @pytest.fixture(scope="module")
 def written(tmp_path_factory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("written") / "toybirds"
-    drawing.write_toybirds(root, **SMALL)
+    writing.write_toybirds(root, **SMALL)
     return root
 
 
@@ -141,9 +141,9 @@ def test_another_palette_draws_the_same_scene_in_other_colours():
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_does_not(written, tmp_path):
-    drawing.write_toybirds(tmp_path / "again", **SMALL)
+    writing.write_toybirds(tmp_path / "again", **SMALL)
     assert _contents(tmp_path / "again") == _contents(written)
-    drawing.write_toybirds(tmp_path / "other", seed=1, **SMALL)
+    writing.write_toybirds(tmp_path / "other", seed=1, **SMALL)
     images = written / "images"
     for path in images.rglob("*.jpg"):
         assert (tmp_path / "other" / "images" / path.relative_to(images)).read_bytes() != path.read_bytes()
@@ -203,9 +203,9 @@ def test_a_broken_off_writing_leaves_nothing(tmp_path, monkeypatch, error):
             raise error("no space left")
         return draw(rng, label)
 
-    monkeypatch.setattr(drawing, "draw_toybird", draw_some)
+    monkeypatch.setattr(writing, "draw_toybird", draw_some)
     with pytest.raises(error):
-        drawing.write_toybirds(tmp_path / "toybirds", **SMALL)
+        writing.write_toybirds(tmp_path / "toybirds", **SMALL)
     assert len(drawn) == 8 and list(tmp_path.iterdir()) == []
 
 
@@ -221,23 +221,23 @@ def test_a_killed_writing_leaves_only_its_scratch_folder(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", spy)
-        drawing.write_toybirds(tmp_path / "toybirds", **SMALL)
+        writing.write_toybirds(tmp_path / "toybirds", **SMALL)
     assert seen == [(f"toybirds.partial-{os.getpid()}", False)]
 
 
 def test_a_faster_process_keeps_its_copy(written, tmp_path, monkeypatch):
     root = tmp_path / "toybirds"
-    write_into = drawing._write_into
+    write_into = writing._write_into
 
     def write_and_lose(scratch, *args):
         write_into(scratch, *args)
-        monkeypatch.setattr(drawing, "_write_into", write_into)
+        monkeypatch.setattr(writing, "_write_into", write_into)
         monkeypatch.setattr(os, "getpid", lambda: 1)  # the other process
-        drawing.write_toybirds(root, **SMALL)
+        writing.write_toybirds(root, **SMALL)
         (root / "mark").touch()
 
-    monkeypatch.setattr(drawing, "_write_into", write_and_lose)
-    drawing.write_toybirds(root, **SMALL)
+    monkeypatch.setattr(writing, "_write_into", write_and_lose)
+    writing.write_toybirds(root, **SMALL)
     assert (root / "mark").exists() and list(tmp_path.iterdir()) == [root]
     (root / "mark").unlink()
     assert _contents(root) == _contents(written)
@@ -247,7 +247,7 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(written, tmp_pat
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"mine")
     with pytest.raises(FileExistsError, match="something else"):
-        drawing.write_toybirds(tmp_path / "mine", **SMALL)
+        writing.write_toybirds(tmp_path / "mine", **SMALL)
     assert _contents(tmp_path / "mine") == {"photo.jpg": b"mine"}
     with pytest.raises(FileExistsError, match=r"seed 0.*seed 5"):
-        drawing.write_toybirds(written, seed=5, **SMALL)
+        writing.write_toybirds(written, seed=5, **SMALL)
