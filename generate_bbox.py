@@ -42,11 +42,10 @@ from localized_crops.image_ids import ImageId, key_to_id
 from localizer.networks import state_hash
 from masks.cut_outs import CutOuts
 from masks.mask_files import load_masks_info, mask_names
-from masks.sam_models import file_sha256
 from models import build_model, features_of, load_trained
 from readers.data_set import DataSet
 from transforms import normalize
-from utils import autocast, load_tensors, timed
+from utils import autocast, file_sha256, load_tensors, timed
 
 
 def main(config: dict) -> None:

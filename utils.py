@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import pickle
@@ -77,6 +78,12 @@ def load_tensors(path: Path | str) -> Any:
         raise UserError(
             f"{path}: torn or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
         ) from None
+
+
+def file_sha256(path: Path | str) -> str:
+    """Return the sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- run folders --------------------------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from pathlib import Path
 import timm
 import torch
 
+from measuring import parse_settings, quartiles, timed_on
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from localized_crops.attention import cls_attention, cls_attention_and_logits
-from utils import cpu_name
+from utils import autocast, cpu_name
 
 SETTINGS = {
     "model": "vit_small_patch14_dinov2",  # a timm name
@@ -36,6 +38,7 @@ SETTINGS = {
     "batch_size": 4,
     "rounds": 9,
     "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "precision": "float32",  # or bf16, fp16: on CUDA
     "threads": 1,  # of torch on the CPU
 }
 
@@ -56,10 +59,18 @@ def build_passes(settings: dict) -> dict[str, Callable[[], object]]:
     model = timm.create_model(settings["model"], dynamic_img_size=True).eval().to(device)
     shape = (settings["batch_size"], 3, settings["height"], settings["width"])
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def within(run: Callable[[], object]) -> Callable[[], object]:
+        def whole() -> None:
+            with autocast(torch.device(device), settings["precision"]):
+                run()
+
+        return whole
+
     return {
-        "bare forward": lambda: model(images),
-        "forward + CLS row": lambda: cls_attention_and_logits(model, images),
-        "cls_attention (stops)": lambda: cls_attention(model, images),
+        "bare forward": within(lambda: model(images)),
+        "forward + CLS row": within(lambda: cls_attention_and_logits(model, images)),
+        "cls_attention (stops)": within(lambda: cls_attention(model, images)),
     }
 
 
@@ -69,18 +80,8 @@ def time_alternated(passes: dict, rounds: int, device: str) -> dict[str, list[fl
     times = {name: [] for name in passes}
     for _ in range(rounds + 1):
         for name, run in passes.items():
-            synchronize(device)
-            start = time.perf_counter()
-            run()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timed_on(device, run, time.perf_counter))
     return {name: seconds[1:] for name, seconds in times.items()}
-
-
-def synchronize(device: str) -> None:
-    """Wait for the GPU, if there is one."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
@@ -90,7 +91,7 @@ def peak_memory(run: Callable[[], object], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        synchronize(device)
+        torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
@@ -129,24 +130,12 @@ def print_table(times: dict[str, list[float]], peaks: dict[str, int]) -> None:
     bare = next(iter(times))
     print("| pass | median s | time / bare (quartiles) | peak MB | peak / bare |\n|---|---|---|---|---|")
     for name, seconds in times.items():
-        ratios = [mine / other for mine, other in zip(seconds, times[bare], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = quartiles(seconds, times[bare])
         print(
             f"| {name} | {statistics.median(seconds):.3f} | {middle:.3f} ({low:.3f}–{high:.3f}) "
             f"| {peaks[name] / 1e6:.1f} | {peaks[name] / peaks[bare]:.3f} |"
         )
 
 
-def parse_settings(arguments: list[str]) -> dict:
-    """Return SETTINGS with ``key=value`` arguments laid over it, each of the type of its default."""
-    settings = dict(SETTINGS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in settings:
-            raise SystemExit(f"unknown setting {key!r}; known: {', '.join(settings)}")
-        settings[key] = type(settings[key])(value)
-    return settings
-
-
 if __name__ == "__main__":
-    main(parse_settings(sys.argv[1:]))
+    main(parse_settings(sys.argv[1:], SETTINGS))

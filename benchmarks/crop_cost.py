@@ -9,12 +9,13 @@ by default.
 """
 
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from measuring import CPU, ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -26,7 +27,7 @@ from training.loop import train_one_epoch
 from training.run import Run, build_run
 from utils import environment
 
-ROUNDS, CPU = 9, torch.device("cpu")
+ROUNDS = 9
 KINDS = {
     "RandomResizedCrop": {"use_box": False},
     "exact, thr 1": {"use_box": True},
@@ -70,13 +71,6 @@ def one_epoch(run: Run, config: dict, loader: Iterable[Batch], device: torch.dev
     train_one_epoch(run, config, loader, device)
 
 
-def timed(work, clock=time.process_time) -> float:
-    """Return the seconds that ``work()`` takes; by default those of the processor, as machines are shared."""
-    start = clock()
-    work()
-    return clock() - start
-
-
 def table(times: dict, images: int) -> str:
     """Return the Markdown table."""
     base = times["RandomResizedCrop"]
@@ -85,12 +79,6 @@ def table(times: dict, images: int) -> str:
         cells = [ratio(measured[what], base[what]) for what in ("loading", "epoch")]
         lines.append(f"| {kind} | {' | '.join(cells)} | {images / np.median(measured['loading']):.0f} |")
     return "\n".join(lines)
-
-
-def ratio(some: list[float], base: list[float]) -> str:
-    """Return the median and quartiles of the ratio within a round."""
-    low, middle, high = np.quantile(np.array(some) / np.array(base), (0.25, 0.5, 0.75))
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 if __name__ == "__main__":

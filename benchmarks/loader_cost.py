@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from crop_cost import ratio, timed
+from measuring import ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -24,11 +24,12 @@ from dino_transform import MapCrops
 from localized_crops.map_file import MapCache, save_map_cache
 from readers.image_cache import cached_images
 from readers.images import read_image
-from training.batches import MOST_EPOCHS_AT_ONCE, TrainImages
+from training.batches import TrainImages
 from transforms import BoxCrops, build_train_transform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 9, 256, 32
+EPOCHS = 32  # whose crops are drawn: what is kept of maps serves all
 SEED = 0
 PLAIN, CACHE = "RandomResizedCrop", ", cache=disk"
 
@@ -133,16 +134,15 @@ def ours(data, rows, crops, size: int, decoded):
             images[epoch, rows, len(rows), len(rows)]
 
     def seconds(epoch: int) -> float:
-        images[epoch, [0, 1], 2, 2]  # draws the crops of all rounds
+        images[epoch, [0, 1], 2, 2]  # draws the crops
         return timed(lambda: load(epoch)) + drawing(crops)
 
     return seconds
 
 
 def drawing(crops) -> float:
-    """Return the seconds of drawing one epoch's crops, when so many are drawn at once as a training does."""
-    epochs = MOST_EPOCHS_AT_ONCE
-    return timed(lambda: [crops.draw(np.random.default_rng(number)) for number in range(epochs)]) / epochs
+    """Return the seconds of drawing one epoch's crops, the mean of several."""
+    return timed(lambda: [crops.draw(np.random.default_rng(number)) for number in range(EPOCHS)]) / EPOCHS
 
 
 def print_table(times: dict[str, list[float]], count: int) -> None:

@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
+from measuring import write_rows
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from utils import environment
@@ -127,11 +129,6 @@ def write_images(root: Path, count: int) -> None:
     for name, file in files.items():
         write_rows(root / f"{file}.txt", lines[name])
     write_rows(root / "classes.txt", [f"class_{label}" for label in range(CLASSES)])
-
-
-def write_rows(path: Path, values: list) -> None:
-    """Write a line for each value, numbered from 1."""
-    path.write_text("".join(f"{number} {value}\n" for number, value in enumerate(values, 1)))
 
 
 # --- looking at processes -----------------------------------------------------------------------------------------

@@ -27,17 +27,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
+
+from measuring import build_images, parse_settings
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from masks.mask_generator import MaskGenerator
 from utils import cpu_name
 
 SETTINGS = {
-    "model": "small",  # small: an encoder of width 192 and depth 4 at 1024 px; or vit_b, vit_l, vit_h
+    "model": "small",  # small: an encoder of width 192 and depth 4 at 1024 px; tiny: 64, 2, 256 px; vit_b, vit_l, vit_h
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "precision": "float32",  # of ours when it is timed: float32, bf16, fp16 (CUDA); the official one runs in float32
     "image_batch": 1,  # this and the next four: of ours, no mask depends on them
@@ -54,7 +55,6 @@ PRESETS = {  # the published settings
     "10 a side, stability .5": {"points_per_side": 10, "stability_score_thresh": 0.5},
     "3 a side, stability .3": {"points_per_side": 3, "stability_score_thresh": 0.3},
 }
-SIZES = ((375, 500), (500, 333), (332, 500), (500, 400))  # height, width: as in CUB
 MARKS = (5, 10)  # images after which memory is read, and after the last
 CUB_IMAGES = 11788
 LOGIT_STD = 40.0  # of the random networks: about as steep as trained ones are at an edge, for the stability scores
@@ -83,7 +83,9 @@ def main(settings: dict) -> None:
 def build_network(settings: dict) -> Sam:
     """Return the network, its thresholds set on one image."""
     torch.manual_seed(0)
-    sam = build_small_sam() if settings["model"] == "small" else sam_model_registry[settings["model"]](checkpoint=None)
+    own = {"small": build_small_sam, "tiny": partial(build_small_sam, 256, 64, 2)}
+    build = own.get(settings["model"]) or partial(sam_model_registry[settings["model"]], checkpoint=None)
+    sam = build()
     return set_thresholds(sam.to(settings["device"]), build_images(1)[0])
 
 
@@ -143,15 +145,6 @@ def logits_on_a_grid(sam: Sam, image: np.ndarray) -> tuple[torch.Tensor, torch.T
     )
     embeddings = MaskGenerator(sam).embed([image])
     return sam.mask_decoder(embeddings, sam.prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True)
-
-
-def build_images(count: int, sizes: tuple[tuple[int, int], ...] = SIZES) -> list[np.ndarray]:
-    """Return ``count`` smooth random images (H, W, 3) uint8, of ``sizes`` (H, W) in turn."""
-    generator = np.random.default_rng(0)
-    small = generator.integers(0, 256, (count, 6, 9, 3), dtype=np.uint8)
-    sides = [sizes[index % len(sizes)] for index in range(count)]
-    pairs = zip(small, sides, strict=True)
-    return [np.asarray(Image.fromarray(pixels).resize(side[::-1], Image.Resampling.BICUBIC)) for pixels, side in pairs]
 
 
 # --- the same masks? ----------------------------------------------------------------------------------------------
@@ -296,16 +289,5 @@ def describe_machine(settings: dict) -> str:
     return f"{hardware}; Python {platform.python_version()}, torch {torch.__version__}\n{json.dumps(settings)}\n"
 
 
-def parse_settings(arguments: list[str]) -> dict:
-    """Return SETTINGS with ``key=value`` arguments laid over it, each of the type of its default."""
-    settings = dict(SETTINGS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in settings:
-            raise SystemExit(f"unknown setting {key!r}; known: {', '.join(settings)}")
-        settings[key] = type(settings[key])(value)
-    return settings
-
-
 if __name__ == "__main__":
-    main(parse_settings(sys.argv[1:]))
+    main(parse_settings(sys.argv[1:], SETTINGS))

@@ -13,18 +13,21 @@ IMAGES images of the stage's batches. Takes the config's words, ToyBirds by defa
 import copy
 import sys
 import time
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import torch
 from timm.utils import AttentionExtract
 
+from measuring import ratio, timed_on
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import generate_dino_boxes as stage_script
 from config import load_config
 from localizer.attention_maps import BatchImages, clean
-from utils import environment
+from utils import autocast, environment
 
 ROUNDS, IMAGES = 5, 96
 
@@ -32,13 +35,9 @@ ROUNDS, IMAGES = 5, 96
 def main(words: list[str]) -> None:
     """Measure and print the ratios."""
     stage = stage_script.prepare(load_config([*words, "num_workers=0", "num_threads=1"]))
-    whole_batches = [batch for batch in stage.batches if len(batch.rows) == stage.config["dino"]["batch_size"]]
-    stage.batches = (whole_batches or stage.batches)[: max(1, IMAGES // stage.config["dino"]["batch_size"])]
+    few_batches(stage, IMAGES)
     images = sum(len(batch.rows) for batch in stage.batches)
-    inputs = [
-        stage.localizer.normalize(torch.full((len(b.rows), 3, b.height, b.width), 100, dtype=torch.uint8))
-        for b in stage.batches
-    ]
+    inputs = bare_inputs(stage)
     bare_pass(stage, inputs)  # warms up
     extract = attention_extract(stage)
     times = np.array(
@@ -47,27 +46,39 @@ def main(words: list[str]) -> None:
     bare, whole, original = times.T
     print(f"{stage.localizer.name}, {images} images: bare {images / np.median(bare):.1f}/s, stage "
           f"{images / np.median(whole):.1f}/s, one by one {images / np.median(original):.1f}/s")  # fmt: skip
-    for name, ratio in (("stage / bare forward pass", bare / whole), ("stage / one by one", original / whole)):
-        low, middle, high = np.quantile(ratio, (0.25, 0.5, 0.75))
-        print(f"{name}: {middle:.3f} ({low:.3f} to {high:.3f})")
+    print(f"stage / bare forward pass: {ratio(bare, whole)}\nstage / one by one: {ratio(original, whole)}")
     print(f"{ROUNDS} rounds, one thread; {environment()['processor']}")
 
 
+def few_batches(stage: stage_script.Stage, images: int) -> None:
+    """Leave the stage about so many images, in whole batches where there are any."""
+    size = stage.config["dino"]["batch_size"]
+    whole_batches = [batch for batch in stage.batches if len(batch.rows) == size]
+    stage.batches = (whole_batches or stage.batches)[: max(1, images // size)]
+
+
+def bare_inputs(stage: stage_script.Stage) -> list[torch.Tensor]:
+    """Return what the network is given for each batch, on its device."""
+    shapes = [(len(batch.rows), 3, batch.height, batch.width) for batch in stage.batches]
+    grey = {shape: torch.full(shape, 100, dtype=torch.uint8, device=stage.device) for shape in set(shapes)}
+    normalized = {shape: stage.localizer.normalize(images) for shape, images in grey.items()}
+    return [normalized[shape] for shape in shapes]
+
+
 def bare_pass(stage: stage_script.Stage, inputs: list[torch.Tensor]) -> float:
-    """Return the CPU seconds of the network alone."""
-    start = time.process_time()
-    with torch.inference_mode():
-        for images in inputs:
-            stage.localizer.model(images)
-    return time.process_time() - start
+    """Return the seconds of the network alone."""
+
+    def work() -> None:
+        with torch.inference_mode(), autocast(stage.device, stage.work.identity["precision"]):
+            for images in inputs:
+                stage.localizer.model(images)
+
+    return timed_on(stage.device, work)
 
 
 def whole_stage(stage: stage_script.Stage) -> float:
-    """Return the CPU seconds of decoding, resizing, attention and cleaning."""
-    start = time.process_time()
-    for _ in stage_script.mapped_batches(stage, stage.batches):
-        pass
-    return time.process_time() - start
+    """Return the seconds of decoding, resizing, attention and cleaning."""
+    return timed_on(stage.device, lambda: deque(stage_script.mapped_batches(stage, stage.batches), maxlen=0))
 
 
 def attention_extract(stage: stage_script.Stage) -> AttentionExtract:

@@ -11,13 +11,15 @@ import itertools
 import resource
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from crop_cost import one_epoch, ratio, timed
+from crop_cost import one_epoch
 from loader_cost import random_maps
+from measuring import ratio, timed_on
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -54,6 +56,8 @@ WAYS = {  # what of the config differs
 class Steps:
     """The first batches of a loader, anew each epoch."""
 
+    images = 0  # in them, once they were loaded
+
     def __init__(self, loader, count: int) -> None:
         self.loader, self.count = loader, count
 
@@ -67,27 +71,45 @@ class Steps:
 def main(words: list[str]) -> None:
     """Measure and print the table."""
     device = train.choose_device(None)
-    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
-    runs = {name: prepare(words, changes, device) for name, changes in WAYS.items()}
-    use_maps(*runs[DENSITY][1:])
-    run, config, loader = runs["cache=disk"]
-    workers = train_data.loading(config, device)["num_workers"]
-    clock = time.perf_counter if workers else time.process_time  # that of one process
-    runs |= {name: (*runs[name][:2], loader) for name in OTHER_STEPS}  # its processes serve all of them
-    use_foreach_kernels(*runs[FOREACH][:2])
-    runs[CONTIGUOUS][0].model.to(memory_format=torch.contiguous_format)
-    runs = {"synthetic": (run, config, [on_device(batch, device) for batch in loader])} | runs
-    times = {name: [] for name in runs}
-    for number in range(ROUNDS + 1):
-        for name, (run, config, loader) in runs.items():
-            seconds = timed(lambda run=run, config=config, loader=loader: one_epoch(run, config, loader, device), clock)
-            if number:  # the first round warms up
-                times[name].append(seconds)
-    print_table(times, sum(batch.real for batch in runs["synthetic"][2]))
+    times, loader, workers = measure(words, list(WAYS), device, ROUNDS)
+    print_table(times, loader.images)
     print(f"start of one loader process: {start_up(words, device):.1f} s; {peak_memory(device)}")
     about = environment()
     print(f"\n{len(loader)} steps an epoch, {ROUNDS} rounds, {workers} loader processes; "
           f"{about['gpu'] or about['processor']}, torch {about['torch']}")  # fmt: skip
+
+
+def measure(
+    words: list[str], names: list[str], device: torch.device, rounds: int
+) -> tuple[dict[str, list[float]], Steps, int]:
+    """Return the seconds of an epoch in each round, of synthetic batches and of ``names`` from WAYS, in turns.
+
+    Returns:
+        The seconds; the loader of cache=disk; and how many loader processes it has.
+    """
+    torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
+    runs = {name: prepare(words, WAYS[name], device) for name in dict.fromkeys(["cache=disk", *names])}
+    if DENSITY in runs:
+        use_maps(*runs[DENSITY][1:])
+    run, config, loader = runs["cache=disk"]
+    workers = train_data.loading(config, device)["num_workers"]
+    clock = time.perf_counter if workers else time.process_time  # that of one process
+    for name in set(OTHER_STEPS) & runs.keys():
+        runs[name] = (*runs[name][:2], loader)  # its processes serve all of them
+    if FOREACH in runs:
+        use_foreach_kernels(*runs[FOREACH][:2])
+    if CONTIGUOUS in runs:
+        runs[CONTIGUOUS][0].model.to(memory_format=torch.contiguous_format)
+    synthetic = [on_device(batch, device) for batch in loader]
+    loader.images = sum(batch.real for batch in synthetic)
+    runs = {"synthetic": (run, config, synthetic)} | runs
+    times = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, (run, config, loader_of_way) in runs.items():
+            seconds = timed_on(device, partial(one_epoch, run, config, loader_of_way, device), clock)
+            if number:  # the first round warms up
+                times[name].append(seconds)
+    return times, loader, workers
 
 
 def print_table(times: dict[str, list[float]], images: int) -> None:

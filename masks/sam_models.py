@@ -1,6 +1,5 @@
 """Segment Anything from its published checkpoints."""
 
-import hashlib
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
 from localized_crops.files import UserError
-from utils import load_tensors, torch_seed
+from utils import file_sha256, load_tensors, torch_seed
 
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything"
 # Meta's files (Apache 2.0; 2.6, 1.2 and .4 GB) and their sha256
@@ -52,12 +51,6 @@ def load_sam(model: str, checkpoint: str | None) -> tuple[Sam, str]:
         is_of = {"768": "vit_b", "1024": "vit_l", "1280": "vit_h"}.get(width[1] if width else "", "another network")
         raise UserError(f"{checkpoint}: of {is_of}, not of sam.model={model}; give the model that it is of") from None
     return sam.eval(), found
-
-
-def file_sha256(path: Path | str) -> str:
-    """Return the sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sam_device(sam: Sam) -> torch.device:

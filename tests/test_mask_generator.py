@@ -9,9 +9,10 @@ from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.utils.amg import batched_mask_to_box, remove_small_regions
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from mask_speed import build_images, build_small_sam, mask_iou, set_thresholds
+from mask_speed import build_small_sam, mask_iou, set_thresholds
 from masks import mask_generator
 from masks.mask_generator import ImageMasks, MaskGenerator
+from measuring import build_images
 
 SIZES = ((90, 160), (37, 53), (120, 75))  # height, width
 LOOSE = {"points_per_side": 7, "stability_score_thresh": 0.3}  # lets about one mask in ten through

@@ -6,7 +6,8 @@ import torch
 from localized_crops.files import UserError
 from mask_speed import build_small_sam
 from masks import sam_models
-from masks.sam_models import CHECKPOINTS, file_sha256, load_sam
+from masks.sam_models import CHECKPOINTS, load_sam
+from utils import file_sha256
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import pytest
 import torch
 from segment_anything import SamPredictor
 
-from mask_speed import build_images, build_small_sam
+from mask_speed import build_small_sam
 from masks.sam_prompts import PromptedMasks, agreement, cell_middles, prompt_from_map
+from measuring import build_images
 
 PROMPT = {"box": True, "points": 3, "background": 2, "threshold": 0.5}
 PROMPT |= {"upsample": 4, "choose": "heaviest", "size_factor": 1.0}
