@@ -177,7 +177,8 @@ def has_source_box(source: str, data: DataSet, allow_missing: float = 0.0) -> np
     if own is None:
         return np.isin(np.arange(len(data.ids)), read_foreign(source, data, allow_missing).rows)
     found = load_boxes(own).boxes
-    return np.array([found.get(image_id) is not None for image_id in data.ids.tolist()], dtype=bool)
+    rows = found.rows.of(data.ids)
+    return (rows >= 0) & ~np.isnan(found.numbers[rows, 0])
 
 
 def _true_boxes(data: DataSet) -> tuple[np.ndarray, int]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from localized_crops.attention import cls_attention, cls_attention_and_logits
+from localized_crops.columns import compact_ids, listed_ids
 from localized_crops.crops import plain_corners, random_shapes
 from localized_crops.density import (
     crops_around,
@@ -63,7 +64,7 @@ class MapCrops:
             image_sizes: (N, 2) width height in pixels.
             temperature, scale, ratio: see `DinoRandomResizedCrop`.
         """
-        self.maps, self.ids, self.image_sizes = maps, ids, image_sizes
+        self.maps, self.ids, self.image_sizes = maps, compact_ids(np.asarray(ids)), image_sizes
         self.temperature, self.scale, self.ratio = temperature, scale, ratio
         self._kept: dict[int, MapSums | None] = {}
         self._room = KEPT_BYTES
@@ -86,7 +87,7 @@ class MapCrops:
         """Return the running sums of the maps of MAPS_AT_ONCE images; None where none of them has a map."""
         if start in self._kept:
             return self._kept[start]
-        ids = enumerate(self.ids[start : start + MAPS_AT_ONCE].tolist(), start)
+        ids = enumerate(listed_ids(self.ids[start : start + MAPS_AT_ONCE]), start)
         maps = {row: cells for row, image_id in ids if (cells := self.maps.get(image_id)) is not None}
         sums = self._sums_of(maps) if maps else None
         if self._room >= (size := sums.sums.nbytes if maps else 0):

@@ -261,7 +261,8 @@ def load_made(stage: Stage) -> dict[int, tuple[tuple[float, ...], float]]:
     if not stage.out.exists():
         return {}
     file = load_boxes(stage.out)
-    return {i: (box, file.scores[i]) for i, box in file.boxes.items() if box is not None}
+    scores = dict(file.scores.items())
+    return {i: (box, scores[i]) for i, box in file.boxes.items() if box is not None}
 
 
 def cut_out(

@@ -20,8 +20,7 @@ import torchvision
 
 from measuring import build_images, quartiles, timed, write_cub
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import generate_dino_boxes
 import models
@@ -37,6 +36,7 @@ from training.loop import autocast_of, backward
 from training.run import build_run
 from utils import autocast, environment
 
+ROOT = Path(__file__).parent.parent
 CUB_IMAGES = 11_788
 TRAIN_NAMES = ("files", "cache=disk", "cache=disk, exact crops", "cache=disk, density-map crops")
 GRAIN = 12.0  # of the drawn photographs: JPEGs of 90 kB, as CUB's are
@@ -322,7 +322,7 @@ def _epochs(folder: Path, root: Path, batch_size: int, names: tuple[str, ...], r
                 "loader processes": workers,
             },
         )
-    yield f"batch {batch_size}: memory", {"most": training_cost.peak_memory(device())}
+    yield f"batch {batch_size}: memory", {"found": training_cost.peak_memory(device())}
 
 
 # --- e. candidates ----------------------------------------------------------------------------------------------------

@@ -1,5 +1,14 @@
-"""The box file that the stages hand on: image id to box, with a header that says what it is."""
+"""The box file that the stages hand on: image id to box, with a header that says what it is.
 
+A file of many images is JSON too, with the numbers of all images in one string: ``columns`` holds the list ``ids`` and,
+each in base64 of little-endian float64 with NaN for what is not there, ``boxes`` (N, 4), ``image_sizes`` (N, 2) and
+``scores`` (N,). Other programs read it so:
+
+    columns = json.load(open("boxes.json"))["columns"]
+    boxes = numpy.frombuffer(base64.b64decode(columns["boxes"]), "<f8").reshape(-1, 4)
+"""
+
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,24 +17,29 @@ from typing import Any
 import numpy as np
 
 from localized_crops.boxes import clip_boxes, whole_image_boxes
+from localized_crops.columns import Column, Rows, ids_to_keys
 from localized_crops.files import UserError, load_json, save_json, user_errors
-from localized_crops.image_ids import ImageId, id_to_key, key_to_id
+from localized_crops.image_ids import ImageId, id_to_key
 
-FILE_KIND, FILE_VERSION, BOX_FORMAT = "localized-crops boxes", 2, "xywh"
+FILE_KIND, BOX_FORMAT = "localized-crops boxes", "xywh"
+FILE_VERSION, COLUMNS_VERSION = 2, 3  # of files with an entry for each image, and with columns
+MOST_ENTRIES = 50_000  # images; a file of more has columns: entries of a million take minutes and gigabytes
 PIXEL_GRIDS = ("stored", "upright")  # the pixels as the file stores them, or turned as its EXIF orientation says
 OVERSHOOT = 1e-3  # pixels that a box may reach past its image: rounding
-PARTS = {"made_by": str, "settings": dict, "boxes": dict, "image_sizes": dict, "scores": dict, "pixel_grid": str}
+ENTRIES = {"boxes": dict, "image_sizes": dict, "scores": dict}
+PARTS = {"made_by": str, "settings": dict, "pixel_grid": str}
+NUMBERS = {"boxes": (4,), "image_sizes": (2,), "scores": ()}  # of an image
 
 
 @dataclass(frozen=True)
 class BoxFile:
     """What a box file holds."""
 
-    boxes: dict[ImageId, tuple[float, float, float, float] | None]  # image id -> xywh; None: no box was found
-    image_sizes: dict[ImageId, tuple[int, int] | None]  # image id -> width height; None: it could not be read
+    boxes: Mapping[ImageId, tuple[float, float, float, float] | None]  # image id -> xywh; None: no box was found
+    image_sizes: Mapping[ImageId, tuple[int, int] | None]  # image id -> width height; None: it could not be read
     made_by: str  # the script
     settings: dict[str, Any]  # its resolved settings
-    scores: dict[ImageId, float | None] = field(default_factory=dict)
+    scores: Mapping[ImageId, float | None] = field(default_factory=dict)
     pixel_grid: str = "stored"  # of boxes and sizes: "stored", or "upright" (EXIF orientation applied)
 
 
@@ -67,12 +81,22 @@ def save_boxes(
     }
     if scores is not None:
         content["scores"] = {id_to_key(i): None if score is None else float(score) for i, score in scores.items()}
-    _parse(content)
-    save_json(path, content)
+    file = _parse(content)
+    save_json(path, content if len(boxes) <= MOST_ENTRIES else _with_columns(content, file))
+
+
+def _with_columns(content: dict[str, Any], file: BoxFile) -> dict[str, Any]:
+    """Return the content of a file with columns in place of entries."""
+    kept = {key: value for key, value in content.items() if key not in ENTRIES}
+    columns = {"boxes": file.boxes.numbers, "image_sizes": file.image_sizes.numbers}
+    if "scores" in content:
+        columns["scores"] = np.array([np.nan if (score := file.scores.get(i)) is None else score for i in file.boxes])
+    coded = {name: base64.b64encode(one.astype("<f8").tobytes()).decode() for name, one in columns.items()}
+    return kept | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
 
 
 def load_boxes(path: Path | str) -> BoxFile:
-    """Read and check a box file, of this version or of version 1.
+    """Read and check a box file, of any version.
 
     Raises:
         UserError: if it is missing, torn, of another kind or version, or a box in it is impossible.
@@ -85,26 +109,16 @@ def load_boxes(path: Path | str) -> BoxFile:
 def _parse(content: Any) -> BoxFile:
     """Check a box file's content, in NumPy for all images at once; ValueError says what is wrong with it."""
     _check_header(content)
-    boxes, sizes, scores = content["boxes"], content["image_sizes"], content.get("scores", {})
-    if boxes.keys() != sizes.keys() or not scores.keys() <= boxes.keys():
-        raise ValueError("boxes, image_sizes and scores name different images")
-    _numbers(scores, "a number")
-    size_of = _numbers(sizes, "a size [width, height] of whole numbers", 2, kinds="i")
-    box_of = _numbers(boxes, "a box [x, y, width, height]", 4)
-    has_box = ~np.isnan(box_of[:, 0])
-    _refuse(sizes, (size_of < 1).any(1), "a size [width, height] from 1 x 1 pixels on")
-    _refuse(sizes, has_box & np.isnan(size_of[:, 0]), "known, as it must be for an image with a box")
-    _refuse(boxes, has_box & ~((box_of[:, :2] >= 0) & (box_of[:, 2:] > 0)).all(1), "a box with an area")
-    far = box_of[:, :2] + box_of[:, 2:]
-    _refuse(boxes, (far > size_of + OVERSHOOT).any(1), "a box inside its image")
-    return BoxFile(
-        boxes={key_to_id(key): box and tuple(map(float, box)) for key, box in boxes.items()},
-        image_sizes={key_to_id(key): size and tuple(size) for key, size in sizes.items()},
-        made_by=content["made_by"],
-        settings=content["settings"],
-        scores={key_to_id(key): score for key, score in scores.items()},
-        pixel_grid=content.get("pixel_grid", "stored"),
-    )
+    read = _columns if content["version"] == COLUMNS_VERSION else _entries
+    boxes, sizes, scores = read(content)
+    has_box = ~np.isnan(boxes.numbers[:, 0])
+    _refuse(sizes, (sizes.numbers < 1).any(1), "a size [width, height] from 1 x 1 pixels on")
+    _refuse(sizes, has_box & np.isnan(sizes.numbers[:, 0]), "known, as it must be for an image with a box")
+    _refuse(boxes, has_box & ~((boxes.numbers[:, :2] >= 0) & (boxes.numbers[:, 2:] > 0)).all(1), "a box with an area")
+    far = boxes.numbers[:, :2] + boxes.numbers[:, 2:]
+    _refuse(boxes, (far > sizes.numbers + OVERSHOOT).any(1), "a box inside its image")
+    about = {"made_by": content["made_by"], "settings": content["settings"]}
+    return BoxFile(boxes, sizes, **about, scores=scores, pixel_grid=content.get("pixel_grid", "stored"))
 
 
 def _check_header(content: Any) -> None:
@@ -112,14 +126,54 @@ def _check_header(content: Any) -> None:
     if not isinstance(content, dict) or content.get("kind") != FILE_KIND:
         found = content.get("kind") if isinstance(content, dict) else None
         raise ValueError(f"kind is {str(found)[:60]!r}, expected {FILE_KIND!r}")
-    if content.get("version") not in range(1, FILE_VERSION + 1) or content.get("box_format") != BOX_FORMAT:
+    if content.get("version") not in range(1, COLUMNS_VERSION + 1) or content.get("box_format") != BOX_FORMAT:
         raise ValueError(f"version {content.get('version')!r}, box format {content.get('box_format')!r}")
     content = {"scores": {}, "pixel_grid": "stored"} | content  # a file of version 1 has no pixel_grid
-    for key, kind in PARTS.items():
+    for key, kind in (PARTS | ({"columns": dict} if content["version"] == COLUMNS_VERSION else ENTRIES)).items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or no {kind.__name__}")
     if content["pixel_grid"] not in PIXEL_GRIDS:
         raise ValueError(f"pixel_grid is {content['pixel_grid'][:60]!r}, must be one of {', '.join(PIXEL_GRIDS)}")
+
+
+def _columns(content: dict[str, Any]) -> tuple[Column, Column, Column]:
+    """Return boxes, image sizes and scores of a file with columns."""
+    columns = content["columns"]
+    ids = columns.get("ids")
+    if not isinstance(ids, list) or not all(isinstance(one, str) and one for one in ids):
+        raise ValueError("columns has no list of ids")
+    rows, found = Rows(ids_to_keys(ids)), {}
+    for name, shape in NUMBERS.items():
+        text = columns.get(name, "" if name == "scores" else None)
+        if not isinstance(text, str):
+            raise ValueError(f"columns has no {name}")
+        numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
+        own = rows if text else Rows(rows.keys[:0])
+        found[name] = Column(own, numbers.reshape(len(own), *shape), int if name == "image_sizes" else float)
+        of_image = found[name].numbers.reshape(len(own), -1)
+        whole = np.isfinite(of_image).all(1) | np.isnan(of_image).all(1)
+        if name == "image_sizes":
+            whole &= (np.nan_to_num(of_image) % 1 == 0).all(1)
+        _refuse_rows(own, ~whole, f"its {name} are no numbers")
+    return found["boxes"], found["image_sizes"], found["scores"]
+
+
+def _refuse_rows(rows: Rows, bad: np.ndarray, what: str) -> None:
+    if bad.any():
+        raise ValueError(f"image {rows.keys[int(bad.argmax())].decode()[:100]}: {what}")
+
+
+def _entries(content: dict[str, Any]) -> tuple[Column, Column, Column]:
+    """Return boxes, image sizes and scores of a file with an entry for each image."""
+    boxes, sizes, scores = content["boxes"], content["image_sizes"], content.get("scores", {})
+    if boxes.keys() != sizes.keys() or not scores.keys() <= boxes.keys():
+        raise ValueError("boxes, image_sizes and scores name different images")
+    rows, sizes = Rows(ids_to_keys(list(boxes))), {key: sizes[key] for key in boxes}
+    score_of = _numbers(scores, "a number")
+    size_of = _numbers(sizes, "a size [width, height] of whole numbers", 2, kinds="i")
+    box_of = _numbers(boxes, "a box [x, y, width, height]", 4)
+    scored = rows if scores.keys() == boxes.keys() and list(scores) == list(boxes) else Rows(ids_to_keys(list(scores)))
+    return Column(rows, box_of), Column(rows, size_of, int), Column(scored, score_of)
 
 
 def _numbers(entries: Mapping[str, Any], what: str, *shape: int, kinds: str = "iuf") -> np.ndarray:
@@ -155,7 +209,7 @@ def _refuse(entries: Mapping[str, Any], bad: np.ndarray, what: str) -> None:
     """Raise ValueError that names the first image that is ``bad`` (N,)."""
     if bad.any():
         key = list(entries)[int(bad.argmax())]
-        raise ValueError(f"image {key[:100]}: {str(entries[key])[:80]} is not {what}")
+        raise ValueError(f"image {str(key)[:100]}: {str(entries[key])[:80]} is not {what}")
 
 
 def boxes_for_images(
@@ -179,18 +233,19 @@ def boxes_for_images(
     file = load_boxes(path)
     if pixel_grid not in (None, file.pixel_grid):
         raise UserError(f"{path}: its boxes are in the {file.pixel_grid} pixel grid, the images here are {pixel_grid}")
-    boxes = whole_image_boxes(image_sizes)
-    missing = 0
-    for row, (image_id, size) in enumerate(zip(np.asarray(ids).tolist(), image_sizes.tolist(), strict=True)):
-        if image_id not in file.boxes:
-            raise UserError(f"{path}: made for another data set, it has no entry for image {image_id}; make it again")
-        if file.image_sizes[image_id] not in (None, tuple(size)):
-            raise UserError(
-                f"{path}: made for another data set: image {image_id} is {tuple(size)} here and "
-                f"{file.image_sizes[image_id]} there; make it again"
-            )
-        if file.boxes[image_id] is None:
-            missing += 1
-        else:
-            boxes[row] = file.boxes[image_id]
-    return clip_boxes(boxes, image_sizes), missing
+    names, sizes = np.asarray(ids).tolist(), np.asarray(image_sizes)
+    rows = file.boxes.rows.of(ids)
+    if (unknown := np.flatnonzero(rows < 0)).size:
+        raise UserError(
+            f"{path}: made for another data set, it has no entry for image {names[unknown[0]]}; make it again"
+        )
+    there = file.image_sizes.numbers[rows]
+    if (other := np.flatnonzero((there != sizes).any(1) & ~np.isnan(there[:, 0]))).size:
+        row = other[0]
+        raise UserError(
+            f"{path}: made for another data set: image {names[row]} is {tuple(sizes[row].tolist())} here and "
+            f"{tuple(there[row].astype(int).tolist())} there; make it again"
+        )
+    found = file.boxes.numbers[rows]
+    missing = np.isnan(found[:, 0])
+    return clip_boxes(np.where(missing[:, None], whole_image_boxes(sizes), found), sizes), int(missing.sum())

@@ -4,6 +4,7 @@
 million go through the same lines, so the crops of an epoch are drawn at once.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 Range = tuple[float, float]  # least and largest value
 MODES = ("exact", "reference")
 SHAPE_TRIES = 10  # of RandomResizedCrop, as torchvision: then the largest centred crop with a ratio in range is taken
+ROWS_AT_ONCE = 16_384  # are drawn together: the memory of drawing does not grow with the data set
 RATIO_CELLS = 32  # cells of the inverse CDF over log-ratio: each is 1.8% of the ratio wide for (3/4, 4/3)
 
 
@@ -43,15 +45,25 @@ def sample_crops(
     """
     boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio)
     rng = rng if rng is not None else np.random.default_rng()
-    if thr < 0:
-        return _plain_crops(sizes, scale, ratio, rng)
-    if mode == "reference":
-        edges = _reference_edges(boxes, sizes, thr, scale, ratio, rng)
-        return _to_crops(np.rint(edges), sizes)
-    edges = _exact_edges(boxes, sizes, thr, scale, ratio, rng)
-    # outward, so that what the real-valued crop keeps of the box the whole-pixel crop keeps too
-    outward = np.concatenate([np.floor(edges[:, :2]), np.ceil(edges[:, 2:])], axis=1)
-    return _to_crops(outward, sizes)
+
+    def draw(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        if thr < 0:
+            return _plain_crops(sizes, scale, ratio, rng)
+        if mode == "reference":
+            edges = _reference_edges(boxes, sizes, thr, scale, ratio, rng)
+            return _to_crops(np.rint(edges), sizes)
+        edges = _exact_edges(boxes, sizes, thr, scale, ratio, rng)
+        # outward, so that what the real-valued crop keeps of the box the whole-pixel crop keeps too
+        outward = np.concatenate([np.floor(edges[:, :2]), np.ceil(edges[:, 2:])], axis=1)
+        return _to_crops(outward, sizes)
+
+    return _part_by_part(draw, boxes, sizes)
+
+
+def _part_by_part(draw: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """Return ``draw`` of the arrays (N, ...), of `ROWS_AT_ONCE` rows at a time."""
+    starts = range(0, max(1, len(arrays[0])), ROWS_AT_ONCE)
+    return np.concatenate([draw(*(one[start : start + ROWS_AT_ONCE] for one in arrays)) for start in starts])
 
 
 def ratio_gives_way(
@@ -127,6 +139,12 @@ def random_shapes(
         tries fitted into the image (if not, the crop lies in the middle).
     """
     sizes = np.asarray(image_sizes, dtype=np.float64)
+    drawn = _part_by_part(lambda sizes: _random_shapes(sizes, scale, ratio, rng), sizes)
+    return drawn[:, :2], drawn[:, 2] > 0
+
+
+def _random_shapes(sizes: np.ndarray, scale: Range, ratio: Range, rng: np.random.Generator) -> np.ndarray:
+    """Return (N, 3) int64: width, height, and 1 where a try fitted."""
     tries = (len(sizes), SHAPE_TRIES)
     areas = rng.uniform(*scale, tries) * sizes.prod(1)[:, None]
     ratios = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), tries))
@@ -134,7 +152,8 @@ def random_shapes(
     fits = ((shapes > 0) & (shapes <= sizes[:, None])).all(axis=-1)  # (N, tries)
     first = shapes[np.arange(len(sizes)), fits.argmax(axis=1)]
     found = fits.any(axis=1)
-    return np.where(found[:, None], first, _largest_shapes(sizes, ratio)).astype(np.int64), found
+    shapes = np.where(found[:, None], first, _largest_shapes(sizes, ratio))
+    return np.concatenate([shapes, found[:, None]], axis=1).astype(np.int64)
 
 
 def _largest_shapes(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:

@@ -22,8 +22,10 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
+from localized_crops.columns import Rows, ids_to_keys
 from localized_crops.files import UserError, remove_scratch, whole_file
-from utils import lock_file
+from readers.data_set import ImagePaths
+from utils import file_stats, lock_file
 
 MAGIC, HEAD_BYTES = b"lc-imgs2", 64
 ROUNDING = 1e-6  # pixels: what float arithmetic adds to a whole number does not cost a pixel
@@ -35,42 +37,55 @@ class ImageCache:
 
     used: IO | None = None  # the file, locked as long as this process uses it: nobody removes it meanwhile
 
-    def __init__(
-        self, path: Path, key: str, places: dict[int | str, list[int]], scales: dict[int | str, tuple[float, float]]
-    ) -> None:
+    def __init__(self, path: Path, key: str, rows: Rows, sizes: np.ndarray, image_sizes: np.ndarray) -> None:
         """Use `cached_images`.
 
         Args:
             path: the data file.
             key: hash of what its images are made from.
-            places: image id -> offset in bytes, height, width as stored.
-            scales: of the images that are stored smaller than they are: image id -> stored width / width, and heights.
+            rows: of the N images, in the order of the file.
+            sizes: (N, 2) width height as stored, pixels.
+            image_sizes: (N, 2) of the images themselves.
         """
-        self.path, self.key, self.places, self.scales = path, key, places, scales
+        self.path, self.key, self.rows, self.sizes = path, key, rows, sizes
+        self.scales = sizes / image_sizes if (sizes != image_sizes).any() else None
+        ends = HEAD_BYTES + np.cumsum(3 * sizes.prod(1, dtype=np.int64))
+        self.offsets = np.concatenate([[HEAD_BYTES], ends])  # (N + 1,) bytes; the last one is the size of the file
         self._pixels: np.memmap | None = None
 
     def __getitem__(self, image_id: int | str) -> torch.Tensor:
         """Return an image, (3, H, W) uint8 in channels-last order: a view of the file."""
         if self._pixels is None:
-            if not is_whole(self.path, self.key, self.places):
+            if not self.is_whole():
                 raise UserError(f"{self.path}: was removed or replaced while it was in use; start the run again")
             self._pixels = np.memmap(self.path, np.uint8, "c")  # copy-on-write: no writer can reach the file
-        offset, height, width = self.places[image_id]
-        content = self._pixels[offset : offset + 3 * height * width]
+        row = self.rows.one(image_id)
+        width, height = self.sizes[row].tolist()
+        content = self._pixels[self.offsets[row] : self.offsets[row + 1]]
         return torch.from_numpy(content.reshape(height, width, 3)).permute(2, 0, 1)
+
+    def is_whole(self) -> bool:
+        """Tell whether the finished file of these images is there."""
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                return file.read(HEAD_BYTES) == _head(self.key) and size == self.offsets[-1]
+        except FileNotFoundError:
+            return False
 
     def crop_as_stored(self, image_id: int | str, crop: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
         """Return a crop, top left height width in pixels of the image, in pixels as stored, rounded outward."""
-        if image_id not in self.scales:
+        if self.scales is None:
             return crop
-        scale, (_, height, width) = np.array(self.scales[image_id][::-1]), self.places[image_id]
+        row = self.rows.one(image_id)
+        scale = self.scales[row, ::-1]
         near = np.floor(np.array(crop[:2]) * scale + ROUNDING)
-        far = np.minimum(np.ceil((np.array(crop[:2]) + crop[2:]) * scale - ROUNDING), (height, width))
+        far = np.minimum(np.ceil((np.array(crop[:2]) + crop[2:]) * scale - ROUNDING), self.sizes[row, ::-1])
         return tuple(map(int, (*near, *(far - near))))
 
     def box_as_stored(self, image_id: int | str, box_xywh: np.ndarray) -> np.ndarray:
         """Return a box (4,), x y width height in pixels of the image, in pixels as stored."""
-        return box_xywh * np.tile(self.scales.get(image_id, (1.0, 1.0)), 2)
+        return box_xywh if self.scales is None else box_xywh * np.tile(self.scales[self.rows.one(image_id)], 2)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None, "used": None}
@@ -102,13 +117,13 @@ def cached_images(
     Raises:
         UserError: if there is no room, or an image cannot be read.
     """
-    key = content_key(fingerprint, paths, side)
+    key, image_sizes = content_key(fingerprint, paths, side), np.asarray(image_sizes)
     stored_sizes = shortened(image_sizes, side)
-    scales, names = np.asarray(stored_sizes) / np.asarray(image_sizes), np.asarray(ids).tolist()
-    smaller = {names[row]: tuple(scales[row].tolist()) for row in np.flatnonzero((scales < 1).any(1))}
-    cache = ImageCache(folder / f"decoded_images_{key[:16]}.bin", key, plan(ids, stored_sizes), smaller)
+    cache = ImageCache(
+        folder / f"decoded_images_{key[:16]}.bin", key, Rows(ids_to_keys(ids)), stored_sizes, image_sizes
+    )
     with building(folder):
-        if not is_whole(cache.path, key, cache.places):
+        if not cache.is_whole():
             remove_unused(folder)
             build(cache, paths, image_sizes, read)
         cache.used = open(cache.path, "rb")  # noqa: SIM115 - for as long as the cache lives
@@ -126,36 +141,10 @@ def shortened(image_sizes: np.ndarray, side: int | None) -> np.ndarray:
 
 
 def content_key(fingerprint: str, paths: Sequence[Path], side: int | None) -> str:
-    """Return a hash of the data set, of each file's size and times of change, and of the longest short side.
-
-    Unlike the time of the last writing, the time of the last change cannot be set back by a program.
-    """
-    stats = [path.stat() for path in paths]
-    content = [fingerprint, [(one.st_size, one.st_mtime_ns, one.st_ctime_ns) for one in stats], side]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def plan(ids: Sequence[int | str], image_sizes: np.ndarray) -> dict[int | str, list[int]]:
-    """Return where each image lies: image id -> offset in bytes, height, width."""
-    places, offset = {}, HEAD_BYTES
-    for image_id, (width, height) in zip(np.asarray(ids).tolist(), np.asarray(image_sizes).tolist(), strict=True):
-        places[image_id] = [offset, height, width]
-        offset += 3 * height * width
-    return places
-
-
-def total_bytes(places: dict[int | str, list[int]]) -> int:
-    """Return the size of the data file."""
-    return HEAD_BYTES + sum(3 * height * width for _, height, width in places.values())
-
-
-def is_whole(path: Path, key: str, places: dict[int | str, list[int]]) -> bool:
-    """Tell whether ``path`` is the finished file of the images of ``key``."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(HEAD_BYTES) == _head(key) and os.fstat(file.fileno()).st_size == total_bytes(places)
-    except FileNotFoundError:
-        return False
+    """Return a hash of the data set, of each file's size and times of change, and of the longest short side."""
+    files = paths.files() if isinstance(paths, ImagePaths) else paths
+    stats = hashlib.sha256(file_stats(files).tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([fingerprint, stats, side]).encode()).hexdigest()
 
 
 def remove_unused(folder: Path) -> None:
@@ -170,9 +159,9 @@ def build(
     cache: ImageCache, paths: Sequence[Path], image_sizes: np.ndarray, read: Callable[[Path], PIL.Image.Image]
 ) -> None:
     """Decode all images with all cores and write the file of ``cache``, whole or not at all."""
-    size, places, folder = total_bytes(cache.places), cache.places, cache.path.parent
+    size, count, folder = int(cache.offsets[-1]), len(cache.rows), cache.path.parent
     free = shutil.disk_usage(folder).free
-    print(f"decoding {len(places)} images once: {size / 1e9:.2f} GB to {cache.path}")
+    print(f"decoding {count} images once: {size / 1e9:.2f} GB to {cache.path}")
     if size > free:
         raise UserError(
             f"{folder}: the decoded images take {size / 1e9:.2f} GB, only {free / 1e9:.2f} are free; make room or set "
@@ -181,20 +170,21 @@ def build(
     with whole_file(cache.path) as scratch, open(scratch, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, in one line
         os.pwrite(file.fileno(), _head(cache.key), 0)
+        work = zip(paths, cache.offsets.tolist(), cache.sizes.tolist(), image_sizes.tolist())  # noqa: B905 - an offset more
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
-            work = zip(paths, places.values(), np.asarray(image_sizes).tolist(), strict=True)
             jobs = pool.map(lambda job: _decode(file.fileno(), *job, read), work)
-            for _ in tqdm(jobs, total=len(places), desc="decoding", unit=" images", mininterval=1.0):
+            for _ in tqdm(jobs, total=count, desc="decoding", unit=" images", mininterval=1.0):
                 pass
 
 
-def _decode(file: int, path: Path, place: list[int], size: list[int], read: Callable[[Path], PIL.Image.Image]) -> None:
-    offset, height, width = place
+def _decode(
+    file: int, path: Path, offset: int, stored: list[int], size: list[int], read: Callable[[Path], PIL.Image.Image]
+) -> None:
     image = read(path)
     if image.size != tuple(size):
         raise UserError(f"{path}: is {' x '.join(map(str, image.size))} pixels, {size[0]} x {size[1]} were expected")
-    if image.size != (width, height):
-        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    if image.size != tuple(stored):
+        image = image.resize(tuple(stored), PIL.Image.Resampling.LANCZOS)
     content = memoryview(np.ascontiguousarray(image)).cast("B")
     while content:
         written = os.pwrite(file, content, offset)

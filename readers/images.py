@@ -1,5 +1,6 @@
 """How one image file is read."""
 
+import contextlib
 import math
 import os
 import stat
@@ -13,12 +14,15 @@ import PIL.Image
 import PIL.ImageOps
 from tqdm import tqdm
 
-from localized_crops.files import UserError
-from readers.data_set import UprightPath
+from localized_crops.columns import Rows
+from localized_crops.files import DiskError, UserError, whole_file
+from readers.data_set import ImagePaths, UprightPath
+from utils import file_stats
 
 # Formats that are tried, whatever a file is called: Pillow would start Ghostscript for an EPS file named .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
+MOST_HEADERS = 20_000  # images; the headers of more, some 60 µs each, are kept in a file
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, of 5 to 8 width and height are swapped
 
 # Such images are refused here, by their size: a filter set for each image would be undone by other threads.
@@ -75,8 +79,10 @@ def image_size(path: Path) -> tuple[int, int, bool]:
         return *(image.size[::-1] if swapped else image.size), orientation in range(2, 9)
 
 
-def image_sizes(paths: Sequence[Path], *, keep_going: bool = False) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Read the headers of all images.
+def image_sizes(
+    paths: ImagePaths | Sequence[Path], *, keep_going: bool = False
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Read the headers of all images; those of many are kept in a file in their folder, and read again on a change.
 
     Args:
         paths: of the N images.
@@ -89,22 +95,54 @@ def image_sizes(paths: Sequence[Path], *, keep_going: bool = False) -> tuple[np.
     Raises:
         UserError: if an image cannot be read.
     """
-    faults = {}
+    faults, kept = {}, isinstance(paths, ImagePaths) and len(paths) > MOST_HEADERS
+    stats = file_stats(paths.files()) if kept else None
+    found = _kept_headers(paths, stats) if kept else np.zeros((len(paths), 3), dtype=np.int64)
+    todo = np.flatnonzero(found[:, 0] == 0).tolist()
 
-    def read(job: tuple[int, Path]) -> tuple[int, int, bool]:
+    def read(row: int) -> tuple[int, int, bool]:
         try:
-            return image_size(job[1])
+            return image_size(paths[row])
         except UserError as error:
             if not keep_going:
                 raise
-            faults[job[0]] = str(error)
+            faults[row] = str(error)
             return 0, 0, False
 
     with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
-        jobs = pool.map(read, enumerate(paths))
-        bar = tqdm(jobs, total=len(paths), desc="reading image sizes", unit=" images", delay=5, leave=False)
-        found = np.array(list(bar), dtype=np.int64).reshape(-1, 3)
+        bar = tqdm(
+            pool.map(read, todo), total=len(todo), desc="reading image sizes", unit=" images", delay=5, leave=False
+        )
+        found[todo] = np.array(list(bar), dtype=np.int64).reshape(-1, 3)
+    if kept and len(todo) > len(faults):
+        _keep_headers(paths, stats, found)
     return found[:, :2], found[:, 2].astype(bool), dict(sorted(faults.items()))
+
+
+def _headers_file(paths: ImagePaths) -> Path:
+    return Path(paths.folder) / f".image_sizes_{'upright' if paths.kind is UprightPath else 'stored'}.npy"
+
+
+def _kept_headers(paths: ImagePaths, stats: np.ndarray) -> np.ndarray:
+    """Return width, height and whether it is turned, (N, 3) int64, of files that did not change; 0 of the others."""
+    found = np.zeros((len(paths), 3), dtype=np.int64)
+    try:
+        rows = np.load(_headers_file(paths), allow_pickle=False)
+        places = Rows(rows["name"]).of(paths.names)
+        kept = (places >= 0) & (rows["stats"][places] == stats).all(1) & (stats[:, 0] >= 0)
+        found[kept] = rows["found"][places[kept]]
+    except (OSError, ValueError, EOFError, IndexError):  # there is none, or it is damaged
+        return found
+    return found
+
+
+def _keep_headers(paths: ImagePaths, stats: np.ndarray, found: np.ndarray) -> None:
+    known = found[:, 0] > 0
+    names = paths.names[known]
+    rows = np.zeros(len(names), [("name", names.dtype), ("stats", np.int64, 3), ("found", np.int32, 3)])
+    rows["name"], rows["stats"], rows["found"] = names, stats[known], found[known]
+    with contextlib.suppress(DiskError), whole_file(_headers_file(paths), new_folder=False) as scratch:  # read-only
+        np.save(scratch, rows)
 
 
 def read_image(path: Path) -> PIL.Image.Image:

@@ -126,7 +126,7 @@ def test_a_file_of_version_1_is_read(tmp_path):
     ("change", "named"),
     [
         ({"kind": "masks"}, "kind"),
-        ({"version": 3}, "version"),
+        ({"version": 4}, "version"),
         ({"box_format": "xyxy"}, "box format"),
         ({"pixel_grid": "turned"}, "pixel_grid"),
         ({"made_by": None}, "made_by"),

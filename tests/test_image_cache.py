@@ -109,7 +109,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, photos, damage):
 def test_a_worker_maps_it_anew(tmp_path, photos):
     cache = build(tmp_path / "cache", photos)
     expected = cache[4].sum().item()
-    assert len(pickle.dumps(cache)) < 1000
+    assert len(pickle.dumps(cache)) < 3000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(_sum, (cache, 4)) == expected
 
@@ -237,4 +237,4 @@ def test_large_images_are_stored_smaller_and_crops_follow(tmp_path, photos):
         assert np.all(np.array([tall, wide]) <= np.array(crop[2:]) * scale + 2)
         box = cache.box_as_stored(image_id, np.array([0.0, 0.0, width, height]))
         assert box == pytest.approx([0, 0, stored.shape[2], stored.shape[1]])
-    assert 0 < len(cache.scales) < len(ids)
+    assert 0 < (cache.scales < 1).any(1).sum() < len(ids)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from localized_crops.boxes import coverage, crops_to_xywh
+from localized_crops.columns import compact_ids, listed_ids
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache
 from readers.images import read_image
@@ -67,7 +68,9 @@ class TrainImages(Dataset):
             reference: the boxes (N, 4) that coverage is measured on, NaN for none; None: the true boxes.
         """
         self.paths, self.decoded = data.paths[rows], decoded
-        self.ids, self.labels = data.ids[rows], data.labels[rows]
+        self.ids, self.labels = compact_ids(data.ids[rows]), data.labels[rows]
+        if self.ids.dtype.kind == "S" and np.array_equal(self.ids, self.paths.names):
+            self.ids = self.paths.names  # one array for a loader process, not two
         self.reference = data.boxes[rows] if reference is None else reference
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
         self.epoch: int | None = None  # whose crops and flips are drawn
@@ -81,7 +84,7 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self._draw(epoch)
         crops = self.drawn[rows]
-        ids, shown = self.ids[rows].tolist(), crops.tolist()
+        ids, shown = listed_ids(self.ids[rows]), crops.tolist()
         if self.decoded is not None:
             shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, shown, strict=True)]
         loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]

@@ -132,8 +132,10 @@ def build_train_loader(
     )
     drawn = {"flip": config["flip"], "seed": config["seed"]}
     rows, source = data.rows("train"), reference(config, data)
-    measured = data.boxes if source == "gt" else boxes_from(source, config, data)[0]
-    images = TrainImages(data, rows, crops, transform, **drawn, decoded=decoded, reference=measured[rows])
+    measured = (data.boxes if source == "gt" else boxes_from(source, config, data)[0])[rows]
+    if isinstance(crops, BoxCrops) and np.array_equal(measured, crops.boxes):
+        measured = crops.boxes  # one array for a loader process, not two
+    images = TrainImages(data, rows, crops, transform, **drawn, decoded=decoded, reference=measured)
     shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
     batches = EpochBatches(len(images), config["batch_size"], config["seed"], **shares)
     return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
