@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import PIL.Image
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch.nn.functional import interpolate
@@ -89,15 +90,22 @@ class TrainTransform:
     def __init__(self, size: int, interpolation: str = "bilinear", colour: v2.Transform | None = None) -> None:
         self.size, self.interpolation, self.colour = size, interpolation, colour
 
-    def __call__(self, image: torch.Tensor, crop: Sequence[int], seed: Callable[[], int]) -> torch.Tensor:
+    def __call__(
+        self, image: torch.Tensor | PIL.Image.Image, crop: Sequence[float], seed: Callable[[], int]
+    ) -> torch.Tensor:
         """Return the crop as (3, size, size) uint8.
 
         Args:
-            image: the whole image, (3, H, W) uint8.
+            image: the whole image, (3, H, W) uint8; or, where crops may begin within a pixel, Pillow's, RGB.
             crop: top, left, height, width in its pixels.
             seed: gives the seed of the colours, asked for only where there are any to draw.
         """
-        image = resized_crop(image, crop, self.size, self.interpolation)
+        if isinstance(image, PIL.Image.Image):
+            top, left, height, width = crop
+            how = PIL.Image.Resampling[self.interpolation.upper()], (left, top, left + width, top + height)
+            image = F.pil_to_tensor(image.resize((self.size, self.size), *how))
+        else:
+            image = resized_crop(image, crop, self.size, self.interpolation)
         if self.colour is not None:
             with torch_seed(seed()):
                 image = self.colour(image.contiguous())  # 1.5 times as fast as channels last

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from measuring import build_images, write_cub
 
@@ -27,7 +29,7 @@ from jobs.shared_work import Result, SharedWork, content_keys
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.map_file import MapCache, save_map_cache
 from readers.data_set import DataSet
-from readers.image_cache import ImageCache, Rows, ids_to_keys
+from readers.image_cache import ImageCache, Rows, content_key, ids_to_keys
 from training.batches import EpochBatches, TrainImages
 from transforms import BoxCrops, build_train_transform
 from utils import environment
@@ -60,16 +62,23 @@ def main(counts: list[int]) -> None:
 
 def own_process(measure: Callable[[Path, int], Found], folder: Path, count: int) -> list[tuple[str, float, str]]:
     """Return what a measurement finds in a process of its own, and the most memory that it added."""
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        return pool.apply(_measured, (measure, folder, count))
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    work = (measure, folder, count, sender)
+    process = multiprocessing.get_context("fork").Process(target=_measured, args=work)  # may have loader processes
+    process.start()
+    sender.close()
+    found = receiver.recv()
+    process.join()
+    return found
 
 
-def _measured(measure: Callable[[Path, int], Found], folder: Path, count: int) -> list[tuple[str, float, str]]:
+def _measured(measure: Callable[[Path, int], Found], folder: Path, count: int, answer: Connection) -> None:
+    torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = memory("RssAnon")
     found = list(measure(folder, count))
     name = measure.__name__.replace("_", " ")
-    return [*found, (f"{name}: most memory", memory("VmHWM") - memory("RssFile") - before, "MiB")]
+    answer.send([*found, (f"{name}: most memory", memory("VmHWM") - memory("RssFile") - before, "MiB")])
 
 
 def memory(key: str) -> float:
@@ -159,8 +168,6 @@ def density_crops(folder: Path, count: int) -> Found:
 def caches(folder: Path, count: int) -> Found:
     """Open the cache of decoded images: its index, and a look at each file."""
     data = read_dataset("cub", folder / "data")
-    from readers.image_cache import content_key
-
     clock = Clock()
     key = content_key(data.fingerprint(), data.paths, None)
     cache = ImageCache(folder / "none.bin", key, Rows(ids_to_keys(data.ids)), data.image_sizes, data.image_sizes)
@@ -175,15 +182,15 @@ def resuming(folder: Path, count: int) -> Found:
     batches = [data.paths[np.arange(start, min(start + 32, count))] for start in range(0, count, 32)]
     work = SharedWork(folder / "partial", {"settings": {}}, "dino", "", keys=content_keys(batches))
     yield "resuming a stage: is an image another one?", clock.look(), "CPU s"
-    cells = np.zeros((32, *MAP), np.float16)
-    sizes = [len(batch) for batch in batches]
-    work.run_units(sizes, lambda numbers: (Result({"ids": []}, {"maps": cells}) for _ in numbers), what="units")
-    yield "writing the files of its units", clock.look(), "CPU s"
-    work.run_units(sizes, lambda numbers: iter(()), what="units")
-    yield "finding them finished", clock.look(), "CPU s"
-    for _ in work.results(set(range(len(batches)))):
-        pass
-    yield "putting them together", clock.look(), "CPU s"
+    cells, sizes = np.zeros((32, *MAP), np.float16), [len(batch) for batch in batches]
+    with work.claimed():
+        work.run_units(sizes, lambda numbers: (Result({"ids": []}, {"maps": cells}) for _ in numbers), what="units")
+        yield "writing the files of its units", clock.look(), "CPU s"
+        work.run_units(sizes, lambda numbers: iter(()), what="units")
+        yield "finding them finished", clock.look(), "CPU s"
+        for _ in work.results(set(range(len(batches)))):
+            pass
+        yield "putting them together", clock.look(), "CPU s"
 
 
 def loader_process(folder: Path, count: int) -> Found:

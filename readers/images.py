@@ -153,13 +153,31 @@ def read_image(path: Path) -> PIL.Image.Image:
     Raises:
         UserError: if it is missing, truncated or no image, or its pixels are 32-bit numbers, whose range is unknown.
     """
+    return read_reduced(path, 1)[0]
+
+
+def read_reduced(path: Path, reduction: int) -> tuple[PIL.Image.Image, int]:
+    """Return an image as `read_image`, a JPEG with sides of a 2nd, 4th or 8th; and by how much it was reduced.
+
+    The JPEG decoder leaves out the high frequencies of each block, which takes a fraction of the time. The sides are
+    rounded up: pixel (x, y) stands for the whole pixels from (x, y) times the reduction on.
+
+    Args:
+        path: the file.
+        reduction: 1, 2, 4 or 8; of other formats 1 is taken.
+    """
     with _open_image(path) as image:
         turned = isinstance(path, UprightPath) and _orientation(image) in range(2, 9)
+        width, height = image.size
+        if turned and (width % reduction or height % reduction):  # the side that is rounded up would come first
+            reduction = 1
+        if reduction > 1 and not image.draft(None, (width // reduction, height // reduction)):
+            reduction = 1
         try:
             image.load()
         except Exception as error:  # see _open_image
             raise UserError(f"{path}: the image is damaged ({_reason(error, path)}); restore it") from None
-        return _as_rgb(PIL.ImageOps.exif_transpose(image) if turned else image, path)
+        return _as_rgb(PIL.ImageOps.exif_transpose(image) if turned else image, path), reduction
 
 
 def _as_rgb(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:

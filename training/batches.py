@@ -1,13 +1,14 @@
 """Batches of training crops and of test views."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
@@ -15,7 +16,8 @@ from localized_crops.boxes import coverage, crops_to_xywh
 from localized_crops.columns import compact_ids, listed_ids
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache
-from readers.images import read_image
+from readers.images import read_image, read_reduced
+from transforms import TrainTransform
 
 
 class Crops(Protocol):
@@ -48,7 +50,7 @@ class TrainImages(Dataset):
         data: DataSet,
         rows: np.ndarray,
         crops: Crops,
-        transform: Callable,
+        transform: TrainTransform,
         *,
         flip: float,
         seed: int,
@@ -61,7 +63,7 @@ class TrainImages(Dataset):
             data: the data set.
             rows: which of its images.
             crops: of these images.
-            transform: (image, crop, seed) -> (3, size, size) uint8.
+            transform: of images, (image, crop, seed) -> (3, size, size) uint8.
             flip: probability of a horizontal flip.
             seed: of all that is drawn.
             decoded: the images, decoded already; None: their files are read.
@@ -84,19 +86,31 @@ class TrainImages(Dataset):
         if epoch != self.epoch:
             self._draw(epoch)
         crops = self.drawn[rows]
-        ids, shown = listed_ids(self.ids[rows]), crops.tolist()
-        if self.decoded is not None:
-            shown = [self.decoded.crop_as_stored(*one) for one in zip(ids, shown, strict=True)]
-        loaded = [load_image(self.paths[row], image_id, self.decoded) for row, image_id in zip(rows, ids, strict=True)]
+        ids = listed_ids(self.ids[rows])
+        loaded = [self._load(*one) for one in zip(rows, ids, crops.tolist(), strict=True)]
         seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
-        images = [self.transform(*one) for one in zip(loaded, shown, seeds, strict=True)]
+        images = [self.transform(*one, seed) for one, seed in zip(loaded, seeds, strict=True)]
         kept = coverage(crops_to_xywh(crops), self.reference[rows])
         about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
         return Batch(stack_images(images), *about, real, whole)
 
+    def _load(self, row: int, image_id: int | str, crop: list[int]) -> tuple[torch.Tensor | Image, Sequence[float]]:
+        """Return an image and the crop in its pixels, which are larger than those of the file where that is large."""
+        if self.decoded is not None:
+            return self.decoded[image_id], self.decoded.crop_as_stored(image_id, crop)
+        image, reduction = read_reduced(self.paths[row], reduction_for(crop, self.transform.size))
+        if reduction == 1:
+            return pil_to_tensor(image), crop
+        return image, [side / reduction for side in crop]
+
     def _draw(self, epoch: int) -> None:
         crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
         self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
+
+
+def reduction_for(crop: Sequence[int], size: int) -> int:
+    """Return by how much a JPEG's sides may be reduced while a crop in it keeps ``size`` pixels a side: 1, 2, 4, 8."""
+    return next(reduction for reduction in (8, 4, 2, 1) if reduction == 1 or min(crop[2:]) >= reduction * size)
 
 
 def load_image(path: Path, image_id: int | str, decoded: ImageCache | None) -> torch.Tensor:
