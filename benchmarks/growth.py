@@ -81,7 +81,7 @@ def measure(root: str, times: int) -> dict[str, float]:
 
 def repeated(data: DataSet, times: int) -> DataSet:
     """Return a data set of the first images, ``times`` times over, each time under new ids."""
-    rows = np.tile(np.arange(IMAGES), times)
+    rows = np.tile(np.arange(min(IMAGES, len(data.ids))), times)
     fields = {name: getattr(data, name)[rows] for name in ("labels", "boxes", "split", "image_sizes")}
     paths = [data.paths[row] for row in rows]
     return dataclasses.replace(data, ids=np.arange(1, len(rows) + 1), paths=paths, **fields)

@@ -6,7 +6,10 @@ and normalisation are the device's). One process, one thread, CPU time, alternat
     python benchmarks/loader_cost.py FOLDER_IN_CUB_FORMAT [SIZE] [CACHE_FOLDER]
 """
 
+import importlib.util
 import sys
+import tarfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +44,10 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
     rows = data.rows("train")[:IMAGES]
     about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
     kinds = {"files": None, "cache=disk": cached_images(Path(cache_folder), *about, read_image)}
-    ways = {"torchvision's usual pipeline": usual([data.paths[row] for row in rows], int(size))}
+    files = [data.paths[row] for row in rows]
+    ways = {"torchvision's usual pipeline": usual(files, int(size))}
+    if importlib.util.find_spec("webdataset"):
+        ways["webdataset, the same steps"] = from_shards(Path(cache_folder) / "webdataset.tar", files, int(size))
     crops_by_name = crops_of(data, rows, saved_maps(Path(cache_folder), data.ids[rows]))
     for name, crops in crops_by_name.items():
         for kind, decoded in kinds.items():
@@ -105,9 +111,9 @@ def mean_area(crops: BoxCrops) -> float:
     return float(np.mean([crops.draw(np.random.default_rng(number))[:, 2:].prod(1) for number in range(20)]))
 
 
-def usual(paths: list[Path], size: int):
-    """Return what loads the images by torchvision's usual pipeline, and returns the seconds."""
-    steps = transforms.Compose(
+def usual_steps(size: int) -> transforms.Compose:
+    """Return torchvision's usual pipeline for one image."""
+    return transforms.Compose(
         [
             transforms.RandomResizedCrop(size),
             transforms.RandomHorizontalFlip(),
@@ -116,11 +122,27 @@ def usual(paths: list[Path], size: int):
         ]
     )
 
+
+def usual(paths: list[Path], size: int):
+    """Return what loads the images by torchvision's usual pipeline, and returns the seconds."""
+    steps = usual_steps(size)
+
     def load() -> None:
         for start in range(0, len(paths), BATCH):
             torch.stack([steps(read_image(path)) for path in paths[start : start + BATCH]])
 
     return lambda _epoch: timed(load)
+
+
+def from_shards(tar: Path, paths: list[Path], size: int):
+    """Return what loads the images by the usual pipeline from one webdataset shard, and returns the seconds."""
+    webdataset = importlib.import_module("webdataset")
+    with tarfile.open(tar, "w") as file:
+        for number, path in enumerate(paths):
+            file.add(path.resolve(), f"{number:06}.jpg")
+    images = webdataset.WebDataset(str(tar), shardshuffle=False).decode("pilrgb").to_tuple("jpg")
+    batches = images.map_tuple(usual_steps(size)).batched(BATCH)
+    return lambda _epoch: timed(lambda: deque(batches, maxlen=0))
 
 
 def ours(data, rows, crops, size: int, decoded):
