@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import tarfile
 import urllib.error
@@ -20,6 +21,12 @@ from readers.images import image_sizes
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
 CUB_ARCHIVE, CUB_MD5 = "CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
 LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
+NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
+PLAIN = {  # table -> what stands behind the id where it is plainly written, and its numbers
+    "image_class_labels": (r"[0-9]{1,15}", np.int64),
+    "bounding_boxes": (rf"{NUMBER} {NUMBER} {NUMBER} {NUMBER}", np.float64),
+    "train_test_split": (r"[01]", np.int64),
+}
 
 
 def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
@@ -33,16 +40,14 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     Raises:
         UserError: on any fault of the files, naming file, line or image.
     """
-    images = dict(_read_rows(root / "images.txt", _text))
     classes = dict(_read_rows(root / "classes.txt", _text))
-    class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
-    raw_boxes = _as_array(_read_for(root / "bounding_boxes.txt", images, _box))
-    is_train = np.array(list(_read_for(root / "train_test_split.txt", images, _flag).values()), dtype=bool)
-    labels = _labels(root, classes, class_of)
     folder = (root / "images").resolve()
-    paths = ImagePaths(folder, [_image_name(root, folder, *item) for item in images.items()])
+    ids, names, class_of, raw_boxes, is_train = _plain_tables(root) or _any_tables(root, folder)
+    labels = _labels(root, classes, ids, class_of)
+    paths = ImagePaths(folder, names)
     sizes, rotated, faults = image_sizes(paths, keep_going=keep_going)
-    ids, kept = np.array(list(images), dtype=np.int64), np.array([row not in faults for row in range(len(paths))])
+    kept = np.ones(len(paths), dtype=bool)
+    kept[list(faults)] = False
     boxes = _clip_checked(root / "bounding_boxes.txt", ids[kept], raw_boxes[kept], sizes[kept])
     return DataSet(
         name=name,
@@ -60,8 +65,50 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     )
 
 
-def _as_array(raw_boxes: dict[int, tuple]) -> np.ndarray:
-    return np.array(list(raw_boxes.values()), dtype=np.float64).reshape(-1, 4)
+Tables = tuple[np.ndarray, list[str], np.ndarray, np.ndarray, np.ndarray]  # ids, names, classes, boxes, is training
+
+
+def _any_tables(root: Path, folder: Path) -> Tables:
+    """Return what the tables say, line by line, or which line is at fault."""
+    images = dict(_read_rows(root / "images.txt", _text))
+    class_of = _read_for(root / "image_class_labels.txt", images, _whole_number)
+    raw_boxes = _read_for(root / "bounding_boxes.txt", images, _box)
+    is_train = _read_for(root / "train_test_split.txt", images, _flag)
+    return (
+        np.array(list(images), dtype=np.int64),
+        [_image_name(root, folder, *item) for item in images.items()],
+        np.array(list(class_of.values()), dtype=np.int64),
+        np.array(list(raw_boxes.values()), dtype=np.float64).reshape(-1, 4),
+        np.array(list(is_train.values()), dtype=bool),
+    )
+
+
+def _plain_tables(root: Path) -> Tables | None:
+    """Return what the tables say where they are plainly written and without a fault, ten times as fast; else None."""
+    names = _plain_text(root / "images.txt", r"\S+")
+    if names is None or any(odd in names for odd in (" .", "/.", " /", "//", "/\n", "\0")):
+        return None
+    words = names.split()
+    found = [_plain_numbers(root / f"{name}.txt", *about) for name, about in PLAIN.items()]
+    ids = np.array(words[::2], dtype=np.int64)
+    if any(one is None or not np.array_equal(one[:, 0], ids) for one in found) or len(np.unique(ids)) < len(ids):
+        return None
+    class_of, boxes, is_train = (one[:, 1:] for one in found)
+    if not (boxes[:, 2:] > 0).all() or boxes.max() > LARGEST_PIXEL:
+        return None
+    return ids, words[1::2], class_of[:, 0], boxes, is_train[:, 0] == 1
+
+
+def _plain_text(path: Path, pattern: str) -> str | None:
+    """Return a table's text if each line is an id, a space and what ``pattern`` matches; else None."""
+    text = read_text(path) if path.exists() else ""
+    return text if re.fullmatch(rf"(?>[0-9]{{1,15}} {pattern}\n)++", text) else None
+
+
+def _plain_numbers(path: Path, pattern: str, kind: type) -> np.ndarray | None:
+    """Return a table's numbers (N, K), ids first, as `_plain_text`."""
+    text = _plain_text(path, pattern)
+    return None if text is None else np.fromstring(text, kind, sep=" ").reshape(text.count("\n"), -1)
 
 
 def _read_rows(path: Path, parse: Callable[[str], object]) -> Iterator[tuple[int, object]]:
@@ -127,15 +174,16 @@ def _box(rest: str) -> tuple[float, float, float, float]:
     return x, y, width, height
 
 
-def _labels(root: Path, classes: dict[int, str], class_of: dict[int, int]) -> np.ndarray:
-    number_of = {class_id: number for number, class_id in enumerate(classes)}
-    for image_id, class_id in class_of.items():
-        if class_id not in number_of:
-            raise UserError(
-                f"{root / 'image_class_labels.txt'}: image id {image_id} has class {class_id}, "
-                "which classes.txt does not name"
-            )
-    return np.array([number_of[class_id] for class_id in class_of.values()])
+def _labels(root: Path, classes: dict[int, str], ids: np.ndarray, class_of: np.ndarray) -> np.ndarray:
+    class_ids = np.array(list(classes), dtype=np.int64)
+    order = class_ids.argsort()
+    labels = order[np.minimum(class_ids.searchsorted(class_of, sorter=order), len(order) - 1)]
+    if (unknown := np.flatnonzero(class_ids[labels] != class_of)).size:
+        raise UserError(
+            f"{root / 'image_class_labels.txt'}: image id {ids[unknown[0]]} has class {class_of[unknown[0]]}, "
+            "which classes.txt does not name"
+        )
+    return labels
 
 
 def _image_name(root: Path, folder: Path, image_id: int, relative: str) -> str:
