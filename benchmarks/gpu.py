@@ -19,7 +19,9 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for CUDA else spoils it for forked processes
+# Each part is a fork of this process: asking for CUDA here, or a pool of threads, would spoil it for them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpu_parts

@@ -9,6 +9,7 @@ each in base64 of little-endian float64 with NaN for what is not there, ``boxes`
 """
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,8 @@ def _with_columns(content: dict[str, Any], file: BoxFile) -> dict[str, Any]:
     kept = {key: value for key, value in content.items() if key not in ENTRIES}
     columns = {"boxes": file.boxes.numbers, "image_sizes": file.image_sizes.numbers}
     if "scores" in content:
-        columns["scores"] = np.array([np.nan if (score := file.scores.get(i)) is None else score for i in file.boxes])
+        rows, columns["scores"] = file.scores.rows.of(file.boxes.rows.keys), np.full(len(file.boxes), np.nan)
+        columns["scores"][rows >= 0] = file.scores.numbers[rows[rows >= 0]]
     coded = {name: base64.b64encode(one.astype("<f8").tobytes()).decode() for name, one in columns.items()}
     return kept | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
 
@@ -150,7 +152,7 @@ def _columns(content: dict[str, Any]) -> tuple[Column, Column, Column]:
         numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
         own = rows if text else Rows(rows.keys[:0])
         found[name] = Column(own, numbers.reshape(len(own), *shape), int if name == "image_sizes" else float)
-        of_image = found[name].numbers.reshape(len(own), -1)
+        of_image = found[name].numbers.reshape(len(own), math.prod(shape))
         whole = np.isfinite(of_image).all(1) | np.isnan(of_image).all(1)
         if name == "image_sizes":
             whole &= (np.nan_to_num(of_image) % 1 == 0).all(1)

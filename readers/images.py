@@ -17,7 +17,7 @@ from tqdm import tqdm
 from localized_crops.columns import Rows
 from localized_crops.files import DiskError, UserError, whole_file
 from readers.data_set import ImagePaths, UprightPath
-from utils import file_stats
+from utils import batched, file_stats
 
 # Formats that are tried, whatever a file is called: Pillow would start Ghostscript for an EPS file named .jpg.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
@@ -100,23 +100,30 @@ def image_sizes(
     found = _kept_headers(paths, stats) if kept else np.zeros((len(paths), 3), dtype=np.int64)
     todo = np.flatnonzero(found[:, 0] == 0).tolist()
 
-    def read(row: int) -> tuple[int, int, bool]:
-        try:
-            return image_size(paths[row])
-        except UserError as error:
-            if not keep_going:
-                raise
-            faults[row] = str(error)
-            return 0, 0, False
+    def read(rows: tuple[int, ...]) -> list[tuple[int, int, bool]]:
+        return [_size_or_fault(paths[row], row, faults if keep_going else None) for row in rows]
 
-    with ThreadPoolExecutor(16) as pool:  # headers only: the time goes to the disk
-        bar = tqdm(
-            pool.map(read, todo), total=len(todo), desc="reading image sizes", unit=" images", delay=5, leave=False
-        )
-        found[todo] = np.array(list(bar), dtype=np.int64).reshape(-1, 3)
+    with (
+        ThreadPoolExecutor(16) as pool,  # headers only: the time goes to the disk
+        tqdm(total=len(todo), desc="reading image sizes", unit=" images", delay=5, leave=False) as bar,
+    ):
+        for rows, sizes in zip(batched(todo, 64), pool.map(read, batched(todo, 64)), strict=True):
+            found[list(rows)] = sizes
+            bar.update(len(rows))
     if kept and len(todo) > len(faults):
         _keep_headers(paths, stats, found)
     return found[:, :2], found[:, 2].astype(bool), dict(sorted(faults.items()))
+
+
+def _size_or_fault(path: Path, row: int, faults: dict[int, str] | None) -> tuple[int, int, bool]:
+    """Return `image_size`; note a fault under ``row`` where ``faults`` are kept, and return zeros."""
+    try:
+        return image_size(path)
+    except UserError as error:
+        if faults is None:
+            raise
+        faults[row] = str(error)
+        return 0, 0, False
 
 
 def _headers_file(paths: ImagePaths) -> Path:
