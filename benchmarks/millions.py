@@ -4,7 +4,7 @@ The images are links to a few drawn ones (the loader reads one batch of them, no
 its own, so that its memory is its own. A million rows take some minutes and 4 GB of memory and 8 GB on the disk.
 
     python benchmarks/millions.py                  # 10,000, 100,000 and 1,000,000 images
-    python benchmarks/millions.py 10000 30000
+    python benchmarks/millions.py 10000 30000 FOLDER      # keeps the images there, for another time
 """
 
 import multiprocessing
@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,28 +43,42 @@ EPOCHS = 3
 Found = Iterator[tuple[str, float, str]]  # row, number, unit
 
 
-def main(counts: list[int]) -> None:
+class Large(NamedTuple):
+    """One size."""
+
+    count: int
+    folder: Path  # for files
+    data: DataSet | None  # in its folder "data"; None: not read yet
+
+
+def main(words: list[str]) -> None:
     """Measure every row at every size and print the table."""
-    rows: dict[str, list[str]] = {}
+    counts = [int(word) for word in words if word.isdecimal()] or list(COUNTS)
+    kept = next((Path(word) for word in words if not word.isdecimal()), None)
+    rows: dict[str, dict[int, str]] = {}
     for count in counts:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            write_cub(folder / "data", build_images(DISTINCT, (IMAGE,)), count)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = kept / str(count) if kept else Path(scratch)
+            if not (folder / "data").exists():
+                write_cub(folder / "data", build_images(DISTINCT, (IMAGE,)), count)
+            large = Large(count, folder, None)
             for measure in MEASUREMENTS:
-                for name, value, unit in own_process(measure, folder, count):
-                    rows.setdefault(f"{name}, {unit}", []).append(f"{value:.3g}")
+                for name, value, unit in own_process(measure, large):
+                    rows.setdefault(f"{name}, {unit}", {})[count] = f"{value:.3g}"
                     print(f"{count:>9,} {name}: {value:.3g} {unit}", file=sys.stderr, flush=True)
+                if large.data is None:
+                    large = large._replace(data=read_dataset("cub", folder / "data"))
     print("| | " + " | ".join(f"{count:,}" for count in counts) + " |\n|---" + "|---" * len(counts) + "|")
     for name, values in rows.items():
-        print(f"| {name} | " + " | ".join(values) + " |")
+        print(f"| {name} | " + " | ".join(values.get(count, "–") for count in counts) + " |")
     about = environment()
     print(f"\n{about['processor']}, torch {about['torch']}, Python {about['python']}")
 
 
-def own_process(measure: Callable[[Path, int], Found], folder: Path, count: int) -> list[tuple[str, float, str]]:
+def own_process(measure: Callable[[Large], Found], large: Large) -> list[tuple[str, float, str]]:
     """Return what a measurement finds in a process of its own, and the most memory that it added."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    work = (measure, folder, count, sender)
+    work = (measure, large, sender)
     process = multiprocessing.get_context("fork").Process(target=_measured, args=work)  # may have loader processes
     process.start()
     sender.close()
@@ -72,11 +87,11 @@ def own_process(measure: Callable[[Path, int], Found], folder: Path, count: int)
     return found
 
 
-def _measured(measure: Callable[[Path, int], Found], folder: Path, count: int, answer: Connection) -> None:
+def _measured(measure: Callable[[Large], Found], large: Large, answer: Connection) -> None:
     torch.set_num_threads(1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = memory("RssAnon")
-    found = list(measure(folder, count))
+    found = list(measure(large))
     name = measure.__name__.replace("_", " ")
     answer.send([*found, (f"{name}: most memory", memory("VmHWM") - memory("RssFile") - before, "MiB")])
 
@@ -103,20 +118,21 @@ class Clock:
 # --- what is measured ---------------------------------------------------------------------------------------------
 
 
-def data_set(folder: Path, count: int) -> Found:
+def data_set(large: Large) -> Found:
     """Read the data set for the first time, and again."""
     clock = Clock()
-    read_dataset("cub", folder / "data")
-    yield "data set, first time", clock.look(), "CPU s"
-    data = read_dataset("cub", folder / "data")
+    if not list((large.folder / "data" / "images").glob(".image_sizes*")):
+        read_dataset("cub", large.folder / "data")
+        yield "data set, first time", clock.look(), "CPU s"
+    data = read_dataset("cub", large.folder / "data")
     yield "data set, later", clock.look(), "CPU s"
     data.fingerprint()
     yield "its fingerprint", clock.look(), "CPU s"
 
 
-def box_file(folder: Path, count: int) -> Found:
+def box_file(large: Large) -> Found:
     """Write a box file and open it."""
-    data, path = read_dataset("cub", folder / "data"), folder / "boxes.json"
+    data, path = large.data, large.folder / "boxes.json"
     boxes = dict(zip(data.ids.tolist(), map(tuple, data.boxes.tolist()), strict=True))
     sizes = dict(zip(data.ids.tolist(), map(tuple, data.image_sizes.tolist()), strict=True))
     clock = Clock()
@@ -125,62 +141,59 @@ def box_file(folder: Path, count: int) -> Found:
     yield "box file", path.stat().st_size / 1e6, "MB"
 
 
-def open_boxes(folder: Path, count: int) -> Found:
+def open_boxes(large: Large) -> Found:
     """Open the box file."""
     clock = Clock()
-    load_boxes(folder / "boxes.json")
+    load_boxes(large.folder / "boxes.json")
     yield "box file, opening", clock.look(), "CPU s"
 
 
-def boxes_of_images(folder: Path, count: int) -> Found:
+def boxes_of_images(large: Large) -> Found:
     """Open the box file for the data set."""
-    data = read_dataset("cub", folder / "data")
     clock = Clock()
-    source_boxes(str(folder / "boxes.json"), data)
+    source_boxes(str(large.folder / "boxes.json"), large.data)
     yield "box file for a data set", clock.look(), "CPU s"
 
 
-def maps(folder: Path, count: int) -> Found:
+def maps(large: Large) -> Found:
     """Write maps of few cells and open their index."""
     cells = np.random.default_rng(0).random((DISTINCT, *MAP)).astype(np.float16)
     about = {"dataset": "", "model": "", "weights_sha256": "", "settings": {}}
-    save_map_cache(folder / "boxes.json", ((n + 1, cells[n % DISTINCT]) for n in range(count)), about)
+    save_map_cache(large.folder / "boxes.json", ((n + 1, cells[n % DISTINCT]) for n in range(large.count)), about)
     clock = Clock()
-    cache = MapCache.open(folder / "boxes.json")
+    cache = MapCache.open(large.folder / "boxes.json")
     len(cache)
     yield "maps, opening", clock.look(), "CPU s"
 
 
-def exact_crops(folder: Path, count: int) -> Found:
+def exact_crops(large: Large) -> Found:
     """Draw epochs of exact crops."""
-    crops = BoxCrops(*_boxes(folder), thr=0.8)
+    crops = BoxCrops(large.data.boxes, large.data.image_sizes, thr=0.8)
     yield "exact crops of an epoch", _drawing(crops), "CPU µs per image"
 
 
-def density_crops(folder: Path, count: int) -> Found:
+def density_crops(large: Large) -> Found:
     """Draw epochs of density-map crops, the first, which reads the maps, and later ones."""
-    _, sizes = _boxes(folder)
-    crops = MapCrops(MapCache.open(folder / "boxes.json"), np.arange(1, count + 1), sizes, temperature=0.1)
+    maps = MapCache.open(large.folder / "boxes.json")
+    crops = MapCrops(maps, large.data.ids, large.data.image_sizes, temperature=0.1)
     yield "density-map crops of the first epoch", _drawing(crops), "CPU µs per image"
     yield "density-map crops of a later epoch", np.mean([_drawing(crops) for _ in range(EPOCHS)]), "CPU µs per image"
 
 
-def caches(folder: Path, count: int) -> Found:
+def caches(large: Large) -> Found:
     """Open the cache of decoded images: its index, and a look at each file."""
-    data = read_dataset("cub", folder / "data")
-    clock = Clock()
+    clock, data = Clock(), large.data
     key = content_key(data.fingerprint(), data.paths, None)
-    cache = ImageCache(folder / "none.bin", key, Rows(ids_to_keys(data.ids)), data.image_sizes, data.image_sizes)
+    cache = ImageCache(large.folder / "none.bin", key, Rows(ids_to_keys(data.ids)), data.image_sizes, data.image_sizes)
     yield "cache of decoded images, opening", clock.look(), "CPU s"
     yield "its size", cache.offsets[-1] / 1e6, "MB"
 
 
-def resuming(folder: Path, count: int) -> Found:
+def resuming(large: Large) -> Found:
     """Look at a stage's finished units of 32 images, and put them together."""
-    data = read_dataset("cub", folder / "data")
-    clock = Clock()
-    batches = [data.paths[np.arange(start, min(start + 32, count))] for start in range(0, count, 32)]
-    work = SharedWork(folder / "partial", {"settings": {}}, "dino", "", keys=content_keys(batches))
+    clock, paths, count = Clock(), large.data.paths, large.count
+    batches = [paths[np.arange(start, min(start + 32, count))] for start in range(0, count, 32)]
+    work = SharedWork(large.folder / "partial", {"settings": {}}, "dino", "", keys=content_keys(batches))
     yield "resuming a stage: is an image another one?", clock.look(), "CPU s"
     cells, sizes = np.zeros((32, *MAP), np.float16), [len(batch) for batch in batches]
     with work.claimed():
@@ -191,31 +204,34 @@ def resuming(folder: Path, count: int) -> Found:
         for _ in work.results(set(range(len(batches)))):
             pass
         yield "putting them together", clock.look(), "CPU s"
+        work.remove()
 
 
-def loader_process(folder: Path, count: int) -> Found:
-    """Start a loader process, with exact crops, and look at its memory after its first batch."""
-    data = read_dataset("cub", folder / "data")
-    small = len(data.ids) // 1000
-    grown = []
-    for rows in (np.arange(small), np.arange(count)):
-        images = _train_images(data, rows)
-        start = time.perf_counter()
+def loader_process(large: Large) -> Found:
+    """Start a loader process, with exact crops, and look at it after its first batch."""
+    small, grown = max(32, large.count // 1000), []
+    for rows in (np.arange(small), np.arange(large.count)):
+        images = _train_images(large.data, rows)
         sampler = EpochBatches(len(images), 32, seed=0)
         loader = build_loader(images, num_workers=1, pin_memory=False, batch_size=None, sampler=sampler)
         batches = iter(loader)
         next(batches)
-        yield (
-            f"first batch of a loader process, {'all' if len(rows) > small else 'a thousandth of the'} images",
-            (time.perf_counter() - start),
-            "s",
-        )
-        grown.append(_memory_of(batches._workers[0].pid))
+        pid = batches._workers[0].pid
+        of = "all" if len(rows) > small else "a thousandth of the"
+        yield f"first batch of a loader process, {of} images", _cpu_of(pid), "CPU s"
+        grown.append(_memory_of(pid))
         del batches, loader
     yield "a loader process grows by", grown[1] - grown[0], "MiB"
 
 
+def _cpu_of(pid: int) -> float:
+    """Return the processor's seconds of a process so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def _memory_of(pid: int) -> float:
+    """Return the MiB of a process that no file holds."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssAnon"))
 
@@ -224,12 +240,6 @@ def _train_images(data: DataSet, rows: np.ndarray) -> TrainImages:
     crops = BoxCrops(data.boxes[rows], data.image_sizes[rows], thr=0.8)
     transform = build_train_transform(16, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     return TrainImages(data, rows, crops, transform, flip=0.5, seed=0, reference=crops.boxes)
-
-
-def _boxes(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes and sizes of the images."""
-    data = read_dataset("cub", folder / "data")
-    return data.boxes, data.image_sizes
 
 
 def _drawing(crops: BoxCrops | MapCrops) -> float:
@@ -244,4 +254,4 @@ MEASUREMENTS = (
 )  # fmt: skip
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]] or list(COUNTS))
+    main(sys.argv[1:])
