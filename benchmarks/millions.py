@@ -8,6 +8,7 @@ its own, so that its memory is its own. A million rows take some minutes and 4 G
 """
 
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
