@@ -28,7 +28,7 @@ from training import batches
 from transforms import BoxCrops
 from utils import environment
 
-ROUNDS, IMAGES = 5, 16
+ROUNDS, IMAGES = 5, 8
 LARGE = (4000, 3000)  # width height, pixels
 GRAIN = 5.0  # grey levels: a file has 3 to 4 MB, as a telephone's
 
