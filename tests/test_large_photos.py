@@ -8,11 +8,18 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from readers.data_set import DataSet, ImagePaths, no_boxes
 from readers.images import ORIENTATION, read_image, read_reduced
+from training import batches
 from training.batches import TrainImages, reduction_for
 from transforms import build_train_transform
 
 SIZE = 32  # pixels of the result
 PLAIN = build_train_transform(SIZE, "bilinear", augment=False)
+
+
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Let small images be treated as large ones are."""
+    monkeypatch.setattr(batches, "LARGEST_WHOLE", 0)
 
 
 class OneCrop:
@@ -49,13 +56,17 @@ def exact(path, crop):
     ("crop", "reduction"),
     [((0, 0, 31, 500), 1), ((0, 0, 63, 500), 1), ((0, 0, 64, 500), 2), ((0, 0, 500, 255), 4), ((5, 9, 256, 256), 8)],
 )
-def test_no_crop_falls_under_the_size(crop, reduction):
+def test_no_crop_falls_under_the_size(small_is_large, crop, reduction):
     assert reduction_for(crop, SIZE) == reduction
+
+
+def test_images_as_large_as_cubs_are_decoded_whole():
+    assert reduction_for((0, 0, 500, 500), SIZE) == 1 and reduction_for((0, 0, 600, 800), SIZE) == 8
 
 
 @pytest.mark.parametrize("size", [(640, 480), (637, 475)])
 @pytest.mark.parametrize("crop", [(0, 0, 470, 630), (101, 203, 270, 301), (130, 180, 64, 64), (150, 200, 131, 133)])
-def test_a_large_jpeg_gives_nearly_the_same_crop(tmp_path, size, crop):
+def test_a_large_jpeg_gives_nearly_the_same_crop(small_is_large, tmp_path, size, crop):
     path = tmp_path / "photo.jpg"
     photo(*size).save(path, quality=95)
     found, expected = loaded(path, size, crop).float(), exact(path, crop).float()
@@ -66,7 +77,7 @@ def test_a_large_jpeg_gives_nearly_the_same_crop(tmp_path, size, crop):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_small_jpegs_and_other_formats_are_as_they_were(tmp_path, kind):
+def test_small_jpegs_and_other_formats_are_as_they_were(small_is_large, tmp_path, kind):
     size, crop = {"png": ((640, 480), (0, 0, 470, 630)), "jpg": ((60, 50), (3, 4, 45, 50))}[kind]
     path = tmp_path / f"photo.{kind}"
     photo(*size).save(path)
@@ -75,7 +86,7 @@ def test_small_jpegs_and_other_formats_are_as_they_were(tmp_path, kind):
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("size", [(640, 480), (637, 475)])
-def test_turned_photographs_are_cropped_upright(tmp_path, size, orientation):
+def test_turned_photographs_are_cropped_upright(small_is_large, tmp_path, size, orientation):
     path, exif = tmp_path / "photo.jpg", PIL.Image.Exif()
     exif[ORIENTATION] = orientation
     photo(*size).save(path, quality=95, exif=exif)

@@ -19,6 +19,8 @@ from readers.image_cache import ImageCache
 from readers.images import read_image, read_reduced
 from transforms import TrainTransform
 
+LARGEST_WHOLE = 512  # pixels, short side of a crop: up to here JPEGs are decoded whole
+
 
 class Crops(Protocol):
     """Draws the training crops of N images."""
@@ -109,7 +111,12 @@ class TrainImages(Dataset):
 
 
 def reduction_for(crop: Sequence[int], size: int) -> int:
-    """Return by how much a JPEG's sides may be reduced while a crop in it keeps ``size`` pixels a side: 1, 2, 4, 8."""
+    """Return by how much a JPEG's sides may be reduced while a crop in it keeps ``size`` pixels a side: 1, 2, 4, 8.
+
+    Small crops are not reduced: images of the size of CUB's are decoded fast as they are, and to the same pixels.
+    """
+    if min(crop[2:]) <= LARGEST_WHOLE:
+        return 1
     return next(reduction for reduction in (8, 4, 2, 1) if reduction == 1 or min(crop[2:]) >= reduction * size)
 
 
