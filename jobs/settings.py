@@ -267,12 +267,15 @@ def _apply_preset(resolved: dict, name: str, presets: dict[str, dict[str, Any]],
         near = _nearest(name, presets)
         hint = f"did you mean {near}? There are " if near else "there are "
         raise ConfigError(f"{where}preset={name}: there is no such preset; {hint}{', '.join(presets)}")
+    preset = presets[name]
+    if not isinstance(preset, dict) or not all(isinstance(key, str) for key in preset):
+        raise ConfigError(f"config.py, preset {name}: must be a dict from dotted keys to values")
     with_preset = copy.deepcopy(DEFAULTS)
-    for key, value in presets[name].items():
+    for key, value in preset.items():
         _check_known(key, where=f"config.py, preset {name}: ")
         set_key(with_preset, key, value)
     checked = check_config(with_preset, f"config.py, preset {name}: ", together=False)
-    for key in (*presets[name], "preset"):
+    for key in (*preset, "preset"):
         set_key(resolved, key, name if key == "preset" else copy.deepcopy(get_key(checked, key)))
 
 
@@ -293,8 +296,15 @@ def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
 
     As many as ``machine_workers`` says of ``machine``, else one less than the cores, at most 8; the processes that
     torchrun started on the machine share them.
+
+    Raises:
+        ConfigError: if ``machine_workers`` says something else than a number of processes.
     """
     whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
+    try:
+        check_value("num_workers", whole)
+    except ConfigError as error:
+        raise ConfigError(f"config.py, MACHINE_WORKERS of {machine}: {error}") from None
     return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

@@ -64,7 +64,8 @@ def class_notes(data: DataSet) -> list[str]:
     }
     for split in ("val", "test"):
         if labels[split].any():
-            kinds[f"have no image in {split}"] = (labels[split] == 0) & (used > 0)
+            left = f"{(labels[split] > 0).sum()} classes are left there"
+            kinds[f"have no image in {split}, {left}"] = (labels[split] == 0) & (used > 0)
     return [_classes_line(data.class_names, which, what) for what, which in kinds.items() if which.any()]
 
 

@@ -154,6 +154,10 @@ def test_a_fault_of_a_preset_names_the_preset(monkeypatch):
     monkeypatch.setitem(presets, "mine", {"num_epoch": 3})
     with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epoch: .*num_epochs\?"):
         load_config(["preset=mine"])
+    for value in (None, ["num_epochs"], {3: 1}):
+        monkeypatch.setitem(presets, "mine", value)
+        with pytest.raises(ConfigError, match=r"^config\.py, preset mine: "):
+            load_config(["preset=mine"])
 
 
 # --- edited by hand -----------------------------------------------------------------------------------------------
@@ -253,6 +257,10 @@ def test_workers_come_from_the_key_the_machines_name_or_its_cores(edit, monkeypa
     assert load_config(["num_workers=0"])["num_workers"] == 0
     monkeypatch.setattr(settings.os, "sched_getaffinity", lambda _: {0, 1})
     assert load_config([])["num_workers"] == 1
+    for value in ("4", -1, 2.5):
+        monkeypatch.setitem(config.MACHINE_WORKERS, "bird", value)
+        with pytest.raises(ConfigError, match=r"MACHINE_WORKERS of bird"):
+            load_config(["A_machine=bird"])
 
 
 def test_the_processes_of_torchrun_share_the_workers_of_a_machine(monkeypatch):

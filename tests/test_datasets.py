@@ -20,6 +20,7 @@ from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError
 from readers import cub, images
 from readers.images import read_image
+from readers.splits import class_notes
 from toybirds import writing
 from training.batches import EpochBatches, TrainImages, ViewImages
 from transforms import BoxCrops, build_train_transform, build_views
@@ -56,6 +57,15 @@ def test_70_30_split_fills_train_with_the_first_test_images(cub24):
     moved = np.flatnonzero(official.split != filled.split)
     assert len(filled.rows("train")) == int(np.ceil(0.7 * 1398))
     assert (moved == official.rows("test")[: len(moved)]).all()
+
+
+def test_classes_that_the_70_30_split_leaves_nothing_to_test_on_are_counted(birds):
+    data = read(birds, split="70/30")
+    tested = len(set(data.labels[data.rows("test")]))
+    assert 0 < tested < 8
+    assert any(
+        f"{8 - tested} of 8 classes" in note and f"{tested} classes are left" in note for note in class_notes(data)
+    )
 
 
 def test_validation_is_the_end_of_each_class_of_train(birds):
