@@ -96,7 +96,7 @@ config = {
     "dino": {
         "model": None,  # timm name or dinov2_vit{s,b,l,g}14; None: the network that the weights file says it is of
         "weights": None,  # hub | random (to test a pipeline) | a state dict (official DINO, DINOv2; timm) | a
-        # checkpoint of train.py (its EMA); None: hub, or toybirds/toy_localizer.pt without a model
+        # checkpoint of train.py; None: hub, or for ToyBirds toybirds/toy_localizer.pt
         "image_size": None,  # short side of the input in pixels, rounded to whole patches; None: that of its training
         "autocontrast": False,  # stretch each image's contrast first
         "batch_size": 32,  # images of one shape
@@ -149,7 +149,7 @@ config = {
     # --- choice among candidate masks of generate_bbox.py
     "masks": None,  # the folder masks_{i} that generate_mask.py wrote; several: A,B
     "bbox": {
-        "classifier": None,  # a checkpoint of train.py (its EMA): best.pt of a run
+        "classifier": None,  # a checkpoint of train.py: best.pt of a run
         "score": "logit",  # logit (of the image's own class) | ncm (cosine to the class's mean training feature) |
         # label_free (largest softmax of any class; the other two know the label of test images, as published)
         "folders": "first",  # of several folders: first (of an image the first folder that has candidates) | all
@@ -178,7 +178,8 @@ config = {
         "box_margin": 0.1,  # view box: margin on each side, as a share of the box's side
         "batch_size": 64,  # images
     },
-    "eval_box": None,  # adds the view box, from: gt (an oracle!) | any other source as above; None: no such view
+    "eval_box": None,  # adds the view box, from: gt (an oracle!) | any other source as above; None: no such view.
+    # predict.py finds the boxes of its images as those of this file were found, else as the section dino says
     # --- model
     "model": {
         "type": "toyresnet",  # toyresnet (0.7 M parameters) | resnet50 (torchvision) | dinov2_vit{s,b,l,g}14 or

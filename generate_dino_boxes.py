@@ -75,6 +75,7 @@ class Stage:
     batches: list[Batch]  # the units of resuming and of sharding
     seconds: dict[str, float] = field(default_factory=dict)
     images_mapped: int = 0  # in this run, by this process
+    failed: dict[int | str, str] = field(default_factory=dict)  # image id -> why it could not be read for its box
 
 
 def prepare(config: dict) -> Stage:
@@ -274,8 +275,9 @@ def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[
     rounds, most_images = wanted["object_rounds"], wanted["object_images"]
     head = learn_head(cells, data, cache, threshold=wanted["threshold"], rounds=rounds, most_images=most_images, **how)
     found = find_objects(cells, head, data.paths, data.image_sizes, upsample=wanted["upsample"], **how)
-    boxes = {row: box for row, box, _ in found}
-    return [boxes[row] for row in range(len(data.ids))], head
+    boxes = {row: (box, error) for row, box, error in found}
+    stage.failed |= {data.ids[row].item(): error for row, (_, error) in boxes.items() if error is not None}
+    return [boxes[row][0] for row in range(len(data.ids))], head
 
 
 # --- report -------------------------------------------------------------------------------------------------------
@@ -283,7 +285,8 @@ def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[
 
 def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None:
     """Print and save the evaluation, the contact sheet and errors.txt; errors end the script with status 2."""
-    errors = stage.data.unreadable | {key_to_id(image_id): error for image_id, error in cache.header["errors"].items()}
+    unmapped = {key_to_id(image_id): error for image_id, error in cache.header["errors"].items()}
+    errors = stage.data.unreadable | stage.failed | unmapped
     report_boxes(
         stage.out,
         stage.data,

@@ -191,7 +191,8 @@ def named_rows(ids: list[str], data: DataSet) -> np.ndarray:
     row_of = {str(image_id): row for row, image_id in enumerate(data.ids.tolist())}
     unknown = [image_id for image_id in ids if image_id not in row_of]
     if unknown:
-        raise UserError(f"visualize.ids: {data.root} has no image {unknown[0]}, see its images.txt")
+        where = "see its images.txt" if data.name in ("cub", "toybirds") else "an id is the path below root"
+        raise UserError(f"visualize.ids: {data.root} has no image {unknown[0]}; {where}")
     if len(ids) > MAX_IMAGES:
         raise UserError(f"visualize.ids: names {len(ids)} images; {MAX_IMAGES} at most fit into a picture")
     return np.array([row_of[image_id] for image_id in ids])

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
     Args:
         model_type: a timm name or dinov2_vit{s,b,l,g}14; None: what the weights file says of itself.
         weights: "hub"; "random" (to test a pipeline); a state dict's path (official DINO or DINOv2, timm); a checkpoint
-            of train.py, whose EMA is taken; None: the ToyBirds localizer, or with a ``model_type`` the hub.
+            of train.py; None: the ToyBirds localizer, or with a ``model_type`` the hub.
 
     Raises:
         UserError: one line, on a name, file or architecture that does not serve.
@@ -134,20 +135,33 @@ def input_of(model: nn.Module) -> dict[str, Any]:
 
 
 def _from_hub(model_type: str) -> nn.Module:
-    name = timm_name(model_type)
-    _check_name(name)
+    _check_name(timm_name(model_type))
+    return fetched("dino.weights", "dino.model", model_type, lambda: _create(timm_name(model_type), pretrained=True))
+
+
+def fetched(key: str, model_key: str, model_type: str, create: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network that ``create`` builds with weights from the hub.
+
+    Args:
+        key: of the config, that asks for them.
+        model_key: of the config, that names the network.
+        model_type: its value.
+        create: fetches and builds.
+
+    Raises:
+        UserError: if they cannot be had, naming the file to fetch by hand.
+    """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)  # each of its retries is a warning
     try:
-        return _create(name, pretrained=True)
+        return create()
     except UserError:
         raise
     except Exception as error:  # the hub's clients raise errors of many unrelated kinds
         raise UserError(
-            f"dino.weights=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
-            f"{weights_address(model_type)} on a machine with a network and give dino.weights=FILE "
-            f"dino.model={model_type}"
+            f"{key}=hub: the weights of {timm_name(model_type)} cannot be fetched ({type(error).__name__}); fetch "
+            f"{weights_address(model_type)} on a machine with a network and give {key}=FILE {model_key}={model_type}"
         ) from None
     finally:
         logger.setLevel(level)
@@ -169,7 +183,8 @@ def _load(model: nn.Module, path: str, key: str) -> None:
 
 
 def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) -> Localizer:
-    """Build the network of a checkpoint of train.py, at the input size that it was trained at, with its EMA."""
+    """Build the network of a checkpoint of train.py, at the input size that it was trained at, with the
+    weights that validated better."""
     try:
         trained, image_size = timm_name(config["model"]["type"]), int(config["image_size"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):

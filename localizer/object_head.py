@@ -7,6 +7,7 @@ Wu, CVPR 2020), cell by cell in place of a regressed box. No box and no class la
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from localized_crops import map_boxes
 from localized_crops.files import UserError
 from localizer.attention_maps import plan_batches
 from localizer.batches import BatchImages
-from localizer.networks import Localizer, input_of, state_hash
+from localizer.networks import Localizer, fetched, input_of, state_hash
 from models import fit_linear, load_backbone, timm_name
 from readers.data_set import DataSet
 
@@ -67,7 +68,10 @@ def build_features(model_type: str, weights: str) -> Localizer:
     name = timm_name(model_type)
     if not timm.is_model(name):
         raise UserError(f"dino.object_model={model_type}: there is no such model in timm")
-    model = timm.create_model(name, num_classes=0, pretrained=weights == "hub")
+    is_fetched = weights == "hub"
+    create = partial(timm.create_model, name, num_classes=0, pretrained=is_fetched)
+    keys = "dino.object_weights", "dino.object_model"
+    model = fetched(*keys, model_type, create) if is_fetched else create()
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"dino.object_model={model_type}: gives no feature maps; take an EfficientNet or a ResNet")
     if weights not in ("hub", "random"):
@@ -113,6 +117,8 @@ def learn_head(
     how = {"side": side, "device": device, "num_workers": num_workers, "what": "teach"}
     features = {int(teachers[n]): one.astype(np.float16)
                 for n, one, error in _features(network, paths, sizes, **how) if error is None}  # fmt: skip
+    if not features:
+        raise UserError(f"{data.root}: none of the training images can be read any more")
     masks = {row: attention_mask(attention[data.ids[row]], one.shape[:2], threshold) for row, one in features.items()}
     return teach(features, masks, rounds)
 
@@ -144,8 +150,9 @@ def find_objects(
     """
     how = {"side": side, "device": device, "num_workers": num_workers, "progress": progress}
     for row, one, error in _features(network, paths, image_sizes, what="boxes", **how):
-        cells = np.zeros((1, 1)) if error is not None else object_map(one, head)
-        yield row, object_box(cells, tuple(image_sizes[row].tolist()), upsample=upsample), error
+        size = tuple(image_sizes[row].tolist())
+        found = map_boxes.MapBox(0, 0, *size, found=False)
+        yield row, found if error is not None else object_box(object_map(one, head), size, upsample=upsample), error
 
 
 def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: float) -> np.ndarray:
@@ -208,7 +215,8 @@ def _features(
 ) -> Iterator[tuple[int, np.ndarray, str | None]]:
     """Yield (row, features (feat_h, feat_w, D) float32, why the image could not be read) in batches of a shape."""
     batches = plan_batches(image_sizes, side, network.patch, BATCH)
-    images = BatchImages(batches, [[paths[row] for row in batch.rows] for batch in batches], network.patch, False)
+    files = [[paths[row] for row in batch.rows] for batch in batches]
+    images = BatchImages(batches, files, (1, 1), False)  # small images are enlarged
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
     with tqdm(total=len(paths), desc=what, unit=" images", mininterval=1.0, disable=not progress) as bar:
         for batch, (pixels, errors) in zip(batches, loader, strict=True):

@@ -19,8 +19,9 @@ from localized_crops.files import DiskError, UserError, whole_file
 from readers.data_set import ImagePaths, UprightPath
 from utils import batched, file_stats
 
-# Formats that are tried, whatever a file is called: Pillow would start Ghostscript for an EPS file named .jpg.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "MPO")
+# Formats that are tried, whatever a file is called: Pillow would start Ghostscript for an EPS file named .jpg. (The two
+# pictures of an MPO are opened as JPEG.)
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".ppm", ".pgm"}
 MOST_HEADERS = 20_000  # images; the headers of more, some 60 µs each, are kept in a file
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, of 5 to 8 width and height are swapped

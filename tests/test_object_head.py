@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -14,6 +15,7 @@ from localized_crops.map_boxes import component_mask
 from localizer.attention_maps import attend_batches, clean_batch, plan_batches
 from localizer.networks import build_localizer
 from localizer.object_head import (
+    ObjectHead,
     attention_mask,
     build_features,
     cell_features,
@@ -103,6 +105,39 @@ def test_weights_from_before_batch_norm_counted_batches_are_taken(tmp_path):
 def test_a_network_that_timm_does_not_know_is_named():
     with pytest.raises(UserError, match=r"dino\.object_model=no_such_net"):
         build_features("no_such_net", "random")
+
+
+def test_images_smaller_than_a_patch_teach_and_a_torn_one_is_told(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(4):
+        (tmp_path / f"{number % 2}").mkdir(exist_ok=True)
+        pixels = rng.integers(256, size=(15, 20, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{number % 2}" / f"{number}.png")
+    data = read_dataset("folder", tmp_path)
+    torn = data.paths[3]
+    torn.write_bytes(torn.read_bytes()[:200])
+    maps = {image_id: np.eye(4) + 0.1 for image_id in data.ids.tolist()}
+    network = build_features("test_efficientnet", "random")
+    how = {"side": 64, "num_workers": 0, "device": torch.device("cpu")}
+    head = learn_head(network, data, maps, threshold=0.5, rounds=1, most_images=9, **how)
+    assert ObjectHead.of_plain(head.plain()).weight.tolist() == head.weight.tolist()
+    found = find_objects(network, head, data.paths, data.image_sizes, upsample=1, **how)
+    by_row = {row: (box, error) for row, box, error in found}
+    assert [by_row[row][1] is None for row in range(4)] == [True, True, True, False]
+    assert torn.name in by_row[3][1] and not by_row[3][0].found
+    for path in data.paths:
+        path.write_text("no image")
+    with pytest.raises(UserError, match="training images"):
+        learn_head(network, data, maps, threshold=0.5, rounds=1, most_images=9, **how)
+
+
+def test_without_a_network_the_file_to_fetch_is_named(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no route")
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    with pytest.raises(UserError, match=r"dino\.object_weights=hub.*tf_efficientnet_lite0.*dino\.object_weights=FILE"):
+        build_features("tf_efficientnet_lite0", "hub")
 
 
 def test_object_boxes_of_photographs_beat_the_centred_box(cub24, weights_folder):

@@ -13,7 +13,7 @@ from config import load_config
 from datasets import read_dataset, source_boxes
 from localized_crops.files import UserError
 from readers.data_set import UprightPath
-from readers.images import image_sizes, read_image
+from readers.images import FORMATS, image_sizes, read_image
 from readers.splits import class_notes
 from training import train_data
 
@@ -261,6 +261,18 @@ def test_unreadable_images_are_listed_and_counted(photos, capsys):
         check_dataset.main(load_config(words_of(photos)))
     told = capsys.readouterr().out
     assert "text.jpg" in told and "cut.jpg" in told
+
+
+def test_pillow_knows_every_format_that_is_tried_and_reads_the_first_of_two_pictures(tmp_path):
+    PIL.Image.init()
+    assert set(FORMATS) <= PIL.Image.OPEN.keys()
+    first, second = (PIL.Image.new("RGB", (30, 20), colour) for colour in ("red", "blue"))
+    first.save(tmp_path / "pair.jpg", format="MPO", save_all=True, append_images=[second])
+    image = read_image(tmp_path / "pair.jpg")
+    assert image.size == (30, 20) and image.getpixel((5, 5))[0] > 200
+    (tmp_path / "text.jpg").write_text("no image")
+    with pytest.raises(UserError, match="identify"):  # Pillow's own reason
+        read_image(tmp_path / "text.jpg")
 
 
 def test_equal_images_and_links_are_named(photos, capsys):
