@@ -23,7 +23,7 @@ from jobs.settings import DEFAULTS
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localizer.networks import Localizer, configured_localizer
-from localizer.object_head import ObjectHead, build_features
+from localizer.object_head import ObjectHead, build_features, cell_features
 from readers.data_set import UprightPath
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
@@ -194,7 +194,15 @@ def load_localizer(
             "that way; give dino.method=component, or eval_box=none to leave the box out"
         )
     network = build_features(wanted["object_model"], wanted["object_weights"])
-    return network, ObjectHead.of_plain(head)
+    with user_errors((LookupError, TypeError, ValueError), f"{path}: its classifier of cells is damaged: "):
+        head = ObjectHead.of_plain(head)
+    found = cell_features(network, torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[-1:]
+    if head.weight.shape != found:
+        raise UserError(
+            f"dino.object_model={wanted['object_model']}: its cells have {found[0]} numbers, those that the training's "
+            f"boxes were found by have {len(head.weight)}; leave it as it was"
+        )
+    return network, head
 
 
 def build_trained(config: Mapping[str, Any], path: Path | str, n_classes: int) -> tuple[nn.Module, str]:

@@ -1,6 +1,7 @@
 """The commands of docs/using.md, at toy size, one after the other in one process."""
 
 import importlib
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from config import load_config
+from localized_crops.box_file import load_boxes
+from localized_crops.files import UserError
 from localizer.networks import TOY_WEIGHTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "using.md"
@@ -16,15 +19,27 @@ LOADERS = {
     "evaluate": "load_evaluation_configs",
     "predict": "load_prediction_config",
 }
-TOY = ["model.type=toyresnet", "model.weights=none", "image_size=32", "num_epochs=1", "batch_size=8"]
-TOY += ["dino.model=none", f"dino.weights={TOY_WEIGHTS}", "dino.image_size=none", "dino.steps=heads,min_max"]
-TOY += ["dino.object_model=test_efficientnet", "dino.object_weights=random", "dino.object_image_size=64"]
+TOYS = {  # boxes.json and best.pt tell the later commands
+    "train.py": ["model.type=toyresnet", "model.weights=none", "image_size=32", "num_epochs=1", "batch_size=8"],
+    "generate_dino_boxes.py": [
+        *("dino.model=none", f"dino.weights={TOY_WEIGHTS}", "dino.image_size=none", "dino.steps=heads,min_max"),
+        *("dino.object_model=test_efficientnet", "dino.object_weights=random", "dino.object_image_size=64"),
+    ],
+}
 
 
 def commands() -> list[list[str]]:
     """Return the words of the six commands."""
     block = re.search(r"<!-- test: six commands -->\n```bash\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return [line.split() for line in block[1].splitlines()]
+
+
+def run(script: str, *words: str) -> None:
+    """Run a script in this process."""
+    name = script.removesuffix(".py")
+    module = importlib.import_module(name)
+    load = getattr(module, LOADERS[name]) if name in LOADERS else load_config
+    module.main(load([*words, "num_workers=0", "device=cpu"]))
 
 
 def test_the_six_commands_lead_from_photographs_to_predictions(birds, tmp_path, monkeypatch):
@@ -35,16 +50,18 @@ def test_the_six_commands_lead_from_photographs_to_predictions(birds, tmp_path, 
     monkeypatch.chdir(tmp_path)
     assert len(commands()) == 6
     for _python, script, *words in commands():
-        name = script.removesuffix(".py")
         monkeypatch.setattr("sys.argv", [script])
-        module = importlib.import_module(name)
-        load = getattr(module, LOADERS[name]) if name in LOADERS else load_config
-        toy = TOY if "preset=finetune" in words else []
-        module.main(load([*words, *toy, "num_workers=0", "device=cpu"]))
+        run(script, *words, *TOYS.get(script, []))
     assert (tmp_path / "runs/photos_0/evaluation_test_0/evaluation.md").exists()
     rows = (tmp_path / "runs/photos_0/predictions_new_photos.csv").read_text().splitlines()
     assert len(rows) == 1 + len(list((tmp_path / "new_photos").iterdir()))
     assert (tmp_path / "runs/crops.png").exists()
+    run("predict.py", "checkpoint=runs/photos_0/best.pt", "images=photos", "out=known.jsonl")
+    made = load_boxes("runs/dino_boxes_photos/boxes.json").boxes
+    for line in map(json.loads, Path("known.jsonl").read_text().splitlines()):
+        assert line["box"] == pytest.approx(made[line["path"].removeprefix("photos/")], abs=1e-3)
+    with pytest.raises(UserError, match=r"dino\.object_model=test_resnet"):
+        run("predict.py", "checkpoint=runs/photos_0/best.pt", "images=photos", "dino.object_model=test_resnet")
 
 
 @pytest.mark.parametrize("words", commands(), ids=lambda words: words[1])
