@@ -25,6 +25,7 @@ from localizer.batches import BatchImages
 from localizer.networks import Localizer, fetched, input_of, state_hash
 from models import fit_linear, load_backbone, timm_name
 from readers.data_set import DataSet
+from utils import torch_seed
 
 OBJECT = 0.5  # probability from which a cell is object: the classifier's own border
 CELLS_PER_IMAGE = 120  # of a training image, drawn at random: neighbours say the same
@@ -71,7 +72,8 @@ def build_features(model_type: str, weights: str) -> Localizer:
     is_fetched = weights == "hub"
     create = partial(timm.create_model, name, num_classes=0, pretrained=is_fetched)
     keys = "dino.object_weights", "dino.object_model"
-    model = fetched(*keys, model_type, create) if is_fetched else create()
+    with torch_seed(0):
+        model = fetched(*keys, model_type, create) if is_fetched else create()
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"dino.object_model={model_type}: gives no feature maps; take an EfficientNet or a ResNet")
     if weights not in ("hub", "random"):
