@@ -5,8 +5,10 @@ its own, so that its memory is its own. A million rows take some minutes and 4 G
 
     python benchmarks/millions.py                  # 10,000, 100,000 and 1,000,000 images
     python benchmarks/millions.py 10000 30000 FOLDER      # keeps the images there, for another time
+    python benchmarks/millions.py 10000 data_set exact_crops
 """
 
+import ctypes
 import multiprocessing
 import os
 import sys
@@ -55,7 +57,9 @@ class Large(NamedTuple):
 def main(words: list[str]) -> None:
     """Measure every row at every size and print the table."""
     counts = [int(word) for word in words if word.isdecimal()] or list(COUNTS)
-    kept = next((Path(word) for word in words if not word.isdecimal()), None)
+    chosen = [measure for measure in MEASUREMENTS if measure.__name__ in words] or MEASUREMENTS
+    names = {measure.__name__ for measure in MEASUREMENTS}
+    kept = next((Path(word) for word in words if not word.isdecimal() and word not in names), None)
     rows: dict[str, dict[int, str]] = {}
     for count in counts:
         with tempfile.TemporaryDirectory() as scratch:
@@ -63,12 +67,12 @@ def main(words: list[str]) -> None:
             if not (folder / "data").exists():
                 write_cub(folder / "data", build_images(DISTINCT, (IMAGE,)), count)
             large = Large(count, folder, None)
-            for measure in MEASUREMENTS:
+            for measure in chosen:
+                if large.data is None and measure is not data_set:
+                    large = large._replace(data=read_dataset("cub", folder / "data"))
                 for name, value, unit in own_process(measure, large):
                     rows.setdefault(f"{name}, {unit}", {})[count] = f"{value:.3g}"
                     print(f"{count:>9,} {name}: {value:.3g} {unit}", file=sys.stderr, flush=True)
-                if large.data is None:
-                    large = large._replace(data=read_dataset("cub", folder / "data"))
     print("| | " + " | ".join(f"{count:,}" for count in counts) + " |\n|---" + "|---" * len(counts) + "|")
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(values.get(count, "–") for count in counts) + " |")
@@ -90,6 +94,7 @@ def own_process(measure: Callable[[Large], Found], large: Large) -> list[tuple[s
 
 def _measured(measure: Callable[[Large], Found], large: Large, answer: Connection) -> None:
     torch.set_num_threads(1)
+    ctypes.CDLL(None).malloc_trim(0)  # what the parent freed would serve this process unseen
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = memory("RssAnon")
     found = list(measure(large))
