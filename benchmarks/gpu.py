@@ -47,6 +47,7 @@ def main(names: list[str], out: Path = OUT, budget: float = BUDGET) -> None:
     unknown = set(names) - PARTS.keys()
     if unknown:
         raise SystemExit(f"unknown parts {', '.join(sorted(unknown))}; known: {', '.join(PARTS)}")
+    out = out.resolve()  # parts may work in another folder
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("")
     more = 1 if gpu_parts.on_cuda() else 10  # times: a CPU may be busy with other things

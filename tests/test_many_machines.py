@@ -1,15 +1,16 @@
 """Two nodes of torchrun, two agents on this machine: the files of one process, and what a node's death leaves."""
 
+import os
 import signal
 import socket
 import sys
-import time
 
 import pytest
 import stages
 from stages import Process, Stage
 
 from localized_crops.files import load_json
+from long_runs import descendants
 from utils import load_log
 
 pytestmark = pytest.mark.slow  # each agent and each process imports torch anew
@@ -28,13 +29,21 @@ def nodes(stage: Stage, folder, log, *more) -> list[Process]:
     return [Process(command, log.with_name(f"{log.name}_node_{number}")) for number in range(2)]
 
 
+def die(node: Process) -> None:
+    """Kill a node, agent and process: an agent alone that is killed leaves its process, which works on."""
+    if node.running:
+        for pid in (node.process.pid, *descendants(node.process.pid)):
+            os.kill(pid, signal.SIGKILL)
+        node.end()
+
+
 def ends(both: list[Process]) -> list[int]:
     """Wait for both nodes; leave nothing of them running."""
     try:
         return [node.end() for node in both]
     finally:
         for node in both:
-            node.kill()
+            die(node)
 
 
 def test_a_generator_on_two_nodes_writes_the_files_of_one_process(few_birds, tmp_path):
@@ -63,11 +72,9 @@ def test_a_generator_goes_on_without_a_node_that_died(few_birds, tmp_path):
     both = nodes(stage, folder, tmp_path / "log")
     try:
         both[1].wait_until(lambda: list(folder.glob("*.partial/process_*/*.safetensors")))
-        both[1].send(signal.SIGKILL, group=True)
-        time.sleep(1.0)
-        both[0].send(signal.SIGKILL, group=True)  # it would wait half an hour for the other's share
     finally:
-        ends(both)
+        die(both[1])
+        die(both[0])  # it would wait half an hour for the other's share
     stages.finish(stage, folder, tmp_path / "log")
     stages.finish(stage, tmp_path / "one", tmp_path / "log")
     stages.assert_same(folder, tmp_path / "one")
@@ -78,10 +85,10 @@ def test_a_training_ends_when_a_node_dies_and_goes_on(birds, tmp_path):
     both = nodes(stage, folder, tmp_path / "log", "num_epochs=2000")
     try:
         both[0].wait_until(lambda: (folder / "last.pt").exists())
-        both[1].send(signal.SIGKILL, group=True)
+        die(both[1])
         assert both[0].end() != 0
     finally:
-        both[1].kill()
-        both[0].kill()
+        die(both[1])
+        die(both[0])
     told = both[0].told() + both[1].told()
     assert "another process of this run is gone" in told and f"resume=true run_dir={folder}" in told
