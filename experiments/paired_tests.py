@@ -4,7 +4,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
+import scipy
 
 LEVEL, POWER = 0.05, 0.8  # of the tests: probability of a false alarm, and of finding a true difference
 
@@ -30,9 +30,9 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
     """
     a, b = correct_a.mean(1), correct_b.mean(1)
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
-    p_seeds = float(stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
-    p_images = stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    quantiles = stats.norm.ppf(1 - LEVEL / 2) + stats.norm.ppf(POWER)
+    p_seeds = float(scipy.stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
+    p_images = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    quantiles = scipy.stats.norm.ppf(1 - LEVEL / 2) + scipy.stats.norm.ppf(POWER)
     return Comparison(
         difference=float((a - b).mean()),
         p_seeds=p_seeds,
@@ -53,4 +53,4 @@ def minimum_detectable_difference(deviation: float, n: int) -> float:
         deviation: standard deviation of the differences.
         n: how many there are, at least 2.
     """
-    return float(stats.t.ppf(1 - LEVEL / 2, n - 1) + stats.t.ppf(POWER, n - 1)) * deviation / math.sqrt(n)
+    return float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1) + scipy.stats.t.ppf(POWER, n - 1)) * deviation / math.sqrt(n)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 import PIL.Image
+import scipy
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from scipy import stats
 
 from localized_crops.files import whole_file
 
@@ -140,7 +140,7 @@ def _draw_fits(axes: Axes, families: dict[str, list[list[dict]]]) -> None:
         x, top1 = (np.array([run[key] for runs in groups for run in runs]) for key in ("x", "top1"))
         if len(groups) < 2 or len(x) < LEAST_POINTS or np.ptp(x) == 0:
             continue
-        fit, ends = stats.linregress(x, 100 * top1), np.array([x.min(), x.max()])
+        fit, ends = scipy.stats.linregress(x, 100 * top1), np.array([x.min(), x.max()])
         r2 = fit.rvalue**2 if np.ptp(top1) > 0 else 0.0
         label = f"{family}: {fit.slope:+.1f} points per unit of maIoU, R² = {r2:.2f}, n = {len(x)}"
         axes.plot(ends, fit.slope * ends + fit.intercept, next(styles), color="grey", label=label)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from scipy import stats
+import scipy
 
 SIZES = ("small", "medium", "large")  # thirds of the images
 BINS = 15  # of the calibration, as in Guo et al. (ICML 2017)
@@ -14,7 +14,7 @@ def accuracy(right: np.ndarray) -> dict[str, Any]:
     count, n = int(right.sum()), len(right)
     if n == 0:
         return {"n": 0, "top1": None, "interval": None}
-    interval = stats.binomtest(count, n).proportion_ci(method="wilson")
+    interval = scipy.stats.binomtest(count, n).proportion_ci(method="wilson")
     return {"n": n, "top1": count / n, "interval": [float(interval.low), float(interval.high)]}
 
 

@@ -1,17 +1,19 @@
 """The stages as processes that tests kill, stop, starve of disk space and start twice; and what they leave on disk."""
 
+import multiprocessing
 import os
+import resource
+import runpy
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+import pytest
 import torch
 
 from datasets import read_dataset
@@ -42,13 +44,14 @@ class Stage:
         """Return the command line that writes to ``folder``, or goes on there."""
         where = f"{self.place}={folder / self.name}"
         resume = ["resume=true"] if self.script == "train.py" and (folder / "config.json").exists() else []
-        return [sys.executable, str(ROOT / self.script), *self.words, where, *self.more(folder), *resume, *more]
+        return [str(ROOT / self.script), *self.words, where, *self.more(folder), *resume, *more]
 
 
 def train_stage(root: Path, *more: str) -> Stage:
     """Return a short training."""
     small = ["num_epochs=4", "log_interval=1", "image_size=32", "batch_size=8", "opt.warmup_epochs=1"]
-    return Stage("train.py", [*_common(root), *small, "num_workers=0", *more], "run_dir")
+    kept = ["augment=true", "model.ema_step=3", "opt.scheduler=step", "opt.step_size=2"]  # what going on could lose
+    return Stage("train.py", [*_common(root), *small, *kept, "num_workers=0", *more], "run_dir")
 
 
 def cache_stage(root: Path) -> Stage:
@@ -87,26 +90,45 @@ def _common(root: Path) -> list[str]:
 # --- processes ----------------------------------------------------------------------------------------------------
 
 
-class Process:
-    """A stage that runs in a process group of its own, so that a signal to the group reaches its workers too."""
+# A server that has imported the scripts once forks a process per stage: starting Python takes longer than their work.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "generate_mask", "generate_bbox", "generate_dino_boxes", "visualize"])
 
-    def __init__(self, command: list[str], log: Path, before: Callable[[], None] | None = None, **env: str) -> None:
-        """Start it; what it prints goes to ``log``.out and ``log``.err, so that a kill loses nothing."""
+
+class Process:
+    """A script that runs in a process group of its own, so that a signal to the group reaches its workers too."""
+
+    def __init__(self, words: list[str], log: Path, file_limit: int | None = None, **env: str) -> None:
+        """Start it; what it prints goes to ``log``.out and ``log``.err, so that a kill loses nothing.
+
+        Args:
+            words: the script and what follows it on the command line.
+            log: a path without a suffix.
+            file_limit: let every write beyond so many bytes of a file fail, as on a full disk.
+            **env: further environment variables.
+        """
         self.paths = log.with_suffix(".out"), log.with_suffix(".err")
-        with open(self.paths[0], "w") as out, open(self.paths[1], "w") as err:
-            self.process = subprocess.Popen(
-                command,
-                stdout=out,
-                stderr=err,
-                env=os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"} | env,
-                start_new_session=True,
-                preexec_fn=before or allow_interrupt,
-            )
+        for path in self.paths:
+            path.write_text("")
+        env = os.environ | env
+        self.process = FORKS.Process(target=run_as_script, args=(words, self.paths, file_limit, env, os.getcwd()))
+        with pytest.MonkeyPatch.context() as patch:  # of the server, which the first process starts
+            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self.process.start()
+        while self.running and os.getpgid(self.process.pid) != self.process.pid:
+            time.sleep(0.001)
+
+    def __enter__(self) -> "Process":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     @property
     def running(self) -> bool:
         """Whether it has not ended yet."""
-        return self.process.poll() is None
+        return self.process.exitcode is None
 
     def printed(self) -> str:
         """Return its standard output so far."""
@@ -123,10 +145,12 @@ class Process:
 
     def end(self) -> int:
         """Wait for its end; return the status, negative for a signal."""
-        return self.process.wait(timeout=LIMIT)
+        self.process.join(LIMIT)
+        assert not self.running, f"it hangs: {self.printed()}{self.told()}"
+        return self.process.exitcode
 
     def kill(self) -> None:
-        """Kill the whole group."""
+        """Kill the whole group, if it still runs."""
         self.send(signal.SIGKILL, group=True)
         self.end()
 
@@ -141,19 +165,26 @@ class Process:
         return False
 
 
-def allow_interrupt() -> None:
-    """Let SIGINT through (shells let background jobs ignore it)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def run_as_script(words: list[str], paths: tuple[Path, Path], file_limit: int | None, env: dict, cwd: str) -> None:
+    """Run a script in this process, which was forked for it, as Python would run it from a command line."""
+    for number, path in enumerate(paths, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ |= env
+    os.chdir(cwd)
+    sys.argv = list(words)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
+    if file_limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    os.setsid()
+    runpy.run_path(words[0], run_name="__main__")
 
 
-@contextmanager
-def started(stage: Stage, folder: Path, log: Path, *more: str, **options: Any) -> Iterator[Process]:
-    """Start a stage, and leave nothing of it running."""
-    process = Process(stage.command(folder, *more), log, **options)
-    try:
-        yield process
-    finally:
-        process.kill()
+def started(stage: Stage, folder: Path, log: Path, *more: str, **options: Any) -> Process:
+    """Start a stage; as a context it leaves nothing of it running."""
+    return Process(stage.command(folder, *more), log, **options)
 
 
 def finish(stage: Stage, folder: Path, log: Path, *more: str, **options: Any) -> str:

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import struct
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import stages
 import torch
 
 import models
@@ -644,13 +644,10 @@ def folder(site_copy, monkeypatch):
     torch.set_num_threads(threads)
 
 
-def end_of_process(row: Row, words: list[str]) -> tuple[int, str]:
+def end_of_process(row: Row, folder: Path, words: list[str]) -> tuple[int, str]:
     """Run the script as a user would; return its status and what it wrote to stderr."""
-    command = [sys.executable, "-B", str(ROOT / f"{row.script}.py"), *words]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    return done.returncode, done.stderr
+    with stages.Process([str(ROOT / f"{row.script}.py"), *words], folder.parent / "log") as process:
+        return process.end(), process.told()
 
 
 def end_of_main(row: Row, folder: Path, words: list[str], monkeypatch, capsys) -> tuple[int, str]:
@@ -673,7 +670,9 @@ def test_a_malformed_input_is_one_line_and_changes_nothing(row, folder, monkeypa
     words = [word.format(folder=folder) if "{folder}" in word else word for word in row.words]
     before = fingerprint(folder)
     capsys.readouterr()
-    status, printed = end_of_process(row, words) if row.real else end_of_main(row, folder, words, monkeypatch, capsys)
+    status, printed = (
+        end_of_process(row, folder, words) if row.real else end_of_main(row, folder, words, monkeypatch, capsys)
+    )
     assert status == 2, printed
     shown = [line for line in printed.splitlines() if line and "%|" not in line]  # without progress bars
     line, *more = [line for line in shown if not line.startswith("warning: ")]

@@ -2,18 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+import stages
 from torch.utils.data import Dataset
 
 from jobs.guard import DeadWorkerError, going_on_with
 from jobs.loader import build_loader
-
-ROOT = Path(__file__).parent.parent
 
 
 def children(pid):
@@ -29,34 +26,21 @@ def children(pid):
     return found
 
 
-def workers(process):
-    return [pid for pid, line in children(process.pid).items() if "spawn_main" in line]
+def workers(pid):
+    return [one for one, line in children(pid).items() if "spawn_main" in line]
 
 
-def wait_until(process, condition):
-    """Wait for a process's state; fail with its words if it ends before."""
-    until = time.monotonic() + 300
-    while not condition():
-        assert process.poll() is None and time.monotonic() < until, process.communicate(timeout=5)
-        time.sleep(0.02)
-
-
-def kill_a_worker(script, words, begun):
+def kill_a_worker(script, words, log, begun):
     """Run a script until ``begun()``, kill one of its two workers; return its pid, the status, and what stderr says."""
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / script), "dataset.name=cub", "num_workers=2", "num_threads=1", *words],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        wait_until(process, lambda: begun() and len(workers(process)) == 2)
-        family = list(children(process.pid))
-        killed = workers(process)[0]
+    command = [str(stages.ROOT / script), "dataset.name=cub", "num_workers=2", "num_threads=1", *words]
+    with stages.Process(command, log) as process:
+        pid = process.process.pid
+        assert process.wait_until(lambda: begun() and len(workers(pid)) == 2), process.told()
+        family, killed = list(children(pid)), workers(pid)[0]
         os.kill(killed, signal.SIGKILL)
-        _, error = process.communicate(timeout=300)
-    finally:
-        process.kill()
+        status = process.end()
     assert soon(lambda: not any(map(is_alive, family)))
-    return killed, process.returncode, error
+    return killed, status, process.told()
 
 
 def soon(reached):
@@ -78,7 +62,7 @@ def test_a_training_whose_worker_is_killed_ends_with_the_command_that_goes_on(bi
     folder = tmp_path / "run"
     small = ["num_epochs=9999", "image_size=32", "batch_size=8", "log_interval=9999", "save=false"]
     words = [f"dataset.root={birds}", f"run_dir={folder}", *small, "cache=disk"]
-    killed, status, error = kill_a_worker("train.py", words, (folder / "config.json").exists)
+    killed, status, error = kill_a_worker("train.py", words, tmp_path / "log", (folder / "config.json").exists)
     assert status == 2 and "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
     assert f"{killed})" in line and line.endswith(f"to go on: python train.py resume=true run_dir={folder}")
@@ -88,7 +72,10 @@ def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
     folder = tmp_path / "masks"
     words = [f"dataset.root={birds_copy}", f"mask.folder={folder}", "mask.image_batch=1", "mask.store=none"]
     killed, status, error = kill_a_worker(
-        "generate_mask.py", words, lambda: list(folder.glob("unfinished/process_0/[0-9]*.safetensors"))
+        "generate_mask.py",
+        words,
+        tmp_path / "log",
+        lambda: list(folder.glob("unfinished/process_0/[0-9]*.safetensors")),
     )
     assert status == 2 and "Traceback" not in error
     (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
@@ -101,18 +88,15 @@ def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP], ids=["SIGKILL", "SIGHUP"])
 def test_a_stage_that_ends_leaves_no_worker(birds_copy, tmp_path, number):
     words = ["dataset.name=cub", f"dataset.root={birds_copy}", f"mask.folder={tmp_path / 'masks'}", "num_workers=2"]
-    command = [sys.executable, str(ROOT / "generate_mask.py"), *words, "mask.image_batch=1", "mask.store=none"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_until(process, lambda: list(tmp_path.glob("masks/unfinished/process_0/[0-9]*.safetensors")))
-        family = list(children(process.pid))
-        process.send_signal(number)
-        _, error = process.communicate(timeout=60)
-    finally:
-        process.kill()
+    command = [str(stages.ROOT / "generate_mask.py"), *words, "mask.image_batch=1", "mask.store=none"]
+    with stages.Process(command, tmp_path / "log") as process:
+        assert process.wait_until(lambda: list(tmp_path.glob("masks/unfinished/process_0/[0-9]*.safetensors")))
+        family = list(children(process.process.pid))
+        process.send(number, group=False)
+        status = process.end()
     assert len(family) >= 2 and soon(lambda: not any(map(is_alive, family)))
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
-    assert number == signal.SIGKILL or error.splitlines()[-1].startswith("terminated; to go on: python ")
+    assert status == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
+    assert number == signal.SIGKILL or stages.last_line(process.told()).startswith("terminated; to go on: python ")
 
 
 class NotAnError(Dataset):

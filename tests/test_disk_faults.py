@@ -130,13 +130,6 @@ def test_a_read_only_file_system_is_named(kind, small_disk):
 # --- whole stages -------------------------------------------------------------------------------------------------
 
 
-def limit_files(size: int) -> None:
-    """Let every write beyond ``size`` bytes of a file fail."""
-    stages.allow_interrupt()
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 def fail(stage: Stage, folder: Path, log: Path, **options) -> str:
     """Run a stage that must end with status 2; return its last line."""
     with stages.started(stage, folder, log, **options) as process:
@@ -149,7 +142,7 @@ def fail(stage: Stage, folder: Path, log: Path, **options) -> str:
 
 def test_a_training_on_a_full_disk_says_how_to_go_on(birds, tmp_path):
     stage, folder, log = stages.train_stage(birds), tmp_path / "run", tmp_path / "log"
-    said = fail(stage, folder, log, before=partial(limit_files, 1_000_000))
+    said = fail(stage, folder, log, file_limit=1_000_000)
     assert said == (
         f"error: {folder / 'best.pt'}: File too large; what was finished before is kept; make room; "
         f"to go on: python train.py resume=true run_dir={folder}"
@@ -163,7 +156,7 @@ def test_a_training_on_a_full_disk_says_how_to_go_on(birds, tmp_path):
 
 def test_an_image_cache_on_a_full_disk_is_built_when_there_is_room(birds, tmp_path):
     stage, folder, log = stages.cache_stage(birds), tmp_path / "run", tmp_path / "log"
-    said = fail(stage, folder, log, before=partial(limit_files, 100_000))
+    said = fail(stage, folder, log, file_limit=100_000)
     assert re.match(rf"error: {folder}/cache/decoded_images_\w+\.bin: File too large", said)
     assert stages.visible_files(folder) == []
     assert "decoding 72 images" in stages.finish(stage, folder, log)
@@ -171,7 +164,7 @@ def test_an_image_cache_on_a_full_disk_is_built_when_there_is_room(birds, tmp_pa
 
 def test_masks_on_a_full_disk_are_gone_on_with(birds, tmp_path):
     stage, folder, log = stages.mask_stage(birds), tmp_path / "work", tmp_path / "log"
-    said = fail(stage, folder, log, before=partial(limit_files, 200_000))
+    said = fail(stage, folder, log, file_limit=200_000)
     assert re.match(
         rf"error: {folder}/masks_0/\S+: File too large; .*make room; to go on: python .*generate_mask", said
     )

@@ -1,16 +1,12 @@
 """generate_bbox.py: the box that a classifier believes in, whole, killed, shared out, and with bad input."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import torch
 from sound_files import COUNTS, write_candidates
 from torchvision.transforms.v2 import functional as F
@@ -28,8 +24,6 @@ from masks.mask_files import load_masks_info, mask_names, save_masks_info
 from readers.images import read_image
 from transforms import normalize
 from utils import load_tensors
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -65,11 +59,8 @@ def run(*arguments):
     return arguments[3]
 
 
-def command(*arguments, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "generate_bbox.py"), *words(*arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-    )  # fmt: skip
+def command(log, *arguments, **env):
+    return stages.Process([str(stages.ROOT / "generate_bbox.py"), *words(*arguments)], log, **env)
 
 
 def load_model(classifier):
@@ -131,11 +122,8 @@ def test_the_box_with_the_best_score_wins(birds, masks, classifier, tmp_path, sc
 def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, tmp_path, monkeypatch, capsys):
     whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
     out = tmp_path / "killed" / "boxes.json"
-    process = command(birds, masks, classifier, out)
-    while process.poll() is None and not list(out.parent.glob("boxes.partial/process_0/[0-9]*.safetensors")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with command(tmp_path / "log", birds, masks, classifier, out) as process:
+        assert process.wait_until(lambda: stages.units_done(out.parent))
     assert not out.exists(), "killed too late to show anything"
     with pytest.raises(UserError, match=r"begun with bbox\.padding=0\.1, now 0\.3; .* bbox\.again=true"):
         run(birds, masks, classifier, out, "bbox.padding=0.3")
@@ -162,9 +150,10 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, t
 def test_two_processes_make_the_same_boxes(birds, masks, classifier, tmp_path):
     whole = run(birds, masks, classifier, tmp_path / "whole" / "boxes.json")
     out = tmp_path / "shared" / "boxes.json"
-    shared = [command(birds, masks, classifier, out, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    answers = [process.communicate(timeout=300) for process in shared]
-    assert [process.returncode for process in shared] == [0, 0], answers
+    given = birds, masks, classifier, out
+    shared = [command(tmp_path / str(rank), *given, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    with shared[0], shared[1]:
+        assert [process.end() for process in shared] == [0, 0], [process.told() for process in shared]
     assert load_boxes(out).boxes == load_boxes(whole).boxes
 
 

@@ -1,16 +1,12 @@
 """generate_dino_boxes.py: the whole stage on a few drawings, unbroken, killed, shared out, and with bad input."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import stages
 import torch
 
 import generate_dino_boxes as stage
@@ -32,9 +28,8 @@ from localizer.networks import build_localizer
 from toybirds.make_localizer import save_localizer
 from toybirds.network import build_toy_vit
 
-ROOT = Path(__file__).parent.parent
 TINY = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}
-TOY = f"dino.weights={ROOT / 'toybirds' / 'toy_localizer.pt'}"
+TOY = f"dino.weights={stages.ROOT / 'toybirds' / 'toy_localizer.pt'}"
 SMALL = ["dataset.name=cub", "num_workers=0", "dino.batch_size=8"]
 
 
@@ -62,11 +57,8 @@ def run(birds, tiny, out, *more):
     return out
 
 
-def command(birds, tiny, out, *more, **env):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "generate_dino_boxes.py"), *words(birds, tiny, out, *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
-    )  # fmt: skip
+def command(birds, tiny, out, log, *more, **env):
+    return stages.Process([str(stages.ROOT / "generate_dino_boxes.py"), *words(birds, tiny, out, *more)], log, **env)
 
 
 @pytest.fixture(scope="module")
@@ -159,21 +151,17 @@ def test_the_default_localizer_beats_the_trivial_boxes(birds, tmp_path):
 
 
 def test_workers_change_nothing(birds, tiny, unbroken, tmp_path):
-    done = command(birds, tiny, tmp_path / "boxes.json", "num_workers=2")
-    _, error = done.communicate(timeout=300)
-    assert done.returncode == 0, error
-    assert "images/s" in error
+    with command(birds, tiny, tmp_path / "boxes.json", tmp_path / "log", "num_workers=2") as process:
+        assert process.end() == 0, process.told()
+    assert "images/s" in process.told()
     assert maps_path(unbroken).read_bytes() == maps_path(tmp_path / "boxes.json").read_bytes()
 
 
 def test_a_killed_run_goes_on_to_the_same_files(birds, tiny, tmp_path):
     slow = ["dino.batch_size=1", "dino.image_size=160"]  # many batches, so that the kill comes in between
     out = tmp_path / "killed" / "boxes.json"
-    process = command(birds, tiny, out, *slow)
-    while process.poll() is None and len(list(out.parent.glob("boxes.partial/process_0/[0-9]*.safetensors"))) < 3:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with command(birds, tiny, out, tmp_path / "log", *slow) as process:
+        assert process.wait_until(lambda: stages.units_done(out.parent) > 2)
     assert not out.exists(), "killed too late to show anything"
     work = stage.prepare(load_config(words(birds, tiny, out, *slow))).work
     done = work.finished()
@@ -203,11 +191,11 @@ def spy_on_batches():
 
 def test_two_processes_make_the_same_files(birds, tiny, unbroken, tmp_path):
     out = tmp_path / "boxes.json"
-    shared = [command(birds, tiny, out, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    answers = [process.communicate(timeout=300) for process in shared]
-    assert [process.returncode for process in shared] == [0, 0], answers
+    shared = [command(birds, tiny, out, tmp_path / str(rank), RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    with shared[0], shared[1]:
+        assert [process.end() for process in shared] == [0, 0], [process.told() for process in shared]
     assert_same_files(unbroken, out)
-    assert answers[1][0] == ""  # one of them speaks
+    assert shared[1].printed() == ""  # one of them speaks
     data, cache = read_dataset("cub", birds), MapCache.open(out)
     assert len(cache) == len(data.ids)
 
@@ -283,9 +271,9 @@ def test_images_that_fail_are_listed_and_the_rest_goes_on(birds_copy, tiny, unbr
     kept = data.paths[4].read_bytes()
     data.paths[4].write_bytes(kept[: len(kept) // 2])
     out = tmp_path / "out" / "boxes.json"
-    done = command(birds_copy, tiny, out)
-    _, error = done.communicate(timeout=300)
-    assert done.returncode == 2 and "1 images failed and have no box" in error and "Traceback" not in error
+    with command(birds_copy, tiny, out, tmp_path / "log") as process:
+        assert process.end() == 2 and "Traceback" not in process.told()
+    assert "1 images failed and have no box" in process.told()
     lines = out.with_name("errors.txt").read_text().splitlines()
     assert lines[0] == "1 images failed" and lines[1].startswith(f"{data.ids[4]}: ") and "damaged" in lines[1]
     assert load_boxes(out).boxes[int(data.ids[4])] is None

@@ -1,16 +1,12 @@
 """generate_mask.py: its artefacts, whole, killed, shared out, and with bad input."""
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import stages
 import torch
 
 import generate_mask as stage
@@ -25,7 +21,6 @@ from mask_speed import build_small_sam
 from masks import sam_models
 from masks.mask_files import ENTRY_KEYS, load_masks, load_masks_info, mask_names
 
-ROOT = Path(__file__).parent.parent
 SAM = ["mask.engine=sam", "sam.model=vit_b", "sam.checkpoint=random"]
 LOOSE = ["sam.points_per_side=3", "sam.pred_iou_thresh=-9", "sam.stability_score_thresh=0", "sam.box_nms_thresh=1"]
 
@@ -49,11 +44,8 @@ def run(root, *more):
     stage.main(load_config(words(root, *more)))
 
 
-def command(root, *more, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "generate_mask.py"), *words(root, *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment,
-    )  # fmt: skip
+def command(root, log, *more, **env):
+    return stages.Process([str(stages.ROOT / "generate_mask.py"), *words(root, *more)], log, **env)
 
 
 def content(folder):
@@ -143,14 +135,11 @@ def test_equal_names_of_two_class_folders_do_not_meet(root):
 # --- killed, shared out -------------------------------------------------------------------------------------------
 
 
-def test_a_killed_run_goes_on_and_does_nothing_twice(root, monkeypatch):
+def test_a_killed_run_goes_on_and_does_nothing_twice(root, tmp_path, monkeypatch):
     run(root)
     folder = root / "masks_1"
-    process = command(root)
-    while process.poll() is None and not list(folder.glob("unfinished/process_0/[0-9]*.safetensors")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    with command(root, tmp_path / "log") as process:
+        assert process.wait_until(lambda: list(folder.glob("unfinished/process_0/[0-9]*.safetensors")))
     assert not (folder / "masks_info.json").exists(), "killed too late to show anything"
     with pytest.raises(UserError, match="begun with store=bool, now packed"):
         run(root, f"mask.folder={folder}", "mask.store=packed")
@@ -172,12 +161,12 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(root, monkeypatch):
     assert_same(root / "masks_0", folder)
 
 
-def test_two_processes_make_the_same_folder(root):
+def test_two_processes_make_the_same_folder(root, tmp_path):
     run(root)
     folder = f"mask.folder={root / 'masks_7'}"
-    shared = [command(root, folder, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    answers = [process.communicate(timeout=300) for process in shared]
-    assert [process.returncode for process in shared] == [0, 0], answers
+    shared = [command(root, tmp_path / str(rank), folder, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    with shared[0], shared[1]:
+        assert [process.end() for process in shared] == [0, 0], [process.told() for process in shared]
     assert_same(root / "masks_0", root / "masks_7")
 
 

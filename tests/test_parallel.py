@@ -1,16 +1,14 @@
 """One training by two CPU processes, in parts, clipped, compiled: the same numbers as the plain one."""
 
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import torch
 from torch import nn
 
@@ -25,7 +23,7 @@ from training.loop import autocast_of, backward, update
 from training.run import Run, build_run
 from utils import load_log, load_tensors
 
-ROOT = Path(__file__).parent.parent
+TRAIN = str(stages.ROOT / "train.py")
 SMALL = [
     "num_epochs=3",
     "log_interval=1",
@@ -43,20 +41,16 @@ def run(birds, folder, *more):
     return train.train_run(train.load_run_config([*SMALL, f"dataset.root={birds}", f"run_dir={folder}", *more]))
 
 
-def start_ranks(words, world_size=2):
+def start_ranks(words, folder, world_size=2):
     """Start one process for each rank, as torchrun would, without its guard that ends them together."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size)}
     return [
-        subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *words],
-            env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        stages.Process([TRAIN, *words], folder / f"rank{rank}", **shared, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(world_size)
-    ]  # fmt: skip
+    ]
 
 
 def assert_same_curve(a, b):
@@ -86,7 +80,7 @@ def test_torchrun_with_two_processes_trains_the_same_and_one_writes(birds, plain
     folder = tmp_path / "two"
     words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run([*torchrun, str(ROOT / "train.py"), *words], capture_output=True, text=True)
+    done = subprocess.run([*torchrun, TRAIN, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on cpu in 2 processes" in done.stdout and done.stdout.count("epoch   1/3") == 1
     assert_same_curve(plain, folder)
@@ -140,30 +134,26 @@ def test_parts_of_all_processes_make_up_the_batches(size, batch_size, parts, wor
 def test_a_rank_that_dies_ends_the_others_with_a_line_and_the_run_goes_on(birds, tmp_path):
     folder = tmp_path / "run"
     words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}"]
-    first, second = start_ranks([*words, "num_epochs=200"])
-    while not (folder / "last.pt").exists() and first.poll() is None:
-        time.sleep(0.02)
-    second.send_signal(signal.SIGKILL)
-    _, told = first.communicate(timeout=300)
-    second.communicate()
-    assert first.returncode == 2 and "Traceback" not in told
-    lines = [line for line in told.splitlines() if line.strip()]
+    first, second = start_ranks([*words, "num_epochs=200"], tmp_path)
+    with first, second:
+        assert first.wait_until((folder / "last.pt").exists)
+        second.kill()
+        assert first.end() == 2 and "Traceback" not in first.told()
+    lines = first.told().splitlines()
     assert any("another process of this run is gone" in line for line in lines)
     assert any(f"resume=true run_dir={folder}" in line for line in lines)
     done = load_tensors(folder / "last.pt")["epoch"]
-    ranks = start_ranks([f"run_dir={folder}", "resume=true", "num_epochs=200"])
-    while load_tensors(folder / "last.pt")["epoch"] == done and ranks[0].poll() is None:
-        time.sleep(0.05)
-    for one in ranks:
-        one.terminate()
-    assert "going on after epoch" in ranks[0].communicate(timeout=300)[0]
-    ranks[1].communicate(timeout=300)
+    first, second = start_ranks([f"run_dir={folder}", "resume=true", "num_epochs=200"], tmp_path)
+    with first, second:
+        assert first.wait_until(lambda: load_tensors(folder / "last.pt")["epoch"] > done)
+    assert "going on after epoch" in first.printed()
 
 
-def test_a_fault_of_rank_0_is_told_once(birds, plain):
-    ranks = start_ranks([*SMALL, f"dataset.root={birds}", f"run_dir={plain}"])
-    told = [one.communicate(timeout=300)[1] for one in ranks]
-    assert [one.returncode for one in ranks] == [2, 2]
+def test_a_fault_of_rank_0_is_told_once(birds, plain, tmp_path):
+    first, second = start_ranks([*SMALL, f"dataset.root={birds}", f"run_dir={plain}"], tmp_path)
+    with first, second:
+        assert (first.end(), second.end()) == (2, 2)
+    told = first.told(), second.told()
     assert "holds a run already" in told[0] and "Traceback" not in told[0] + told[1]
     assert "error" not in told[1]
 

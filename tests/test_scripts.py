@@ -1,34 +1,27 @@
 """The small scripts, run as a user would."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parent.parent
+import stages
 
 
-def run(script, *words, cwd=None):
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *words], capture_output=True, text=True, cwd=cwd, env=env, timeout=300
-    )
-    return done.returncode, done.stdout, done.stderr.strip().splitlines()[-1:] or [""]
+def run(folder, script, *words):
+    with stages.Process([str(stages.ROOT / script), *words], folder / "log") as process:
+        return process.end(), process.printed(), stages.last_line(process.told())
 
 
-def test_a_report_on_a_data_set_names_what_is_broken(birds_copy):
-    status, printed, _ = run("check_dataset.py", "dataset.name=cub", f"dataset.root={birds_copy}")
+def test_a_report_on_a_data_set_names_what_is_broken(birds_copy, tmp_path):
+    status, printed, _ = run(tmp_path, "check_dataset.py", "dataset.name=cub", f"dataset.root={birds_copy}")
     assert status == 0 and "72 images, 8 classes" in printed and "all 72 images can be read" in printed
     broken = sorted((birds_copy / "images").rglob("*.jpg"))[:2]
     for path in broken:
         path.write_bytes(path.read_bytes()[:900])
-    status, printed, error = run("check_dataset.py", "dataset.name=cub", f"dataset.root={birds_copy}")
+    status, printed, error = run(tmp_path, "check_dataset.py", "dataset.name=cub", f"dataset.root={birds_copy}")
     assert status == 2 and all(path.name in printed for path in broken)
-    assert error[0] == f"error: {birds_copy}: 2 of 72 images cannot be read; they are listed above"
+    assert error == f"error: {birds_copy}: 2 of 72 images cannot be read; they are listed above"
 
 
-def test_boxes_and_crops_are_drawn(birds, tmp_path):
+def test_boxes_and_crops_are_drawn(birds, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     words = ["dataset.name=cub", f"dataset.root={birds}", f"visualize.out={tmp_path / 'a.png'}", "visualize.images=2"]
-    status, printed, _ = run("visualize.py", *words, cwd=tmp_path)
+    status, printed, _ = run(tmp_path, "visualize.py", *words)
     assert status == 0 and "2 images" in printed
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

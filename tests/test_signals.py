@@ -3,7 +3,6 @@
 import os
 import shlex
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -47,7 +46,7 @@ def group_of(pid: str) -> int | None:
 def go_on(command: str, log: Path) -> None:
     """Run the command that a stopped stage named, in the folder of the scripts."""
     script, *words = shlex.split(command)
-    process = stages.Process([sys.executable, str(stages.ROOT / script), *words], log)
+    process = stages.Process([str(stages.ROOT / script), *words], log)
     assert process.end() == 0, process.told()
 
 
@@ -111,13 +110,12 @@ def test_a_stopped_generator_names_the_command_that_goes_on(name, birds, tmp_pat
         assert process.wait_until(lambda: stages.units_done(tmp_path / "work") > 1)
         command = stop(process, signal.SIGINT, group=True)
     assert stages.scratch_files(tmp_path) == []
-    assert shlex.split(command) == [str(stages.ROOT / stage.script), *stage.command(tmp_path / "work")[2:]]
+    assert shlex.split(command) == [str(stages.ROOT / stage.script), *stage.command(tmp_path / "work")[1:]]
 
 
 def test_masks_without_a_named_folder_are_gone_on_with(birds_copy, tmp_path):
     stage = stages.mask_stage(birds_copy)
-    words = [sys.executable, str(stages.ROOT / stage.script), *stage.words]
-    process = stages.Process(words, tmp_path / "log")
+    process = stages.Process([str(stages.ROOT / stage.script), *stage.words], tmp_path / "log")
     assert process.wait_until(lambda: stages.units_done(birds_copy / "masks_0") > 0)
     command = stop(process, signal.SIGTERM, group=False)
     assert command.endswith(f" mask.folder={birds_copy / 'masks_0'}")
@@ -132,13 +130,14 @@ def test_a_stopped_sweep_names_its_own_command(birds, tmp_path):
 
 
 def test_a_second_signal_ends_a_script_that_is_slow_to_end(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(stages.ROOT)!r}); from jobs import guard\n" + (
+    code = "import time; from jobs import guard\n" + (
         "def main(config):\n"
         "    try:\n        print('on'); time.sleep(60)\n"
         "    finally:\n        print('slow'); time.sleep(60)\n"
         "guard.run_script(main, lambda words: {})"
     )
-    process = stages.Process([sys.executable, "-c", code], tmp_path / "log")
+    (tmp_path / "slow.py").write_text(code)
+    process = stages.Process([str(tmp_path / "slow.py")], tmp_path / "log")
     for word in ("on", "slow"):
         assert process.wait_until(lambda: word in process.printed())  # noqa: B023 - called before it changes
         process.send(signal.SIGINT, group=False)

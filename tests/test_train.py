@@ -1,14 +1,12 @@
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import timm
 import torch
 from hypothesis import given
@@ -20,6 +18,7 @@ import config
 import models
 import train
 from datasets import read_dataset
+from experiments.grid import FolderInUseError
 from jobs.settings import ConfigError, leaves
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json
@@ -29,17 +28,9 @@ from training.loop import out_of_patience
 from training.optimization import build_optimizer, build_scheduler, learning_rate
 from training.summary import last_epochs
 from transforms import View, normalize
-from utils import load_log, load_tensors
+from utils import load_log, load_tensors, locked
 
 ROOT = Path(__file__).parent.parent
-
-
-def command(birds, run_dir, *more, **options):
-    """Start train.py as a process."""
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words(birds, run_dir, *more)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -127,29 +118,6 @@ def test_workers_change_nothing(birds, unbroken, tmp_path):
 def test_another_seed_changes_the_run(birds, unbroken, tmp_path):
     run(birds, tmp_path / "run", *FULL, "seed=1")
     assert load_log(tmp_path / "run" / "log.jsonl") != load_log(unbroken / "log.jsonl")
-
-
-def test_a_killed_run_goes_on_to_the_same_weights(birds, unbroken, tmp_path):
-    folder = tmp_path / "run"
-    process = command(birds, folder, *FULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while not (folder / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert load_tensors(folder / "last.pt")["epoch"] < 4, "killed too late to show anything"
-    run(birds, folder, *FULL, "resume=true")
-    assert_same_run(unbroken, folder)
-
-
-def test_an_interrupted_run_says_how_to_go_on(birds, tmp_path):
-    folder = tmp_path / "run"
-    process = command(birds, folder, "num_epochs=500")
-    while not (folder / "last.pt").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 143
-    assert f"python train.py resume=true run_dir={folder}" in error and "Traceback" not in error
 
 
 def test_a_run_goes_on_from_its_own_config(unbroken, tmp_path, monkeypatch):
@@ -493,10 +461,9 @@ def test_a_wandb_sweep_without_a_network_is_one_line(birds, tmp_path, monkeypatc
 
 def test_wandb_logs_offline(birds, tmp_path):
     # in a process of its own: wandb reads its environment once a process
-    env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-    process = command(birds, tmp_path / "run", "num_epochs=1", "wandb=true", env=env)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
+    command = [str(ROOT / "train.py"), *words(birds, tmp_path / "run", "num_epochs=1", "wandb=true")]
+    with stages.Process(command, tmp_path / "log", WANDB_MODE="offline", WANDB_SILENT="true") as process:
+        assert process.end() == 0, process.told()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
@@ -563,14 +530,8 @@ def test_a_loss_that_is_no_number_ends_the_run(birds, tmp_path):
 
 
 def test_two_processes_do_not_work_in_one_folder(birds, tmp_path):
-    folder = tmp_path / "run"
-    first = command(birds, folder, "num_epochs=500")
-    while not (folder / "config.json").exists() and first.poll() is None:
-        time.sleep(0.01)
-    with pytest.raises(UserError, match="another process works there"):
-        run(birds, folder, "resume=false")
-    first.kill()
-    first.communicate()
+    with locked(tmp_path / "run"), pytest.raises(FolderInUseError):
+        run(birds, tmp_path / "run")
 
 
 def test_the_command_line_ends_with_status_2_and_one_line(tmp_path):
