@@ -2,12 +2,19 @@
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from toybirds.writing import write_toybirds
+
+
+def pytest_configure():
+    """Compute in one thread: as many processes as cores run the tests, and more threads would wait for each other."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +29,13 @@ def birds(tmp_path_factory) -> Path:
 def birds_copy(birds, tmp_path) -> Path:
     """Return a copy of the small ToyBirds folder, to be damaged."""
     return Path(shutil.copytree(birds, tmp_path / "birds"))
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """Leave out the curves of trainings, which take longer than their epochs; fixtures of wider scope draw them."""
+    if "training.loop" in sys.modules:
+        monkeypatch.setattr("training.loop.draw_curves", lambda *_: None)
 
 
 def real_folder(variable: str) -> Path:

@@ -95,6 +95,16 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "generate_mask", "generate_bbox", "generate_dino_boxes", "visualize"])
 
 
+def fork(target: Callable, *arguments: Any) -> multiprocessing.Process:
+    """Call a function of a module in a process of its own."""
+    process = FORKS.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:  # of the server, which the first process starts
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process.start()
+    return process
+
+
 class Process:
     """A script that runs in a process group of its own, so that a signal to the group reaches its workers too."""
 
@@ -111,11 +121,7 @@ class Process:
         for path in self.paths:
             path.write_text("")
         env = os.environ | env
-        self.process = FORKS.Process(target=run_as_script, args=(words, self.paths, file_limit, env, os.getcwd()))
-        with pytest.MonkeyPatch.context() as patch:  # of the server, which the first process starts
-            patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
-            patch.setenv("OMP_NUM_THREADS", "1")
-            self.process.start()
+        self.process = fork(run_as_script, words, self.paths, file_limit, env, os.getcwd())
         while self.running and os.getpgid(self.process.pid) != self.process.pid:
             time.sleep(0.001)
 

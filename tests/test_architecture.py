@@ -111,3 +111,13 @@ def test_no_test_file_imports_another():
         names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert not [name for name in names if str(name).startswith("test_")], path
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_no_module_evaluates_text_or_loads_a_pickle_that_can_run_code(module):
+    for call in (node for node in ast.walk(ast.parse(MODULES[module].read_text())) if isinstance(node, ast.Call)):
+        name = ast.unparse(call.func)
+        options = {option.arg: ast.unparse(option.value) for option in call.keywords}
+        assert name not in ("eval", "exec", "compile", "__import__", "pickle.load", "pickle.loads", "yaml.load")
+        assert not name.endswith("torch.load") or options.get("weights_only") == "True"
+        assert not name.startswith("np.load") or "allow_pickle" not in options

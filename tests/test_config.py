@@ -94,6 +94,17 @@ def test_values_have_the_type_of_the_schema():
         ("opt.accumulate=17", "batch_size=16"),
         ("sweep.resume=true", "sweep.id"),
         ("eval.views=", "eval.views="),
+        ("=1", "no such key"),
+        ("num_epochs=", "num_epochs="),
+        ("save=__import__('os').getpid()", "save=__import__('os').getpid()"),
+        ("crop.scale=[__import__('os').getpid(),1]", "crop.scale="),
+        ("crop.scale=a,b", "crop.scale=a,b"),
+        ("crop.scale=.1,.2,.3", "crop.scale=.1,.2,.3"),
+        ("model.std=.1,.2", "model.std=.1,.2"),
+        ("model.resumed_ema=1", "model.resumed_ema=1"),
+        (f"opt.step_size={10**400}", "opt.step_size="),
+        ("model.n_classes=1000000000000", "model.n_classes="),
+        ("preset=cub", "cub_first_training"),
     ],
 )
 def test_faults_are_one_line_that_names_the_key(word, told):

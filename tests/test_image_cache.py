@@ -7,14 +7,13 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
+import stages
 import torch
 from small_runs import run
 
@@ -110,12 +109,14 @@ def test_a_worker_maps_it_anew(tmp_path, photos):
     cache = build(tmp_path / "cache", photos)
     expected = cache[4].sum().item()
     assert len(pickle.dumps(cache)) < 3000
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_sum, (cache, 4)) == expected
+    queue = stages.FORKS.Queue()
+    worker = stages.fork(_put_sum, cache, 4, queue)
+    assert queue.get(timeout=300) == expected
+    worker.join()
 
 
-def _sum(cache, image_id):
-    return cache[image_id].sum().item()
+def _put_sum(cache, image_id, queue):
+    queue.put(cache[image_id].sum().item())
 
 
 def test_a_corrupt_image_is_named_and_nothing_is_left(tmp_path, photos):
@@ -184,25 +185,22 @@ def test_a_worker_refuses_another_file_under_the_name_it_was_given(tmp_path, pho
         pickle.loads(pickle.dumps(first))[4]
 
 
-def test_a_killed_build_is_made_again(tmp_path, birds_copy):
-    data = read_dataset("cub", birds_copy)
-    code = f"""
-import sys, time; sys.path.insert(0, {str(ROOT)!r})
-import datasets
-from readers import image_cache, images
-from readers import image_cache, images
-data = datasets.read_dataset("cub", {str(birds_copy)!r})
-def slow(path):
-    time.sleep(0.05)
-    return images.read_image(path)
-about = data.fingerprint(), data.ids, data.paths, data.image_sizes, slow
-image_cache.cached_images(data.root, *about)
-"""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(birds_copy.glob(".decoded_images_*")):
+def _build_slowly(root):
+    def slow(path):
+        time.sleep(0.05)
+        return read_image(path)
+
+    data = read_dataset("cub", root)
+    cached_images(root, data.fingerprint(), data.ids, data.paths, data.image_sizes, slow)
+
+
+def test_a_killed_build_is_made_again(birds_copy):
+    process = stages.fork(_build_slowly, birds_copy)
+    while process.is_alive() and not list(birds_copy.glob(".decoded_images_*")):
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
+    data = read_dataset("cub", birds_copy)
     assert not list(birds_copy.glob("decoded_*.bin"))
     about = data.ids.tolist(), data.paths, data.image_sizes
     cache = cached_images(birds_copy, data.fingerprint(), *about, read_image)

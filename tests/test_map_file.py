@@ -1,6 +1,5 @@
 """localized_crops/map_file.py: what is written is read back, in other processes too, and damage is one line."""
 
-import multiprocessing
 import os
 import pickle
 import re
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import stages
 
 from localized_crops import map_file
 from localized_crops.files import UserError
@@ -70,18 +70,16 @@ def read_in_worker(cache, image_id, queue):
         queue.put(str(error))
 
 
-def test_a_spawned_worker_reads_the_same_and_refuses_another_file(path):
+def test_another_process_reads_the_same_and_refuses_another_file(path):
     cache = MapCache.open(path)
     assert cache[3].shape == (5, 5)  # opened here: what is open must not travel
     assert len(pickle.dumps(cache)) < 500
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
+    queue = stages.FORKS.Queue()
     save_map_cache(path.with_name("other.json"), some_maps(plus=1).items(), HEADER)  # of the same size
     for replaced in (False, True):
         if replaced:
             os.replace(maps_path(path.with_name("other.json")), maps_path(path))
-        worker = context.Process(target=read_in_worker, args=(cache, 43, queue))
-        worker.start()
+        worker = stages.fork(read_in_worker, cache, 43, queue)
         found = queue.get(timeout=300)
         worker.join()
         if replaced:

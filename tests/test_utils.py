@@ -1,20 +1,17 @@
 import os
 import signal
 import stat
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import stages
 import torch
 
 import utils
+from jobs import guard
 from localized_crops import files
 from localized_crops.files import UserError
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -55,16 +52,16 @@ def test_new_folders_are_numbered(tmp_path):
     assert names == ["bird_0", "bird_1", "bird_2"]
 
 
-def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path):
-    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import utils\n" + (
-        f"with utils.locked({str(tmp_path)!r}) as mine: print(mine, flush=True); time.sleep(60)"
-    )
-    holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "True\n"
-    with utils.locked(tmp_path) as mine:
-        assert not mine
-    holder.kill()
-    holder.wait()
+HOLDER = "import sys, time, utils\nwith utils.locked(sys.argv[1]) as mine:\n    print(mine)\n    time.sleep(60)\n"
+
+
+def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path_factory, tmp_path):
+    script = tmp_path_factory.mktemp("script") / "hold.py"
+    script.write_text(HOLDER)
+    with stages.Process([str(script), str(tmp_path)], script.with_name("log")) as holder:
+        assert holder.wait_until(holder.printed) and holder.printed() == "True\n"
+        with utils.locked(tmp_path) as mine:
+            assert not mine
     with utils.locked(tmp_path) as mine:
         assert mine
         (tmp_path / "kept").touch()
@@ -93,47 +90,38 @@ def test_seeding_reaches_numpy_and_torch():
     assert draws[0] == draws[1]
 
 
-SCRIPT = """
-import sys, time; sys.path.insert(0, {root!r}); from jobs import guard; from localized_crops.files import UserError
-def main(config):
-    {body}
-guard.run_script(main, lambda words: {config})
-"""
+@pytest.fixture
+def handlers():
+    """Put back the signal handlers that a script leaves behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def run(body, config="{}"):
-    code = SCRIPT.format(root=str(ROOT), body=body, config=config)
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells let background jobs ignore it
-    )
+def fail(error):
+    raise error
 
 
 @pytest.mark.parametrize(
-    ("body", "config", "status", "told"),
+    ("main", "load", "told"),
     [
-        ("pass", "{}", 0, ""),
-        ("raise UserError('a.txt:3: wrong')", "{}", 2, "error: a.txt:3: wrong\n"),
-        ("pass", "int('x')", 2, "error: invalid literal"),
-        ("open('/nonexistent/folder/file')", "{}", 2, "error: No such file or directory: /nonexistent/folder/file"),
-        ("1 / 0", "{}", 1, "ZeroDivisionError"),  # a fault of ours keeps its traceback
+        (lambda _: fail(UserError("a.txt:3: wrong")), lambda _: {}, "error: a.txt:3: wrong\n"),
+        (lambda _: None, lambda _: int("x"), "error: invalid literal"),
+        (
+            lambda _: Path("/nonexistent/file").read_text(),
+            lambda _: {},
+            "error: No such file or directory: /nonexistent/file",
+        ),
     ],
 )
-def test_the_guard_gives_one_line_and_the_right_status(body, config, status, told):
-    process = run(body, config)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == status and told in error
-    assert status == 1 or "Traceback" not in error
+def test_what_the_user_can_mend_ends_a_script_with_one_line_and_status_2(handlers, capsys, main, load, told):
+    with pytest.raises(SystemExit) as end:
+        guard.run_script(main, load)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith(told)
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_script_ends_with_its_status(sent, status):
-    process = run("print('on', flush=True); time.sleep(60)")
-    assert process.stdout.readline() == "on\n"
-    time.sleep(0.1)
-    process.send_signal(sent)
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == status and "Traceback" not in error
+def test_a_fault_of_ours_keeps_its_traceback_and_a_good_script_ends_as_any(handlers, capsys):
+    with pytest.raises(ZeroDivisionError):
+        guard.run_script(lambda _: 1 / 0, lambda _: {})
+    assert guard.run_script(lambda _: None, lambda _: {}) is None
