@@ -1,6 +1,5 @@
 """image_cache.py: the same pixels as the files, and what happens when it is killed, shared, torn or out of date."""
 
-import multiprocessing
 import os
 import pickle
 import re
@@ -143,10 +142,8 @@ def _build_on_a_full_disk(folder, photos, queue):
 
 
 def test_a_disk_that_fills_leaves_nothing_half(tmp_path, photos):
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=_build_on_a_full_disk, args=(tmp_path / "cache", photos, queue))
-    process.start()
+    queue = stages.FORKS.Queue()
+    process = stages.fork(_build_on_a_full_disk, tmp_path / "cache", photos, queue)
     assert re.search(r"decoded_images_\w+\.bin: File too large; .*make room", queue.get(timeout=300))
     process.join()
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
