@@ -80,7 +80,7 @@ def test_a_generator_goes_on_without_a_node_that_died(few_birds, tmp_path):
     stages.assert_same(folder, tmp_path / "one")
 
 
-def test_a_training_ends_when_a_node_dies_and_goes_on(birds, tmp_path):
+def test_a_training_ends_when_a_node_dies_and_says_how_to_go_on(birds, tmp_path):
     stage, folder = stages.train_stage(birds, *HALVES), tmp_path / "run"
     both = nodes(stage, folder, tmp_path / "log", "num_epochs=2000")
     try:
