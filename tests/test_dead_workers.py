@@ -35,7 +35,7 @@ def kill_a_worker(script, words, log, begun):
     command = [str(stages.ROOT / script), "dataset.name=cub", "num_workers=2", "num_threads=1", *words]
     with stages.Process(command, log) as process:
         pid = process.process.pid
-        assert process.wait_until(lambda: begun() and len(workers(pid)) == 2), process.told()
+        assert process.wait_until(lambda: begun() and len(workers(pid)) == 2, 0.05), process.told()
         family, killed = list(children(pid)), workers(pid)[0]
         os.kill(killed, signal.SIGKILL)
         status = process.end()

@@ -24,6 +24,7 @@ from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import load_image
 from transforms import build_train_transform, build_views
+from utils import load_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -160,6 +161,17 @@ def test_a_training_reads_the_cache(birds_copy, tmp_path):
     assert predictions[0] == predictions[1]
     files = run(birds_copy, tmp_path / "files", "num_epochs=1", "augment=true")
     assert files["maiou"] == load_json(tmp_path / "0" / "summary.json")["maiou"]
+
+
+def test_a_cache_side_under_what_the_crops_need_is_refused_with_the_least_one(birds, tmp_path):
+    small = ["cache=disk", f"cache_folder={tmp_path / 'cache'}", "crop.scale=0.25,1"]
+    with pytest.raises(UserError, match="need a short side of 74 pixels"):  # 32 / sqrt(.25 * .75)
+        run(birds, tmp_path / "run", *small, "cache_side=40")
+    run(birds, tmp_path / "run", *small, "cache_side=100", "num_epochs=1")
+    run(birds, tmp_path / "whole", *small[2:], "num_epochs=1")
+    stored, whole = (load_log(tmp_path / name / "log.jsonl")[0] for name in ("run", "whole"))
+    assert stored["maiou"] == whole["maiou"]  # the same crops
+    assert stored["train_loss"] == pytest.approx(whole["train_loss"], rel=0.05)
 
 
 def test_a_build_leaves_the_file_that_another_run_uses(tmp_path, photos):

@@ -3,10 +3,10 @@
 import os
 import signal
 import socket
-import sys
 
 import pytest
 import stages
+import torch.distributed.run
 from stages import Process, Stage
 
 from localized_crops.files import load_json
@@ -23,9 +23,9 @@ def nodes(stage: Stage, folder, log, *more) -> list[Process]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun = [torch.distributed.run.__file__, "--nnodes=2", "--nproc-per-node=1"]
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=test"]
-    command = [*torchrun, *meeting, *stage.command(folder, *more)[1:]]
+    command = [*torchrun, *meeting, *stage.command(folder, *more)]
     return [Process(command, log.with_name(f"{log.name}_node_{number}")) for number in range(2)]
 
 

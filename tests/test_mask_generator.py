@@ -85,9 +85,8 @@ def same_as_official(sam, images, ours=None, **settings):
 # --- the same as the official generator ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, 2])
-def test_same_masks_as_official(images, seed):
-    assert same_as_official(random_sam(256, seed), images, **LOOSE) >= 15
+def test_same_masks_as_official(images):
+    assert same_as_official(random_sam(256, seed=2), images, **LOOSE) >= 15  # the other tests: seed 0
 
 
 @pytest.mark.parametrize("batch", [{}, {"image_batch": 2, "chunk_megabytes": 0, "resize_threads": 2}])

@@ -38,7 +38,7 @@ from transforms import square_crop
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: a script would print them
 # The same examples in every run, so that a change is to blame for a failure; PROPERTY_EXAMPLES=5000 looks further.
-EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "100"))
+EXAMPLES = int(os.environ.get("PROPERTY_EXAMPLES", "60"))
 quick = settings(deadline=None, derandomize=True, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 KEYS = sorted(leaves(config.config))
 SIDE = st.integers(1, 2000)  # pixels

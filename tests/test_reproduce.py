@@ -17,8 +17,8 @@ TOY = f"dino.weights={Path(__file__).parent.parent / 'toybirds/toy_localizer.pt'
 SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset.name=cub"]
 
 
-@pytest.fixture
-def small_table(monkeypatch):
+@pytest.fixture(scope="module")
+def small_table():
     """Put a table of two rows and one epoch beside the real ones."""
     table = Table(
         title="Small",
@@ -30,49 +30,56 @@ def small_table(monkeypatch):
         oracles=("box",),
         published={"held": "99.9"},
     )
-    monkeypatch.setitem(TABLES, "small", table)
-    return table
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TABLES, "small", table)
+        yield table
 
 
 def make(birds, folder, *more):
     reproduce.main(reproduce.load_request([*SMALL, f"dataset.root={birds}", f"run_dir={folder}", *more]))
 
 
-def test_a_table_is_made_once_from_its_runs(birds, small_table, tmp_path, monkeypatch):
-    make(birds, tmp_path)
-    text = (tmp_path / "small.md").read_text()
-    found = load_json(tmp_path / "small.json")["one epoch"]
+@pytest.fixture(scope="module")
+def made(birds, small_table, tmp_path_factory):
+    """Return the folder of the small table, made."""
+    folder = tmp_path_factory.mktemp("table")
+    make(birds, folder)
+    return folder
+
+
+def test_a_table_is_made_once_from_its_runs(birds, made, monkeypatch):
+    text = (made / "small.md").read_text()
+    found = load_json(made / "small.json")["one epoch"]
     assert found["held"]["maiou"] == [1.0, 1.0] and found["plain"]["seeds"] == [0, 1]
-    summaries = [load_json(tmp_path / f"0_held_seed_{seed}" / "summary.json") for seed in range(2)]
+    summaries = [load_json(made / f"0_held_seed_{seed}" / "summary.json") for seed in range(2)]
     assert found["held"]["validation"] == [summary["best_validation_top1"] for summary in summaries]
     validation, test = (100 * np.mean(one) for one in (found["held"]["validation"], found["held"]["top1"]["full"]))
     line = next(line for line in text.splitlines() if line.startswith("| held | 1.000 |"))
     assert [float(cell.split()[0]) for cell in line.split("|")[3:5]] == pytest.approx([validation, test], abs=0.05)
     assert "view box (oracle)" in text and "against plain" in text
     assert "| 2 | 99.9 |" in text and "published (quoted)" in text
-    assert (tmp_path / "small.png").read_bytes().startswith(b"\x89PNG")
+    assert (made / "small.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(reproduce, "train_run", None)  # nothing is left to train
-    make(birds, tmp_path)
-    assert (tmp_path / "small.md").read_text() == text
+    make(birds, made)
+    assert (made / "small.md").read_text() == text
 
 
-def test_accuracy_by_the_size_of_the_object_is_that_of_the_thirds(birds, small_table, tmp_path):
-    make(birds, tmp_path, "reproduce.seeds=1")
+def test_accuracy_by_the_size_of_the_object_is_that_of_the_thirds(birds, made):
+    make(birds, made, "reproduce.seeds=1")
     data = read_dataset("cub", birds, val_fraction=0.3333)
     rows = data.rows("test")
     share = coverage(data.boxes, whole_image_boxes(data.image_sizes))[rows]
-    predictions = load_json(tmp_path / "0_held_seed_0" / "predictions.json")
+    predictions = load_json(made / "0_held_seed_0" / "predictions.json")
     right = np.array([predictions[str(i)]["ema"] == predictions[str(i)]["label"] for i in data.ids[rows]])
     third = np.digitize(share, np.quantile(share, (1 / 3, 2 / 3)))
     tops = [f"{100 * right[third == number].mean():.1f}" for number in range(3)]
-    line = (tmp_path / "small.md").read_text().splitlines()[-3]
+    line = (made / "small.md").read_text().splitlines()[-3]
     assert [cell.split()[0] for cell in line.split("|")[2:5]] == tops
 
 
-def test_runs_with_other_settings_are_not_taken_for_these(birds, small_table, tmp_path):
-    make(birds, tmp_path, "reproduce.seeds=1")
+def test_runs_with_other_settings_are_not_taken_for_these(birds, made):
     with pytest.raises(UserError, match="holds a run with batch_size"):
-        make(birds, tmp_path, "batch_size=4")
+        make(birds, made, "batch_size=4")
 
 
 def test_seeds_start_at_seed(birds, small_table, tmp_path):

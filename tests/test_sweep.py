@@ -1,14 +1,17 @@
-"""experiments/sweep.py: names of runs and the values of the grid; the trainings themselves are in test_train.py."""
+"""experiments/sweep.py: names of runs, the values of the grid, the trainings, and wandb."""
 
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_runs import run, words
 
+import train
 from config import load_config
 from experiments.grid import Point, point_config
 from experiments.sweep import start_wandb, sweep_table
 from experiments.table_report import table_points
+from localized_crops.files import UserError, load_json
 
 
 def table_of(*words):
@@ -55,3 +58,88 @@ def test_runs_of_one_name_in_two_folders_are_two_runs_of_wandb(tmp_path, monkeyp
     places = [tmp_path / part / "runs" / "toybirds_0" for part in "abb"]
     ids = [start_wandb(load_config([]), place).id for place in places]
     assert ids[0] != ids[1] == ids[2]
+
+
+# --- the trainings ------------------------------------------------------------------------------------------------
+
+SWEEP = ["sweeprun=true", "sweep.values=-1,0.5,1", "sweep.seeds=1", "num_epochs=1"]
+
+
+def sweep(birds, folder, *more):
+    train.main(train.load_run_config(words(birds, folder, *SWEEP, *more)))
+
+
+def test_a_local_sweep_does_each_point_once(birds, tmp_path, capsys, monkeypatch):
+    sweep(birds, tmp_path, "sweep.count=2")
+    assert "2 trainings done by this process" in capsys.readouterr().out
+    assert len(load_json(tmp_path / "sweep.json")["rows"]) == 2
+    trained = []
+    once = train.train_run
+    monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a) or once(*a))
+    sweep(birds, tmp_path)
+    assert len(trained) == 1
+    found = load_json(tmp_path / "sweep.json")
+    assert [row["value"] for row in found["rows"]] == [-1, 0.5, 1] and found["parameter"] == "THR"
+    assert (tmp_path / "sweep.png").exists() and "RandomResizedCrop" in (tmp_path / "sweep.md").read_text()
+    with pytest.raises(UserError, match="holds a run with batch_size=8"):
+        sweep(birds, tmp_path, "batch_size=4")
+
+
+def test_a_sweep_over_maiou(birds, tmp_path):
+    sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")
+    rows = load_json(tmp_path / "sweep.json")["rows"]
+    assert rows[0]["THR"] < rows[1]["THR"] and rows[0]["maiou"] == pytest.approx(0.85, abs=0.05)
+    sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")  # recognised, though THR was derived
+
+
+def test_a_sweep_over_another_key_is_judged_on_validation_images(birds, tmp_path, capsys):
+    sweep(birds, tmp_path, "sweep.parameter=opt.lr", "sweep.values=1e-5,4e-3", "sweep.seeds=2")
+    found, lines = load_json(tmp_path / "sweep.json"), (tmp_path / "sweep.md").read_text().splitlines()
+    assert [(row["value"], row["seed"]) for row in found["rows"]] == [(1e-5, 0), (1e-5, 1), (4e-3, 0), (4e-3, 1)]
+    means = {v: sum(row["validation"] for row in found["rows"] if row["value"] == v) for v in (1e-5, 4e-3)}
+    assert means[found["best"]] == max(means.values())
+    (marked,) = [line for line in lines if line.startswith("|") and "**" in line]
+    assert marked.startswith(f"| opt.lr={found['best']:g} |")
+    assert f"opt.lr={found['best']:g}" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_wandb_sweep_without_a_network_is_one_line(birds, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody answers there
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
+    with pytest.raises(UserError, match="wandb cannot be reached") as error:
+        sweep(birds, tmp_path, "wandb=true")
+    assert "\n" not in str(error.value)
+
+
+def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, monkeypatch):
+    import wandb
+
+    folder, logged, trained, runs = tmp_path / "sweep", [], [], []
+    folder.mkdir()
+    run(birds, folder / "THR=0.5,seed=0", "num_epochs=1", "THR=0.5")
+
+    class FakeRun:
+        def __init__(self, values):
+            self.config, self.summary = values, {}
+            runs.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def log(self, record, step=None):
+            logged.append(record)
+
+    points = iter([{"THR": 0.5, "seed": 0}, {"THR": 1.0, "seed": 0}])
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(next(points)))
+    monkeypatch.setattr(wandb, "sweep", lambda grid, project: f"{sorted(grid['parameters'])}")
+    monkeypatch.setattr(wandb, "agent", lambda sweep_id, function, project, count: [function() for _ in range(2)])
+    once = train.train_run
+    monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a[0]["THR"]) or once(*a))
+    sweep(birds, folder, "wandb=true", "sweep.values=0.5,1.0")
+    assert trained == [1.0] and [run.config["opt"]["lr"] for run in runs] == [4e-3, 4e-3]  # the whole config
+    assert [record["test_top1"] for record in logged if "test_top1" in record] and len(logged) == 3
