@@ -8,6 +8,8 @@ NAME.csv a table (path, x, y, width, height in pixels), a name without a suffix 
 the images' paths, of CUB's format those below images/. boxes.several and boxes.allow_missing hold for A.
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from datasets import has_source_box, read_dataset, source_boxes
 from jobs.guard import run_script
 from jobs.settings import ConfigError
 from localized_crops.box_file import save_boxes
+from localized_crops.files import check_output
 from readers.box_sources import write_foreign
 
 USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
@@ -39,6 +42,8 @@ def main(request: dict) -> None:
     """Read the one file, write the other."""
     config, out = request["config"], Path(request["out"])
     source = config["source"]
+    if out.suffix:
+        check_output(out)
     data = read_dataset(**config["dataset"])
     boxes, missing = source_boxes(source, data, **config["boxes"])
     has_box = has_source_box(source, data, config["boxes"]["allow_missing"])

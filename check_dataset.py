@@ -6,6 +6,8 @@ Reads any data set that dataset.name knows, writes nothing. Status 2 if anything
     python check_dataset.py dataset.name=cub dataset.root=CUB_200_2011 find_duplicates=true
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import hashlib
 import os
 from collections import Counter, defaultdict

@@ -6,6 +6,7 @@ nor classes need be contiguous; labels count the classes that classes.txt names,
 below root.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +108,7 @@ def _read_toybirds(folder: Path, keep_going: bool) -> DataSet:
 
 def stem_of(name: str, root: Path | str | None) -> str:
     """Return what runs and box files are called after: the folder of a "folder" or "csv", else the data set's name."""
-    return Path(root).resolve().name if name in ("folder", "csv") and root is not None else name
+    return os.path.basename(os.path.realpath(root)) if name in ("folder", "csv") and root is not None else name
 
 
 def dino_boxes_path(name: str, root: Path | str | None) -> Path:

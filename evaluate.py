@@ -15,10 +15,12 @@ otherwise. Writes into evaluate.out (None: the first free folder evaluation_SPLI
     python evaluate.py checkpoint=runs/photos_0/best.pt export=exported   # weights for timm, ONNX, names, preprocessing
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import time
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from config import load_config
 from datasets import read_dataset
@@ -27,15 +29,16 @@ from inference.evaluation import Evaluated, evaluate, write_report
 from inference.export import export_classifier
 from jobs.guard import run_script
 from jobs.settings import ConfigError
-from localized_crops.files import UserError, user_errors
+from localized_crops.files import UserError, check_output, no_empty_folder, user_errors
 from readers.data_set import DataSet
-from utils import environment, new_folder
+from utils import environment, new_folder, set_threads
+
+REPORT = ("evaluation.*", "predictions.csv", "confusion*.png", "calibration*.png")  # its files
 
 
 def main(configs: list[dict]) -> None:
     """Evaluate or export the checkpoint of each config, which differ in what their trainings used."""
-    if configs[0]["num_threads"]:
-        torch.set_num_threads(configs[0]["num_threads"])
+    set_threads(configs[0]["num_threads"])
     with user_errors(ValueError):
         if configs[0]["export"]:
             print(export_classifier(load_classifier(configs[0]["checkpoint"][0], localize=False), configs[0]["export"]))
@@ -63,12 +66,34 @@ def run_evaluation(configs: list[dict]) -> None:
     rows = data.rows(wanted["split"])
     if not len(rows):
         raise UserError(f"{data.root}: no image in the split {wanted['split']}; {other_splits(data)}")
-    start, evaluated = time.perf_counter(), []
-    for path, config in zip(first["checkpoint"], configs, strict=True):
-        classifier = load_classifier(path, config=config, device=config["device"], localize=False)
-        how = {"batch_size": config["eval"]["batch_size"], "num_workers": config["num_workers"]}
-        evaluated.append(evaluate(classifier, data, rows, **how))
-    report(evaluated, data, configs, time.perf_counter() - start)
+    folder = claim_folder(first)
+    with no_empty_folder(folder, is_new=not wanted["out"]):
+        start = time.perf_counter()
+        pairs = zip(first["checkpoint"], configs, strict=True)
+        evaluated = [evaluate_one(path, config, data, rows) for path, config in pairs]
+        report(folder, evaluated, data, configs, time.perf_counter() - start)
+
+
+def claim_folder(config: dict) -> Path:
+    """Return the folder of the report.
+
+    Raises:
+        UserError: if files lie there that the report would replace, or it cannot be written.
+    """
+    wanted = config["evaluate"]
+    if not wanted["out"]:
+        return new_folder(Path(config["checkpoint"][0]).parent, f"evaluation_{wanted['split']}")
+    folder = Path(wanted["out"])
+    for there in (path for name in REPORT for path in folder.glob(name)):
+        raise UserError(f"{there}: lies there already; give another evaluate.out")
+    check_output(folder / "evaluation.json")
+    return folder
+
+
+def evaluate_one(path: str, config: dict, data: DataSet, rows: np.ndarray) -> Evaluated:
+    """Return what the classifier of one checkpoint says of the rows."""
+    classifier = load_classifier(path, config=config, device=config["device"], localize=False)
+    return evaluate(classifier, data, rows, batch_size=config["eval"]["batch_size"], num_workers=config["num_workers"])
 
 
 def other_splits(data: DataSet) -> str:
@@ -77,14 +102,9 @@ def other_splits(data: DataSet) -> str:
     return "set evaluate.split: " + ", ".join(f"{name} has {count}" for name, count in counts.items() if count)
 
 
-def report(evaluated: list[Evaluated], data: DataSet, configs: list[dict], seconds: float) -> None:
-    """Write the report into the folder that the config names, print its tables."""
-    first, split = configs[0], configs[0]["evaluate"]["split"]
-    beside = Path(first["checkpoint"][0]).parent
-    folder = Path(first["evaluate"]["out"]) if first["evaluate"]["out"] else new_folder(beside, f"evaluation_{split}")
-    if (folder / "evaluation.json").exists():
-        raise UserError(f"evaluate.out={folder}: holds an evaluation already; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+def report(folder: Path, evaluated: list[Evaluated], data: DataSet, configs: list[dict], seconds: float) -> None:
+    """Write the report, print its tables."""
+    split = configs[0]["evaluate"]["split"]
     about = {"split": split, "seconds": round(seconds, 2), "environment": environment(), "settings": configs}
     print(write_report(folder, evaluated, data, data.rows(split), about))
     print(f"{folder}: evaluation.md, evaluation.json, predictions.csv, pictures; {seconds:.1f} s")

@@ -18,6 +18,8 @@ The published protocol knows the label of every image, test images included: bbo
 to be used on images without a label, or as an honest test view, need bbox.score=label_free.
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +36,15 @@ from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
 from jobs.loader import build_loader
 from jobs.settings import ConfigError, check_value, get_key
-from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
+from jobs.shared_work import (
+    Result,
+    SharedWork,
+    box_path,
+    choose_device,
+    content_keys,
+    refuse_foreign,
+)
+from jobs.torchrun import process_numbers
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
@@ -45,7 +55,7 @@ from masks.mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from readers.data_set import DataSet
 from transforms import normalize
-from utils import autocast, file_sha256, load_tensors, timed
+from utils import autocast, file_sha256, load_tensors, memory_errors, set_threads, timed
 
 
 def main(config: dict) -> None:
@@ -83,15 +93,14 @@ class Stage:
 def prepare(config: dict) -> Stage:
     """Read data set, candidates and classifier."""
     wanted = config["bbox"]
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
+    set_threads(config["num_threads"])
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     candidates, setup = read_folders(config["masks"], wanted["folders"], data)
     device = choose_device(config["device"])
     model, image_size, statistics = load_classifier(wanted["classifier"], data)
-    out = Path(config["out"] or f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
+    out = box_path(config["out"], f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
     identity = {
         "dataset": data.fingerprint(),
         "masks": setup,
@@ -189,8 +198,6 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, di
     if wanted["n_classes"] < len(data.class_names):
         raise UserError(f"{path}: knows {wanted['n_classes']} classes, the data set has {len(data.class_names)}")
     load_trained(model, path)
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise UserError(f"{path}: some of its weights are not finite numbers; train it again")
     statistics = {key: wanted[key] for key in ("mean", "std") if wanted.get(key)}  # older ones: ImageNet's
     return model.eval(), image_size, statistics
 
@@ -309,7 +316,9 @@ def _scores(stage: Stage, crops: torch.Tensor, labels: torch.Tensor, means: torc
 
 def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (B, D) features before the classifier's last layer, and (B, K) logits, float32."""
-    with torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
+    what = f"{len(crops)} cut-outs of {stage.image_size} pixels"
+    less = memory_errors(what, "lower bbox.batch_size or bbox.image_size")
+    with less, torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
         features, logits = features_of(
             stage.model, normalize(crops.to(stage.device, non_blocking=True), **stage.statistics)
         )

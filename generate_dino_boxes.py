@@ -18,6 +18,8 @@ The same command goes on where a killed run stopped, a batch at a time. Maps tha
 when only the way from map to box changes (dino.method and what follows it).
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,7 +33,15 @@ from config import load_config
 from datasets import dino_boxes_path, read_dataset
 from figures.box_report import refuse_to_hide, report_boxes
 from jobs.guard import going_on_with, run_script, same_command
-from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
+from jobs.shared_work import (
+    Result,
+    SharedWork,
+    box_path,
+    choose_device,
+    content_keys,
+    refuse_foreign,
+)
+from jobs.torchrun import process_numbers
 from localized_crops import map_boxes
 from localized_crops.attention import last_attention
 from localized_crops.box_file import save_boxes
@@ -42,7 +52,7 @@ from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, 
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
 from readers.data_set import DataSet
-from utils import timed
+from utils import precision_on, set_threads, timed
 
 
 def main(config: dict) -> None:
@@ -82,8 +92,7 @@ def prepare(config: dict) -> Stage:
     """Read the data set, build the network, and plan the batches."""
     start = time.perf_counter()
     wanted = config["dino"]
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
+    set_threads(config["num_threads"])
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     read = time.perf_counter()
@@ -94,7 +103,7 @@ def prepare(config: dict) -> Stage:
     is_taught = wanted["method"] == "object_head"
     cells = build_features(wanted["object_model"], wanted["object_weights"]) if is_taught else None
     batches = plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"])
-    out = Path(config["out"] or dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
+    out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     stage = Stage(
         config=config,
         out=out,
@@ -139,7 +148,7 @@ def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, d
         "dataset": data.fingerprint(),
         "model": localizer.name,
         "weights_sha256": localizer.weights_sha256,
-        "precision": config["amp"] if device.type == "cuda" and config["amp"] != "none" else "float32",
+        "precision": precision_on(device, config["amp"]),
         "settings": {"image_size": side}
         | {key: wanted[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size")},
     }

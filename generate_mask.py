@@ -15,6 +15,8 @@ With mask.prompt=dino SAM is asked once an image, where DINO's attention points,
 classifier: out=FILE is written too, with its evaluation. A killed run goes on when its folder is named.
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,15 @@ from datasets import read_dataset
 from figures.box_report import refuse_to_hide, report_boxes, save_errors
 from jobs.guard import dead_workers, going_on_with, run_script, same_command
 from jobs.loader import build_loader
-from jobs.shared_work import Result, SharedWork, choose_device, content_keys, process_numbers, refuse_foreign
+from jobs.shared_work import (
+    Result,
+    SharedWork,
+    box_path,
+    choose_device,
+    content_keys,
+    refuse_foreign,
+)
+from jobs.torchrun import process_numbers
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
@@ -52,6 +62,7 @@ from masks.sam_prompts import PromptedMasks
 from masks.segments import SegmentGenerator
 from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
+from utils import precision_on, set_threads
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -67,7 +78,7 @@ def main(config: dict) -> None:
     with going_on_with(command), stage.work.claimed():
         claim_folder(stage.folder, stage.work)
         if config["mask"]["prompt"] == "dino":
-            claim_out(boxes_path(config))
+            claim_out(box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json"))
         make_masks(stage)
         if stage.work.rank == 0:
             errors = gather_info(stage)
@@ -95,8 +106,7 @@ class Stage:
 
 def prepare(config: dict) -> Stage:
     """Read the data set, build the engine, and find the folder."""
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
+    set_threads(config["num_threads"])
     rank, world_size = process_numbers()
     if world_size > 1 and config["mask"]["folder"] is None:
         raise UserError("several processes write to one folder: name it, such as mask.folder=CUB_200_2011/masks_0")
@@ -137,11 +147,6 @@ def claim_folder(folder: Path, work: SharedWork) -> None:
     work.check()
 
 
-def boxes_path(config: dict) -> Path:
-    """Return the box file of prompted masks."""
-    return Path(config["out"] or f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
-
-
 def claim_out(out: Path) -> None:
     """Raise UserError if another program's files lie where the boxes of prompted masks go."""
     if not out.exists() or load_boxes(out).made_by != Path(__file__).name:
@@ -157,7 +162,7 @@ def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Cal
         return lambda images, _ids: engine.generate(images), identity | {"settings": engine.settings()}
     sam, sha256 = load_sam(sam_wanted["model"], sam_wanted["checkpoint"])
     sam = sam.to(device)
-    precision = config["amp"] if device.type == "cuda" and config["amp"] != "none" else "float32"
+    precision = precision_on(device, config["amp"])
     identity |= {"model": sam_wanted["model"], "weights_sha256": sha256, "precision": precision}
     if wanted["prompt"] == "dino":
         return prompted_engine(config, data, sam, identity)
@@ -294,7 +299,7 @@ def gather_info(stage: Stage) -> dict[ImageId, str]:
 def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
     """Write the box JSON of prompted masks, one an image, and its report."""
     data, config = stage.data, stage.config
-    out = boxes_path(config)
+    out = box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
     _, info = load_masks_info(stage.folder)
     entries = [info.get(name) for name in stage.names]
     found = np.array([bool(entry) for entry in entries])

@@ -477,6 +477,8 @@ def _load_strictly(
             raise ValueError("weights by name: " + "; ".join(first))
         counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
         model.load_state_dict(counters | fitting, strict=True)
+        if not all(bool(value.isfinite().all()) for value in fitting.values()):
+            raise ValueError("some of its weights are not finite numbers; train it again")
     except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
         lines = [line.strip() for line in str(error).splitlines()]
         reason = (lines[1:] or lines or [type(error).__name__])[0][:200]

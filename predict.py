@@ -13,32 +13,34 @@ finds it first (eval_box=none leaves the box out). With several views the answer
     find . -name '*.jpg' | python predict.py checkpoint=runs/photos_0/best.pt images=- out=found.jsonl
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from config import load_config
-from figures.plots import save_figure
+from figures.plots import check_picture, save_figure
 from inference.classifier import Classifier, Prediction, load_classifier, training_defaults
 from inference.photos import find_images
 from inference.predictions import check_out, save_predictions, sheet_figure
 from jobs.guard import run_script
 from jobs.settings import ConfigError
 from localized_crops.files import UserError, save_text, user_errors
+from utils import set_threads
 
 WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 
 
 def main(config: dict) -> None:
     """Classify the images of ``config``."""
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
+    set_threads(config["num_threads"])
     with user_errors(ValueError):
         classifier = load_classifier(config["checkpoint"][0], config=config, device=config["device"])
     out = Path(config["out"] or default_out(config))
     check_out(out)
+    if config["predict"]["sheet"]:
+        check_picture(config["predict"]["sheet"])
     paths = find_images(config["images"])
     print(describe(classifier, len(paths)), flush=True)
     predictions = classify(classifier, paths, config)

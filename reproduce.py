@@ -15,6 +15,8 @@ num_workers=0). A table has as many trainings as it has rows and budgets, times 
 The other words of the command line go to stages and trainings alike; wandb=true logs each training to wandb too.
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import shlex
 import subprocess
 import sys

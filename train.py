@@ -10,6 +10,8 @@ best.pt, predictions.json, summary.json, curves.png.
     torchrun --nproc-per-node 8 train.py preset=cub_first_training     # one training on eight GPUs
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import contextlib
 import copy
 import shlex
@@ -27,11 +29,12 @@ from datasets import stem_of
 from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import going_on_with, run_script
+from jobs.loader import end_workers
 from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
-from localized_crops.files import UserError, load_json, save_json, user_errors
+from localized_crops.files import UserError, check_output, load_json, save_json, user_errors
 from localized_crops.map_file import MapCache
 from localizer.networks import as_localizer
 from readers.data_set import DataSet
@@ -52,6 +55,7 @@ from training.self_distillation import maps_path, refresh_epoch, refresh_maps
 from training.summary import finish
 from training.train_data import (
     WORTH_A_WORKER,
+    boxes_from,
     build_crops,
     build_train_loader,
     build_view_loaders,
@@ -62,11 +66,7 @@ from training.train_data import (
     loading,
     map_crops,
 )
-from utils import (
-    locked,
-    new_folder,
-    seed_everything,
-)
+from utils import locked, new_folder, precision_on, seed_everything, set_threads
 
 # What may change between a run and its continuation: it does not change the numbers.
 RESUME_MAY_CHANGE = {
@@ -80,6 +80,8 @@ RESUME_MAY_CHANGE = {
     "A_machine",
     "log_interval",
 }
+
+RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
 
 def main(config: dict) -> None:
@@ -175,17 +177,21 @@ def run_stem(config: dict) -> str:
 
 def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
     """Return the folder of the run, locked for as long as ``held`` is open."""
-    folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", run_stem(config))
-    if not held.enter_context(locked(folder)):
+    is_new = not config["run_dir"]
+    folder = new_folder("runs", run_stem(config)) if is_new else Path(config["run_dir"])
+    if not held.enter_context(locked(folder, is_new=is_new)):
         raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
-    if (folder / "config.json").exists() and not config["resume"]:
+    if config["resume"]:
+        return folder
+    if (folder / "config.json").exists():
         raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
+    for name in RUN_FILES:
+        check_output(folder / name)
     return folder
 
 
 def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
-    if config["num_threads"]:
-        torch.set_num_threads(config["num_threads"])
+    set_threads(config["num_threads"])
     config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
     seed_everything(config["seed"], config["deterministic"])
     data = on_rank_0(lambda: load_data(config))
@@ -195,7 +201,8 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     train_loader = build_train_loader(config, data, crops, device, decoded)
     val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
-    made_from = fingerprints(data, boxes, getattr(crops, "maps", None))
+    views = boxes_from(config["eval_box"] or "image", config, data)[0]
+    made_from = fingerprints(data, boxes, views, getattr(crops, "maps", None))
     run = build_run(folder, config, data.class_names, made_from, device)
     run.localizer = how_boxes_are_found(config, data)
     print(describe(config, run, data, device))
@@ -286,6 +293,7 @@ def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, dev
     path = maps_path(run.folder, epoch)
     if getattr(loader.dataset.crops.maps, "path", None) == path:
         return loader
+    end_workers(loader)
     if epoch == run.epoch:
         on_rank_0(lambda: make_own_maps(path, run, config, data, device))
     return build_train_loader(
@@ -298,7 +306,6 @@ def make_own_maps(path: Path, run: Run, config: dict, data: DataSet, device: tor
     ema = run.ema.module
     about = {"image_size": config["image_size"], "mean": tuple(run.mean), "std": tuple(run.std)}
     localizer = as_localizer(ema, config["model"]["type"], "EMA of this run", **about)
-    on_cuda = device.type == "cuda" and config["amp"] != "none"
     maps = refresh_maps(
         path,
         localizer,
@@ -306,7 +313,7 @@ def make_own_maps(path: Path, run: Run, config: dict, data: DataSet, device: tor
         data.rows("train"),
         device,
         config["dino"],
-        precision=config["amp"] if on_cuda else "float32",
+        precision=precision_on(device, config["amp"]),
         num_workers=0 if len(data.rows("train")) < WORTH_A_WORKER else loading(config, device)["num_workers"],
     )
     print(f"own maps: the EMA classifies {len(maps)} of {len(data.rows('train'))} training images rightly", flush=True)

@@ -8,7 +8,7 @@ import os
 import pickle
 import platform
 import random
-import shutil
+import re
 import sys
 import time
 import warnings
@@ -22,11 +22,22 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from localized_crops.files import UserError, parse_json, read_text, remove_scratch, user_errors, whole_file
+from localized_crops.files import (
+    UserError,
+    no_empty_folder,
+    parse_json,
+    read_text,
+    refuse_special,
+    remove_scratch,
+    user_errors,
+    whole_file,
+)
 
 # What torch.load, safetensors and the networks that take the result raise on files that are torn or something else.
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 UNREADABLE += (AssertionError, safetensors.SafetensorError)
+NO_MEMORY = "can't allocate memory|ALLOC_FAILED"  # of torch's errors on a CPU and of CUDA's libraries
+MOST_TRIES = 1000  # to lock a file whose folder others remove meanwhile
 
 
 # --- files, written whole or not at all ---------------------------------------------------------------------------
@@ -59,6 +70,7 @@ def load_tensors(path: Path | str) -> Any:
     Raises:
         UserError: if there is no such file, it is torn, or it holds more than tensors and plain values.
     """
+    refuse_special(path)
     try:
         if Path(path).suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -138,11 +150,14 @@ def lock_file(path: Path, how: int) -> IO | None:
         path: the file; the lock ends when it is closed, at the latest with the process.
         how: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
     """
-    while True:
+    refuse_special(path)
+    for tries in range(1, MOST_TRIES + 1):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             file = open(path, "a")  # noqa: SIM115 - the caller closes it
-        except FileNotFoundError:  # its folder was removed since
+        except FileNotFoundError:  # its folder was removed since, or, as in /proc, takes no files
+            if tries == MOST_TRIES:
+                raise
             continue
         try:
             fcntl.flock(file, how)
@@ -152,6 +167,7 @@ def lock_file(path: Path, how: int) -> IO | None:
         if is_at(file.fileno(), path):
             return file
         file.close()  # its last holder removed it: locking a file without a name keeps nobody out
+    raise UserError(f"{path}: is removed again and again by other processes; give another folder")
 
 
 def is_at(file: int, path: Path) -> bool:
@@ -163,21 +179,28 @@ def is_at(file: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path | str) -> Iterator[bool]:
-    """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process."""
+def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
+    """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process.
+
+    Args:
+        folder: made where there is none, and removed again if nothing came of it.
+        is_new: it was made just before, for this.
+    """
     folder = Path(folder)
-    file = lock_file(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
-    if file is None:
-        yield False
-        return
-    with file:
-        remove_scratch(folder)
-        try:
-            yield True
-        finally:
-            own = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed
-            if own and [path.name for path in folder.iterdir()] == [".lock"]:  # nothing came of it
-                shutil.rmtree(folder)
+    with no_empty_folder(folder, is_new=is_new):
+        file = lock_file(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if file is None:
+            yield False
+            return
+        with file:
+            remove_scratch(folder)
+            try:
+                yield True
+            finally:
+                with contextlib.suppress(OSError):  # it shall not hide the error that ended the block
+                    own = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed
+                    if own and [path.name for path in folder.iterdir()] == [".lock"]:
+                        (folder / ".lock").unlink()
 
 
 def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
@@ -246,16 +269,46 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
     return chosen
+
+
+def set_threads(count: int | None) -> None:
+    """Let torch compute in so many threads, at most one a core: with many more it stands still; None: its choice."""
+    if count:
+        torch.set_num_threads(min(count, os.cpu_count() or 1))
+
+
+def precision_on(device: torch.device, amp: str) -> str:
+    """Return in which precision networks compute: ``amp`` (none, bf16 or fp16) on CUDA, else float32."""
+    return amp if device.type == "cuda" and amp != "none" else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return the context for forward passes in ``precision``, bf16 or fp16; off for others and on a CPU."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return torch.autocast(device.type, dtype, enabled=dtype is not None and device.type == "cuda")
+
+
+@contextlib.contextmanager
+def memory_errors(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error of memory that ran out into one line.
+
+    Args:
+        what: the with block works on, with the size of the batch and of its images.
+        remedy: what takes less.
+
+    Raises:
+        UserError: instead.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or re.search(NO_MEMORY, str(error)):
+            raise UserError(f"{what}: memory ran out; {remedy}") from None
+        raise
 
 
 @contextlib.contextmanager

@@ -25,6 +25,8 @@ The others:
     python visualize.py visualize.what=accuracy visualize.runs=runs/sweep
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,7 @@ from figures.plots import (
     Panel,
     Sample,
     accuracy_figure,
+    check_picture,
     histogram_figure,
     panels_figure,
     run_curves_figure,
@@ -73,6 +76,7 @@ def main(config: dict) -> None:
     """Draw the picture that ``config`` asks for."""
     what = config["visualize"]["what"]
     out = config["visualize"]["out"] or f"runs/{what}.png"
+    check_picture(out)
     with user_errors(ValueError):
         figure, about = PICTURES[what](config)
     save_figure(figure, out)

@@ -22,7 +22,7 @@ from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
 from readers.images import read_image
 from transforms import View, normalize
-from utils import environment
+from utils import environment, set_threads
 
 PLAIN_VIEWS = ("full", "center", "whole")
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, view by view
@@ -70,7 +70,7 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
 
 def view_rows(config: dict, sources: dict[str, str], folder: Path, data: DataSet) -> dict[str, Answers]:
     """Return the probes of all views at one input size."""
-    torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
+    set_threads(config["num_threads"])
     views = dict.fromkeys(PLAIN_VIEWS) | {f"box: {label}": source for label, source in sources.items()}
     features = {view: view_features(config, data, view, source, folder) for view, source in views.items()}
     rows = {view: probe(features[view], data) for view in views}

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from localized_crops.files import whole_file
+from localized_crops.files import UserError, check_output, whole_file
 
 OUTLINE = [withStroke(linewidth=2.8, foreground="#000a")]  # so that a line is seen on bright images too
 TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
@@ -27,13 +27,25 @@ MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
 COLOURS = matplotlib.colormaps["tab20"]
 LEGEND_COLUMNS = 2  # folder names are long
 LEAST_POINTS = 5  # runs that a line is fitted through
+MADE_BY = "localized-crops"  # stands in every picture
 MAIOU = "mean asymmetric IoU of the training crops"
+
+
+def check_picture(path: Path | str) -> None:
+    """Make sure that a picture can be written later, and that it will replace nothing but a picture of this program.
+
+    Raises:
+        UserError: if its name is not that of a PNG, something else lies there, or it cannot be written.
+    """
+    if Path(path).suffix != ".png":
+        raise UserError(f"{path}: pictures are written as .png; give such a name")
+    check_output(path, MADE_BY.encode())
 
 
 def save_figure(figure: Figure, path: Path | str) -> None:
     """Write a figure as PNG, whole or not at all."""
     with whole_file(path) as scratch:
-        figure.savefig(scratch, dpi=110)
+        figure.savefig(scratch, dpi=110, format="png", metadata={"Software": MADE_BY})
 
 
 def draw_curves(records: list[dict], path: Path | str) -> None:

@@ -28,7 +28,7 @@ from readers.data_set import UprightPath
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
 from transforms import View
-from utils import load_tensors
+from utils import autocast, load_tensors, precision_on
 
 # Sections of the config that evaluation and prediction take from the training, unless a word says otherwise.
 OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "boxes", "dino")
@@ -73,13 +73,12 @@ class Classifier:
     @property
     def autocast(self) -> torch.autocast:
         """What forward passes are run under: bf16 or fp16 on CUDA, else nothing."""
-        dtype = torch.float16 if self.config["amp"] == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+        return autocast(self.device, self.precision)
 
     @property
     def precision(self) -> str:
         """float32 | bf16 | fp16, the latter two on CUDA alone."""
-        return self.config["amp"] if self.device.type == "cuda" and self.config["amp"] != "none" else "float32"
+        return precision_on(self.device, self.config["amp"])
 
     def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
         """Return the prediction for each image file, in order; options as of `stream`."""
@@ -128,7 +127,14 @@ class Classifier:
         statistics = {"mean": self.mean, "std": self.std}
         networks, names = [self.model], list(self.views)
         (found,), _ = predict(networks, [(views, labels)], names, self.device, self.autocast, **statistics)
+        self.check(found)
         return found
+
+    def check(self, log_probs: Mapping[str, torch.Tensor]) -> None:
+        """Raise UserError if what the network answers in a view is no number."""
+        for view, values in log_probs.items():
+            if values.isnan().any():
+                raise UserError(f"{self.path}: its answers in view {view} are no numbers; try amp=none")
 
 
 def load_classifier(

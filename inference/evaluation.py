@@ -80,6 +80,7 @@ def evaluate(
     statistics = {"mean": classifier.mean, "std": classifier.std}
     networks, views = [classifier.model], list(classifier.views)
     (found,), labels = predict(networks, bar, views, classifier.device, classifier.autocast, **statistics)
+    classifier.check(found)
     return Evaluated(classifier, labels.numpy(), {view: one.numpy() for view, one in found.items()})
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from figures.plots import Panel, draw_panel
 from inference.classifier import Prediction
-from localized_crops.files import UserError, read_text, save_text
+from localized_crops.files import UserError, check_output, save_text
 from readers.images import read_image
 
 SUFFIXES = (".csv", ".jsonl")
@@ -29,10 +29,8 @@ def check_out(path: Path) -> None:
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"out={path}: predictions are written as .csv or .jsonl; give such a name")
-    if path.exists():
-        first = read_text(path).partition("\n")[0]
-        if not first.startswith(("path,class_1,", '{"path": ')):
-            raise UserError(f"out={path}: holds something else than predictions; give another name, or move it away")
+    check_output(path, rb'\A(path,class_1,|\{"path": )')
+    check_output(path.with_suffix(".errors.txt"), rb"\A\d+ files cannot be read\n")
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from localized_crops.files import DiskError, UserError, remedy, user_errors
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
 
 
@@ -40,11 +41,9 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
     """
     _make_printing_safe()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+    for number in STOPPING:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):  # nohup ignores SIGHUP
             signal.signal(number, _stop)
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
-        signal.signal(signal.SIGINT, _stop)
     try:
         with user_errors(ValueError):
             config = load_config(sys.argv[1:])
@@ -129,7 +128,8 @@ def same_command(*words: str) -> str:
 
 def _stop(number: int, _frame: Any) -> None:
     """End the script in order; of a second signal it dies at once, which leaves no file half either."""
-    signal.signal(number, signal.SIG_DFL)
+    for one in STOPPING:
+        signal.signal(one, signal.SIG_DFL)
     # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
     signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
@@ -138,7 +138,8 @@ def _stop(number: int, _frame: Any) -> None:
 def _one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        line = f"{error.strerror}: {error.filename or 'unknown file'}{remedy(error)}"
+        what = "see its permissions" if isinstance(error, PermissionError) else remedy(error)
+        line = f"{error.strerror}: {error.filename or 'unknown file'}{'; ' * bool(what)}{what}"
     half = LONGEST_LINE // 2 - 4
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"
 
@@ -148,6 +149,9 @@ def _exit(message: str, error: BaseException, status: int) -> None:
     with contextlib.suppress(OSError):  # of a full disk or a reader that has gone
         sys.stdout.flush()
     print(f"{message}; to go on: {command}" if command else message, file=sys.stderr, flush=True)
+    for worker in WORKERS:
+        if worker.pid and worker.is_alive():  # one that was stopped could not be ended
+            os.kill(worker.pid, signal.SIGCONT)
     if isinstance(error, DeadWorkerError):  # the dead may hold what the others, for whose end Python waits, wait for
         for child in multiprocessing.active_children():
             child.kill()

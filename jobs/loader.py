@@ -16,13 +16,17 @@ from jobs import guard
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:
+def build_loader(
+    dataset: Dataset, *, num_workers: int, pin_memory: bool, persistent: bool = True, **batches
+) -> DataLoader:
     """Build a loader with spawn workers that live as long as it and end with it, never of Ctrl-C by themselves.
 
     Args:
         dataset: what to load.
         num_workers: processes; 0: this one.
         pin_memory: for copies to a GPU.
+        persistent: the workers stay for the next epoch, until the loader goes or `end_workers`; false: they end with
+            the first.
         **batches: batch_size; or None and a sampler whose items are batches.
     """
     light = type(dataset).__module__ != "__main__"  # else the workers must import the script
@@ -30,13 +34,20 @@ def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batc
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
+        persistent_workers=persistent and num_workers > 0,
         multiprocessing_context=(_LightContext() if light else _WorkerContext()) if num_workers else None,
         worker_init_fn=partial(_init_worker, os.getpid()),
         generator=torch.Generator().manual_seed(0),  # else it draws from the model's random numbers, once or every
         # epoch, as there are workers or not: a resumed run would drop out other features than an unbroken one
         **batches,
     )
+
+
+def end_workers(loader: DataLoader) -> None:
+    """End a loader's workers now, not when Python happens to find that nothing refers to it any more."""
+    if loader._iterator is not None:  # set by torch while workers stay for the next epoch
+        loader._iterator._shutdown_workers()
+        loader._iterator = None
 
 
 class _Worker(multiprocessing.context.SpawnProcess):

@@ -36,7 +36,8 @@ def _ordered(pair: list[float]) -> list[float]:
     return pair
 
 
-Colour = Annotated[list[float], Field(strict=False, min_length=3, max_length=3)]  # red, green, blue
+THREE = Field(strict=False, min_length=3, max_length=3)  # red, green, blue
+Colour, Deviation = Annotated[list[float], THREE], Annotated[list[Annotated[float, Field(ge=1e-6)]], THREE]
 
 
 class Section(BaseModel):
@@ -190,7 +191,7 @@ class Model(Section):
     resumed_model: Text | None = None
     resumed_ema: bool | None = None
     mean: Colour | None = None
-    std: Colour | None = None
+    std: Deviation | None = None
     drop_path: float = Field(0.0, ge=0, le=0.9)
     head_start: Literal["random", "probe"] = "random"
     freeze_backbone: bool = False

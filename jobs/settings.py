@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.schema import DERIVED, READ_BY, Config, check_together
+from jobs.torchrun import local_world_size
 from localized_crops.files import UserError
 
 NONE_WORDS = ("None", "none", "null", "")
@@ -305,7 +306,7 @@ def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
         check_value("num_workers", whole)
     except ConfigError as error:
         raise ConfigError(f"config.py, MACHINE_WORKERS of {machine}: {error}") from None
-    return whole // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return whole // local_world_size()
 
 
 # --- help and warnings --------------------------------------------------------------------------------------------

@@ -6,8 +6,6 @@ end and removes the folder. Units of other settings, another model or data set a
 
 import hashlib
 import json
-import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -23,29 +21,18 @@ import safetensors.numpy
 import torch
 from tqdm import tqdm
 
-from localized_crops.files import UserError, load_json, read_text, remove_scratch, save_json, whole_file
+from jobs.torchrun import local_rank
+from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
 from utils import file_stats, locked, pick_device
 
 MOST_READ = 50_000  # files whose content is hashed
 STALLED_SECONDS = 1800  # without a finished unit of any process, the others are taken for dead
 
 
-def process_numbers() -> tuple[int, int]:
-    """Return (rank, world size), as torchrun sets them; (0, 1) without it.
-
-    Raises:
-        UserError: if these variables hold something else.
-    """
-    rank, world_size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
-        raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: not as torchrun sets them; unset both")
-    return int(rank), int(world_size)
-
-
 def choose_device(device: str | None) -> torch.device:
     """Return the device; None or "cuda": this process's own GPU where there is one."""
     own_gpu = device in (None, "cuda") and torch.cuda.is_available()
-    return pick_device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if own_gpu else device)
+    return pick_device(f"cuda:{local_rank()}" if own_gpu else device)
 
 
 def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
@@ -72,13 +59,21 @@ def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
 
 def refuse_foreign(out: Path) -> None:
     """Raise UserError if a file that goes with the new box file ``out`` is there: this program did not write it."""
-    errors = out.with_name("errors.txt")
-    beside = [out, *(out.with_suffix(suffix) for suffix in (".eval.json", ".eval.md", ".png")), errors]
-    for path in beside:
-        if path.exists() and not (path == errors and re.match(r"\d+ images failed\n", read_text(path))):
-            raise UserError(
-                f"{path}: was not made by this script and would be replaced; move it or give another out=FILE"
-            )
+    for path in [out, *(out.with_suffix(suffix) for suffix in (".eval.json", ".eval.md", ".png"))]:
+        check_output(path)
+    check_output(out.with_name("errors.txt"), rb"\A\d+ images failed\n")
+
+
+def box_path(out: str | None, default: Path | str) -> Path:
+    """Return the box file that a generator writes.
+
+    Raises:
+        UserError: if its name may be that of another file which goes with it.
+    """
+    path = Path(out or default)
+    if path.suffix != ".json":
+        raise UserError(f"out={path}: boxes are written as .json; give such a name")
+    return path
 
 
 class Result(NamedTuple):

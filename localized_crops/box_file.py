@@ -118,7 +118,8 @@ def _parse(content: Any) -> BoxFile:
     _refuse(sizes, has_box & np.isnan(sizes.numbers[:, 0]), "known, as it must be for an image with a box")
     _refuse(boxes, has_box & ~((boxes.numbers[:, :2] >= 0) & (boxes.numbers[:, 2:] > 0)).all(1), "a box with an area")
     far = boxes.numbers[:, :2] + boxes.numbers[:, 2:]
-    _refuse(boxes, (far > sizes.numbers + OVERSHOOT).any(1), "a box inside its image")
+    outside = (far > sizes.numbers + OVERSHOOT) | (boxes.numbers[:, :2] >= sizes.numbers)
+    _refuse(boxes, outside.any(1), "a box inside its image")
     about = {"made_by": content["made_by"], "settings": content["settings"]}
     return BoxFile(boxes, sizes, **about, scores=scores, pixel_grid=content.get("pixel_grid", "stored"))
 

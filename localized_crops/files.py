@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,10 +41,12 @@ REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "what was fi
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that you may write to")
 REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file lies where a folder is needed; name another")
 SCRATCH = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # .NAME.PID.tmp.SUFFIX
+HEAD_BYTES = 2**20  # of a file that are looked at to tell who wrote it
 
 
 def remedy(error: OSError) -> str:
-    return f"; {REMEDIES[error.errno]}" if error.errno in REMEDIES else ""
+    """Return what can be done about a system error of writing; nothing where that is not known."""
+    return REMEDIES.get(error.errno, "")
 
 
 @contextlib.contextmanager
@@ -52,8 +55,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        gone = "; its folder was removed" if error.errno == errno.ENOENT else ""
-        raise DiskError(f"{path}: {error.strerror or error}{gone or remedy(error)}") from error
+        more = "its folder was removed" if error.errno == errno.ENOENT else remedy(error)
+        raise DiskError(f"{path}: {error.strerror or error}{'; ' * bool(more)}{more}") from error
 
 
 @contextlib.contextmanager
@@ -85,13 +88,90 @@ def whole_file(path: Path | str, *, new_folder: bool = True) -> Iterator[Path]:
             scratch.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def scratch_folder(path: Path | str) -> Iterator[Path]:
+    """Yield an empty folder beside ``path``, to be filled and renamed; it is removed where it was not.
+
+    What killed processes left of such folders is removed first.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_scratch(path.parent)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.mkdir()  # not by tempfile, whose folders (mode 0700) lock colleagues out
+    held = os.open(scratch, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        yield scratch
+    finally:
+        os.close(held)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def remove_scratch(folder: Path | str) -> None:
-    """Remove what killed writers left in ``folder``; a living one holds its scratch file."""
+    """Remove what killed writers left in ``folder``; a living one holds its scratch file or folder."""
     for path in Path(folder).glob(".*.tmp*"):
         if SCRATCH.fullmatch(path.name):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+            with contextlib.suppress(OSError):
+                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(file)
+
+
+@contextlib.contextmanager
+def no_empty_folder(folder: Path | str, *, is_new: bool = False) -> Iterator[None]:
+    """Make a folder; on leaving, remove it and the parents that were made with it, as far as they are empty.
+
+    Args:
+        folder: one that is there already stays.
+        is_new: it was made just before, for what the with block does.
+    """
+    folder = Path(folder)
+    made = [one for one in (folder, *folder.parents) if not one.exists()] or [folder] * is_new
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for one in made:
+                one.rmdir()
+
+
+def check_output(path: Path | str, ours: bytes | None = None) -> None:
+    """Make sure that a file can be written later, and that it will replace nothing but a file of this program.
+
+    Args:
+        path: the file.
+        ours: a regular expression that is found at the beginning of what this program writes there; None: it replaces
+            nothing at all.
+
+    Raises:
+        UserError: if something else lies there, or it cannot be written.
+    """
+    path = Path(path)
+    refuse_special(path)
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, a file is to be written there; give another name")
+    if path.exists():
+        with open(path, "rb") as file:
+            if ours is None or not re.search(ours, file.read(HEAD_BYTES)):
+                raise UserError(f"{path}: was not made by this script, which would replace it; move it away")
+    with disk_errors(path), no_empty_folder(path.parent):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        scratch.touch()
+        scratch.unlink()
+
+
+def refuse_special(path: Path | str) -> None:
+    """Raise UserError if a pipe, socket or device lies at ``path``: reading it, or opening it, might never end."""
+    with contextlib.suppress(OSError, ValueError):  # what cannot be looked at fails when it is opened
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise UserError(f"{path}: is a pipe, socket or device, a file was expected")
 
 
 def save_text(path: Path | str, text: str) -> None:
@@ -111,9 +191,8 @@ def read_text(path: Path | str) -> str:
     Raises:
         UserError: if there is no such file or it is no text.
     """
+    refuse_special(path)
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode) or stat.S_ISCHR(os.stat(path).st_mode):  # reading might wait for ever
-            raise UserError(f"{path}: is a pipe or device, a file was expected")
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None

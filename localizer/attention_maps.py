@@ -12,7 +12,7 @@ from localized_crops import map_boxes
 from localized_crops.attention import cls_attention, cls_attention_and_logits, nearest_patch_size
 from localizer.batches import Batch, BatchImages
 from localizer.networks import Localizer
-from utils import autocast
+from utils import autocast, memory_errors
 
 LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
 
@@ -91,7 +91,8 @@ def attend_batches(
     """
     files = [[paths[row] for row in batch.rows] for batch in batches]
     images = BatchImages(batches, files, localizer.patch, autocontrast)
-    loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
+    pin = device.type == "cuda"
+    loader = build_loader(images, num_workers=num_workers, pin_memory=pin, persistent=False, batch_size=None)
     pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):
         begun = Attended(
@@ -109,7 +110,9 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return attention and logits (None if not wanted) of (B, H, W, 3) uint8 images on the network's device."""
     images = pixels.permute(0, 3, 1, 2)
-    with torch.inference_mode(), autocast(pixels.device, precision):
+    what = f"attention maps, {len(images)} images of {images.shape[3]} x {images.shape[2]} pixels"
+    less = memory_errors(what, "lower dino.batch_size or dino.image_size")
+    with less, torch.inference_mode(), autocast(pixels.device, precision):
         images = localizer.normalize(images)
         if with_logits:
             return cls_attention_and_logits(localizer.model, images)

@@ -18,7 +18,7 @@ from torchvision.ops import box_convert
 
 from localized_crops.box_file import FILE_KIND
 from localized_crops.boxes import clip_boxes, whole_image_boxes
-from localized_crops.files import UserError, load_json, read_text, save_json, save_text
+from localized_crops.files import UserError, load_json, read_text, refuse_special, save_json, save_text
 from readers.data_set import DataSet
 from readers.table import boxes_of, read_columns
 
@@ -73,6 +73,7 @@ def is_foreign(path: Path | str) -> bool:
     path = Path(path)
     if path.is_dir():
         return True
+    refuse_special(path)
     if not path.is_file():
         return False
     with open(path, "rb") as file:

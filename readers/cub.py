@@ -1,25 +1,26 @@
 """Data sets in CUB-200-2011's file format, and fetching CUB itself."""
 
+import hashlib
 import math
 import os
 import re
-import shutil
 import tarfile
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.utils import check_integrity, download_url
+from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from localized_crops.boxes import clip_boxes
-from localized_crops.files import UserError, read_text, whole_file
+from localized_crops.files import UserError, read_text, refuse_special, remove_scratch, scratch_folder, whole_file
 from readers.data_set import DataSet, ImagePaths
 from readers.images import image_sizes
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
-CUB_ARCHIVE, CUB_MD5 = "CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78"
+CUB_ARCHIVE = "CUB_200_2011.tgz"
+CUB_SHA256 = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
 LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
 NUMBER = r"[0-9]{1,15}(?:\.[0-9]{1,15})?"
 PLAIN = {  # table -> what stands behind the id where it is plainly written, and its numbers
@@ -41,7 +42,7 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
         UserError: on any fault of the files, naming file, line or image.
     """
     classes = dict(_read_rows(root / "classes.txt", _text))
-    folder = (root / "images").resolve()
+    folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
     ids, names, class_of, raw_boxes, is_train = _plain_tables(root) or _any_tables(root, folder)
     labels = _labels(root, classes, ids, class_of)
     paths = ImagePaths(folder, names)
@@ -213,10 +214,14 @@ def download_cub(root: Path) -> None:
         UserError: if it cannot be fetched or is not the official archive.
     """
     archive = root.parent / CUB_ARCHIVE
+    remove_scratch(root.parent)  # what a killed process had fetched
+    refuse_special(archive)
     if not archive.exists():
         _fetch(CUB_URL, archive)
-    if not check_integrity(str(archive), CUB_MD5):
-        raise UserError(f"{archive}: not the official archive (md5 is not {CUB_MD5}); remove it and try again")
+    with open(archive, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != CUB_SHA256:
+        raise UserError(f"{archive}: not the official archive, its sha256 is {found}; remove it and try again")
     unpack(archive, root)
 
 
@@ -236,13 +241,10 @@ def unpack(archive: Path, root: Path) -> None:
     Raises:
         UserError: if a member would leave the folder, or the archive is damaged or has no such folder.
     """
-    scratch = root.with_name(f"{root.name}.partial-{os.getpid()}")
     try:
-        with tarfile.open(archive) as tar:
+        with scratch_folder(root) as scratch, tarfile.open(archive) as tar:
             members = tqdm(tar, desc="unpacking", unit=" files", mininterval=1.0)
             tar.extractall(scratch, members=members, filter="data")  # refuses members that leave the folder
-        os.replace(scratch / "CUB_200_2011", root)
+            os.replace(scratch / "CUB_200_2011", root)
     except (tarfile.TarError, EOFError, FileNotFoundError) as error:
         raise UserError(f"{archive}: cannot be unpacked ({error}); remove it and fetch it again") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

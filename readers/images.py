@@ -3,7 +3,6 @@
 import contextlib
 import math
 import os
-import stat
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import PIL.ImageOps
 from tqdm import tqdm
 
 from localized_crops.columns import Rows
-from localized_crops.files import DiskError, UserError, whole_file
+from localized_crops.files import DiskError, UserError, refuse_special, whole_file
 from readers.data_set import ImagePaths, UprightPath
 from utils import batched, file_stats
 
@@ -32,8 +31,7 @@ warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 def _open_image(path: Path) -> PIL.Image.Image:
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait for ever
-            raise UserError(f"{path}: is no regular file, an image was expected")
+        refuse_special(path)
         image = PIL.Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: the image is missing; restore it or remove its rows from the text files") from None
@@ -185,13 +183,13 @@ def read_reduced(path: Path, reduction: int) -> tuple[PIL.Image.Image, int]:
             image.load()
         except Exception as error:  # see _open_image
             raise UserError(f"{path}: the image is damaged ({_reason(error, path)}); restore it") from None
-        return _as_rgb(PIL.ImageOps.exif_transpose(image) if turned else image, path), reduction
+        return _as_rgb(PIL.ImageOps.exif_transpose(image) if turned else image, image.format, path), reduction
 
 
-def _as_rgb(image: PIL.Image.Image, path: Path) -> PIL.Image.Image:
+def _as_rgb(image: PIL.Image.Image, file_format: str | None, path: Path) -> PIL.Image.Image:
     if image.mode[0] in "IF":  # more than 8 bits a pixel; convert("RGB") would cut off at 255
-        values = np.asarray(image)
-        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        values, is_long = np.asarray(image), image.mode == "F" or (image.mode, file_format) == ("I", "TIFF")
+        if is_long or values.min() < 0 or values.max() > 65535:
             raise UserError(f"{path}: its pixels are 32-bit numbers of unknown range; convert it to 8 or 16 bits")
         return PIL.Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:

@@ -1,6 +1,7 @@
 """Malformed input at every door: one clear line, status 2, nothing that existed is changed."""
 
 import importlib
+import json
 import pickle
 import shutil
 import signal
@@ -90,8 +91,17 @@ CONFIG = [
     override("code-for-names", f"eval.views=[{CODE}]", "eval.views", "not understood"),
     override("empty-word", "", "''"),
     override("unknown-device", "device=abacus", "device=abacus"),
+    override("device-without-values", "device=meta", "device=meta"),
+    override("no-deviation", "model.std=0,1,1", "model.std"),
+    override("boxes-name", "out={folder}/new/boxes.maps.safetensors", "boxes.maps", script="generate_dino_boxes"),
     override("unknown-table", "reproduce.table=none", "toybirds_crops", script="reproduce"),
 ]
+
+
+def images_loop(folder: Path) -> None:
+    """Put a link that leads to itself in the place of the images."""
+    shutil.rmtree(folder / "birds" / "images")
+    (folder / "birds" / "images").symlink_to(folder / "birds" / "images")
 
 
 def table(fault: str, name: str, damage: Damage, *told: str) -> Row:
@@ -115,6 +125,7 @@ CUB = [
     row("cub-name-folder", rest_of_line("images.txt", "."), TRAIN, "leaves the images folder"),
     row("cub-name-nul", rest_of_line("images.txt", "a\0b.jpg"), TRAIN, "images.txt", "image id"),
     row("cub-name-long", rest_of_line("images.txt", "a" * 5000), TRAIN, "aaa", "image"),
+    row("cub-images-loop", images_loop, TRAIN, ".jpg"),
     row("cub-root-missing", nothing, (*TRAIN, "dataset.root={folder}/no"), "no such folder", "download"),
     row("cub-root-file", nothing, (*TRAIN, "dataset.root={folder}/boxes.json"), "boxes.json", "folder"),
 ]
@@ -125,6 +136,15 @@ BOXES = (*TRAIN, "source={folder}/boxes.json")
 def boxes(name: str, damage: Damage, *told: str, **door) -> Row:
     """Return a row of a box file, read by train.py."""
     return row(f"boxes-{name}", damage, BOXES, "boxes.json", *told, **door)
+
+
+def at_the_edge(folder: Path) -> None:
+    """Put the first box on the right edge of its image, reaching past it by what rounding may add."""
+    path = folder / "boxes.json"
+    content = json.loads(path.read_text())
+    (key, (width, _)), *_ = content["image_sizes"].items()
+    content["boxes"][key] = [width, 2, 0.0005, 4]
+    path.write_text(json.dumps(content))
 
 
 BOX_FILES = [
@@ -140,6 +160,7 @@ BOX_FILES = [
     boxes("id-text", text("boxes.json", r'"\d+": \[', '"x": [')),
     boxes("id-doubled", text("boxes.json", r'"boxes": \{', '"boxes": {"99": null, "99": [1, 2, 3, 4],')),
     boxes("overflow", text("boxes.json", r'"boxes": (\{\s*"\d+"): \[\s*[\d.]+', r'"boxes": \1: [1e999')),
+    boxes("at-the-edge", at_the_edge, "image "),
     boxes("other-images", content("boxes.json", lambda file: first(file["image_sizes"], [999, 999]))),
     row("boxes-eval", put("boxes.json", "{}"), (*TRAIN, "eval_box={folder}/boxes.json"), "boxes.json"),
     row("boxes-drawn", cut("boxes.json", 0.9), (*DATA, "source={folder}/boxes.json"), "not a whole JSON file",
@@ -198,8 +219,10 @@ MAP_CACHE = [
     maps("text", put(MAP_FILE, DEEP)),
     maps("no-header", lambda folder: safetensors.numpy.save_file({"x": np.zeros(3)}, folder / MAP_FILE), "header"),
     maps("version", edited_header(lambda header: header.update(version=7)), "version"),
+    maps("none", lambda folder: save_map_cache(folder / MAP_FILE, [], MapCache.open(folder / MAP_FILE).header),
+         "no map of a training image"),
     maps("other-data", edited_header(lambda header: header.update(dataset="y")), "another data set"),
-]
+]  # fmt: skip
 
 WEIGHTS = (*TRAIN, "model.resumed_model={folder}/run/best.pt")
 BEST, LAST = "run/best.pt", "run/last.pt"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import datasets
-from datasets import has_source_box, read_dataset, source_boxes
+from datasets import has_source_box, read_dataset, source_boxes, stem_of
 from jobs.loader import build_loader
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError
@@ -146,6 +146,13 @@ def test_a_missing_or_binary_file(birds_copy, name):
     (birds_copy / name).unlink()
     with pytest.raises(UserError, match=f"{name}: missing"):
         read(birds_copy)
+
+
+def test_a_loop_of_links_is_no_folder(tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert stem_of("folder", tmp_path / "loop") == "loop"
+    with pytest.raises(UserError, match="loop"):
+        read_dataset("folder", tmp_path / "loop")
 
 
 def test_a_missing_folder_names_the_way_to_get_it(tmp_path):
@@ -313,7 +320,7 @@ def archive_of(birds, path, extra=None):
             member = tarfile.TarInfo(extra)
             member.size = 3
             tar.addfile(member, io.BytesIO(b"bad"))
-    return hashlib.md5(path.read_bytes()).hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 @pytest.fixture
@@ -330,16 +337,24 @@ def server(tmp_path):
 
 def test_the_archive_is_fetched_checked_and_unpacked(birds, tmp_path, monkeypatch, server):
     folder, address = server
-    monkeypatch.setattr(cub, "CUB_MD5", archive_of(birds, folder / "cub.tgz"))
+    monkeypatch.setattr(cub, "CUB_SHA256", archive_of(birds, folder / "cub.tgz"))
     monkeypatch.setattr(cub, "CUB_URL", f"{address}/cub.tgz")
     data = read(tmp_path / "new" / "CUB_200_2011", download=True)
     assert len(data.ids) == 72
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["CUB_200_2011", "CUB_200_2011.tgz"]
 
 
+def test_what_a_killed_process_had_fetched_and_unpacked_is_removed_by_the_next(birds, tmp_path, monkeypatch):
+    monkeypatch.setattr(cub, "CUB_SHA256", archive_of(birds, tmp_path / cub.CUB_ARCHIVE))
+    (tmp_path / f".{cub.CUB_ARCHIVE}.123.tmp.tgz").write_bytes(b"half")
+    (tmp_path / ".CUB_200_2011.123.tmp" / "CUB_200_2011").mkdir(parents=True)
+    read(tmp_path / "CUB_200_2011", download=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["CUB_200_2011", cub.CUB_ARCHIVE]
+
+
 def test_an_archive_with_another_checksum_is_refused(birds, tmp_path, monkeypatch):
     archive_of(birds, tmp_path / cub.CUB_ARCHIVE)
-    with pytest.raises(UserError, match="md5"):
+    with pytest.raises(UserError, match="sha256"):
         read(tmp_path / "CUB_200_2011", download=True)
     assert not (tmp_path / "CUB_200_2011").exists()
 
@@ -348,13 +363,13 @@ def test_an_archive_with_another_checksum_is_refused(birds, tmp_path, monkeypatc
 def test_an_archive_member_cannot_leave_the_folder(birds, tmp_path, monkeypatch, member):
     folder = tmp_path / "deep" / "data"
     folder.mkdir(parents=True)
-    monkeypatch.setattr(cub, "CUB_MD5", archive_of(birds, folder / cub.CUB_ARCHIVE, member))
+    monkeypatch.setattr(cub, "CUB_SHA256", archive_of(birds, folder / cub.CUB_ARCHIVE, member))
     if member.startswith("/"):  # tarfile's data filter makes it relative
         assert len(read(folder / "CUB_200_2011", download=True).ids) == 72
     else:
         with pytest.raises(UserError, match="unpacked"):
             read(folder / "CUB_200_2011", download=True)
-    assert not list(tmp_path.rglob("outside.txt")) and [p.name for p in folder.glob("*partial*")] == []
+    assert not list(tmp_path.rglob("outside.txt")) and not list(folder.glob(".*.tmp"))
 
 
 def test_an_archive_that_cannot_be_fetched_is_one_line(tmp_path, monkeypatch, server):
@@ -369,10 +384,10 @@ def test_a_torn_archive_leaves_nothing_behind(birds, tmp_path, monkeypatch):
     archive_of(birds, whole)
     torn = tmp_path / cub.CUB_ARCHIVE
     torn.write_bytes(whole.read_bytes()[:20000])
-    monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
+    monkeypatch.setattr(cub, "CUB_SHA256", hashlib.sha256(torn.read_bytes()).hexdigest())
     with pytest.raises(UserError, match="cannot be unpacked"):
         read(tmp_path / "CUB_200_2011", download=True)
-    assert not (tmp_path / "CUB_200_2011").exists() and not list(tmp_path.glob("*partial*"))
+    assert not (tmp_path / "CUB_200_2011").exists() and not list(tmp_path.glob(".*.tmp"))
     shutil.copy(whole, torn)
-    monkeypatch.setattr(cub, "CUB_MD5", hashlib.md5(torn.read_bytes()).hexdigest())
+    monkeypatch.setattr(cub, "CUB_SHA256", hashlib.sha256(torn.read_bytes()).hexdigest())
     assert len(read(tmp_path / "CUB_200_2011", download=True).ids) == 72

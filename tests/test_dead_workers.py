@@ -10,7 +10,7 @@ import stages
 from torch.utils.data import Dataset
 
 from jobs.guard import DeadWorkerError, going_on_with
-from jobs.loader import build_loader
+from jobs.loader import build_loader, end_workers
 
 
 def children(pid):
@@ -113,6 +113,27 @@ def test_another_error_is_not_taken_for_a_dead_worker():
     loader = build_loader(NotAnError(), num_workers=1, pin_memory=False, batch_size=1)
     with pytest.raises(RuntimeError, match="shapes differ"), going_on_with(lambda: "start again"):
         list(loader)
+
+
+class Numbers(Dataset):
+    """Gives the pid of the process that loads."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, number):
+        return os.getpid()
+
+
+def test_workers_end_when_they_are_told_or_after_their_only_epoch():
+    loaders = [build_loader(Numbers(), num_workers=1, pin_memory=False, persistent=p) for p in (True, False)]
+    (first, *_), (other, *_) = ([int(pid) for pid in loader] for loader in loaders)
+    assert first != other != os.getpid() and is_alive(first) and soon(lambda: not is_alive(other))
+    assert int(next(iter(loaders[0]))) == first
+    for loader in loaders:
+        end_workers(loader)
+    assert soon(lambda: not is_alive(first))
+    assert int(next(iter(loaders[0]))) != first
 
 
 class Dies(Dataset):

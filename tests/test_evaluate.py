@@ -43,6 +43,14 @@ def test_the_figures_are_those_of_the_trainings_own_test(site_copy):
     assert (site_copy / "run" / "evaluation_test_1" / "evaluation.md").exists()
 
 
+@pytest.mark.parametrize("name", ["evaluation.md", "predictions.csv", "confusion_1.png"])
+def test_files_of_the_user_are_not_replaced(site, tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=name):
+        run(site / "run" / "best.pt", f"dataset.root={site}/birds", f"evaluate.out={tmp_path}")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
 def test_checkpoints_are_compared_image_by_image(site_copy, tmp_path):
     for answer, name in enumerate("ab"):
         content = load_tensors(site_copy / "run" / "best.pt")

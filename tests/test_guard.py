@@ -1,11 +1,15 @@
-"""What is printed never breaks a script: readers that have gone, closed streams, an encoding that lacks a character."""
+"""What is printed never breaks a script, and what a signal does before, during and after the first one."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import stages
+
+from jobs import guard
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = r"""
@@ -51,3 +55,53 @@ def test_closed_streams_are_nothing_to_a_script(tmp_path):
 def test_an_ascii_locale_does_not_break_a_finished_run(tmp_path):
     status, out, err = run(tmp_path, env={"PYTHONIOENCODING": "ascii:strict"})
     assert status == 0 and out.startswith(b"92.1 ") and err.startswith(b"92.1 ") and (tmp_path / "done").exists()
+
+
+# --- signals ------------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback():
+    code = f"import sys; sys.modules['__main__'].__file__ = {str(ROOT / 'train.py')!r}; import jobs.early; "
+    code += "print('on', flush=True); import time; time.sleep(60)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=stages.allow_interrupt, **pipes)
+    assert process.stdout.readline() == b"on\n"
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize("number", guard.STOPPING)
+def test_a_second_signal_of_any_kind_ends_a_script_that_is_slow_to_end(number):
+    before = {one: signal.getsignal(one) for one in (*guard.STOPPING, signal.SIGCHLD)}
+    try:
+        with pytest.raises((KeyboardInterrupt, guard.Terminated)):
+            guard._stop(number, None)
+        assert all(signal.getsignal(one) is signal.SIG_DFL for one in guard.STOPPING)
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+class Worker:
+    """A process in the place of one that loads images."""
+
+    def __init__(self, process: subprocess.Popen) -> None:
+        self.process, self.pid = process, process.pid
+
+    def is_alive(self) -> bool:
+        return self.process.poll() is None
+
+
+def test_a_worker_that_was_stopped_does_not_keep_a_script_from_ending():
+    process = subprocess.Popen(["sleep", "60"])
+    worker = Worker(process)
+    process.send_signal(signal.SIGSTOP)
+    process.terminate()  # as torch and multiprocessing do; a stopped process does not see it
+    guard.WORKERS.add(worker)
+    try:
+        with pytest.raises(SystemExit):
+            guard._exit("terminated", guard.Terminated(signal.SIGTERM), 143)
+        assert process.wait(timeout=60) == -signal.SIGTERM
+    finally:
+        guard.WORKERS.discard(worker)
+        process.kill()

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from config import load_config
+from localized_crops import files
 from localized_crops.attention import cls_attention
+from localized_crops.files import UserError
 from localizer import networks
 from localizer.networks import build_localizer
 from toybirds import drawing, make_localizer
@@ -82,6 +84,15 @@ def test_the_script_writes_a_file_that_the_localizer_takes(tmp_path, monkeypatch
         assert found.name == "toy_localizer" and found.image_size == 32
     assert hashes[0] == hashes[1]  # same seed, same weights
     torch.use_deterministic_algorithms(False)
+
+
+def test_the_output_is_tried_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_localizer, "draw_images", lambda *_: pytest.fail("the work began"))
+    (tmp_path / "mine.pt").write_text("mine")
+    for name in ("mine.pt", "mine.pt/new.pt"):
+        with pytest.raises(UserError, match="mine"):
+            make_localizer.main(load_config([f"out={tmp_path / name}"]))
+    files.check_output(networks.TOY_WEIGHTS, make_localizer.OURS)  # may be made again
 
 
 def test_the_committed_file_says_what_it_is():

@@ -322,6 +322,14 @@ def test_torn_and_missing_checkpoints(tmp_path):
             models.load_trained(build(), wrong, ema=True)
 
 
+@pytest.mark.parametrize("load", [models.load_backbone, models.load_trained])
+def test_weights_that_are_no_numbers_are_refused(tmp_path, load):
+    model = models.build_model("toyresnet", 3, image_size=32, patch_size=14)
+    state = model.state_dict() | {"conv1.weight": torch.full_like(model.conv1.weight, torch.nan)}
+    with pytest.raises(UserError, match=r"weights\.pt"):
+        load(model, save(tmp_path, state))
+
+
 def test_weights_without_batchnorms_counters_load(tmp_path):
     model = build(n_classes=3)
     state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}

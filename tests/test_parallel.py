@@ -15,13 +15,13 @@ from torch import nn
 import models
 import train
 from jobs.settings import ConfigError
-from jobs.shared_work import process_numbers
+from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed
 from training.batches import EpochBatches
-from training.loop import autocast_of, backward, update
+from training.loop import backward, update
 from training.run import Run, build_run
-from utils import load_log, load_tensors
+from utils import autocast, load_log, load_tensors
 
 TRAIN = str(stages.ROOT / "train.py")
 SMALL = [
@@ -181,12 +181,60 @@ def test_a_sweep_is_not_for_torchrun(monkeypatch):
         distributed.refuse_many("sweeprun=true")
 
 
-@pytest.mark.parametrize(("rank", "world_size"), [("x", "2"), ("0", "two"), ("2", "2"), ("-1", "2"), ("0", "")])
-def test_process_numbers_that_torchrun_never_sets_are_one_line(rank, world_size, monkeypatch):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    with pytest.raises(UserError, match="not as torchrun sets them; unset both"):
+@pytest.mark.parametrize(
+    "given",
+    [
+        *({"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "two"}, {"RANK": "2", "WORLD_SIZE": "2"}),
+        *({"RANK": "-1", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": ""}, {"WORLD_SIZE": "0"}),
+    ],
+)
+def test_process_numbers_that_torchrun_never_sets_are_one_line(given, monkeypatch):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"RANK|WORLD_SIZE"):
         process_numbers()
+
+
+@pytest.mark.parametrize("value", ["0", "x", ""])
+def test_a_machine_with_no_process_is_one_line(value, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", value)
+    with pytest.raises(UserError, match="LOCAL_WORLD_SIZE"):
+        train.load_run_config([])
+
+
+@pytest.fixture
+def used_port():
+    """Return a port at which another program listens and never answers."""
+    with socket.socket() as listening:
+        listening.bind(("", 0))
+        listening.listen()
+        yield str(listening.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "address", "port"),
+    [(0, "127.0.0.1", port) for port in ("used", "x", "99999")] + [(1, "127.0.0.1", "1"), (0, None, None)],
+)
+def test_processes_that_do_not_come_together_are_one_line(rank, address, port, used_port, monkeypatch):
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+    port = used_port if port == "used" else port
+    for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": address, "MASTER_PORT": port}.items():
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match=f"rank {rank} of 2.*MASTER_PORT={port}"):
+        distributed.meet()
+
+
+def test_a_process_that_nobody_joins_waits_no_longer_than_told(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setattr(distributed, "JOIN_SECONDS", 1)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="rank 0 of 2"):
+        distributed.meet()
 
 
 def test_more_parts_than_images_are_refused():
@@ -215,7 +263,7 @@ def test_a_step_waits_for_nothing(birds, tmp_path):
     for checked in (False, True):  # the first step warms up
         torch.cuda.set_sync_debug_mode("error" if checked else "default")
         try:
-            backward(one, batch, criterion, autocast_of(config, device), device, True)
+            backward(one, batch, criterion, autocast(device, config["amp"]), device, True)
             update(one, 1, 1.0)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -142,11 +142,16 @@ def test_the_exif_orientation_is_applied(site, photos, tmp_path):
 
 
 def test_what_is_no_prediction_is_never_overwritten(site, photos, tmp_path):
-    (tmp_path / "labels.csv").write_text("image,label\n")
-    for name in ("labels.csv", "found.txt"):
-        with pytest.raises(UserError, match=name):
+    for name in ("labels.csv", "mine.errors.txt", "sheet.png"):
+        (tmp_path / name).write_text("image,label\n")
+    for name in ("labels.csv", "found.txt", "mine.csv"):
+        with pytest.raises(UserError, match=Path(name).stem):
             run(site, f"images={photos}", f"out={tmp_path / name}")
-    assert (tmp_path / "labels.csv").read_text() == "image,label\n" and not (tmp_path / "found.txt").exists()
+    for name in ("sheet.png", "sheet", "sheet.doc"):
+        with pytest.raises(UserError, match="sheet"):
+            run(site, f"images={photos}", f"out={tmp_path / 'new.csv'}", f"predict.sheet={tmp_path / name}")
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
+    assert kept == dict.fromkeys(("labels.csv", "mine.errors.txt", "sheet.png"), "image,label\n")
 
 
 def without(key):

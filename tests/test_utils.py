@@ -71,6 +71,77 @@ def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path_factory, t
     assert not (tmp_path / "other").exists()  # an empty folder is not left behind
 
 
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_an_empty_folder_of_the_user_stays_and_new_ones_go(tmp_path, kind):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    with pytest.raises(KeyError), utils.locked(tmp_path / kind):
+        raise KeyError
+    assert list((tmp_path / kind).iterdir()) == []
+    for is_new, place in ((False, tmp_path / "a" / "b"), (True, utils.new_folder(tmp_path, "run"))):
+        with pytest.raises(KeyError), utils.locked(place, is_new=is_new):
+            raise KeyError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
+
+
+def test_a_folder_that_takes_no_files_is_an_error_and_no_loop():
+    with pytest.raises(FileNotFoundError), utils.locked("/proc"):
+        pass
+
+
+def test_pipes_and_devices_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    (tmp_path / "lock").mkdir()
+    os.mkfifo(tmp_path / "lock" / ".lock")
+    for read in (files.load_json, utils.load_tensors, files.check_output):
+        for name in ("pipe.json", "zero.pt"):
+            with pytest.raises(UserError, match=name):
+                read(tmp_path / name)
+    with pytest.raises(UserError, match="lock"), utils.locked(tmp_path / "lock"):
+        pass
+
+
+def test_an_output_is_tried_before_the_work_and_replaces_nothing_else(tmp_path):
+    (tmp_path / "ours.csv").write_text("path,class\n")
+    files.check_output(tmp_path / "ours.csv", rb"\Apath,")
+    files.check_output(tmp_path / "new" / "folder" / "one.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.csv"]
+    (tmp_path / "folder.csv").mkdir()
+    for name in ("ours.csv", "folder.csv", "ours.csv/one.csv"):
+        with pytest.raises(UserError, match=r"\.csv"):
+            files.check_output(tmp_path / name, rb"\Aimage,")
+    with pytest.raises(files.DiskError, match="/proc"):
+        files.check_output("/proc/one.csv")
+
+
+def test_a_folder_in_the_making_is_left_whole_or_not_at_all(tmp_path):
+    (tmp_path / ".birds.123.tmp" / "half").mkdir(parents=True)  # of a killed process
+    with files.scratch_folder(tmp_path / "birds") as scratch:
+        files.remove_scratch(tmp_path)  # another process leaves what is in the making
+        (scratch / "one").touch()
+        scratch.rename(tmp_path / "birds")
+    with pytest.raises(KeyError), files.scratch_folder(tmp_path / "fish"):
+        raise KeyError
+    assert [path.name for path in tmp_path.iterdir()] == ["birds"] and (tmp_path / "birds" / "one").exists()
+
+
+def test_memory_that_ran_out_is_one_line_and_other_errors_are_their_own():
+    on_cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), on_cpu):
+        with pytest.raises(UserError, match="view full"), utils.memory_errors("view full", "lower eval.size"):
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), utils.memory_errors("view full", ""):
+        raise RuntimeError("shapes differ")
+
+
+def test_there_are_no_more_threads_than_cores():
+    before = torch.get_num_threads()
+    utils.set_threads(1024)
+    assert torch.get_num_threads() <= os.cpu_count()
+    torch.set_num_threads(before)
+
+
 def test_torch_seed_repeats_and_leaves_no_trace():
     torch.manual_seed(1)
     expected = torch.rand(2)

@@ -13,7 +13,7 @@ import visualize
 from config import load_config
 from datasets import read_dataset
 from experiments.grid import settings_key
-from figures.plots import paint_masks
+from figures.plots import check_picture, paint_masks
 from localized_crops.box_file import save_boxes
 from localized_crops.boxes import center_boxes
 from localized_crops.files import UserError, load_json, save_json
@@ -214,6 +214,7 @@ def test_the_picture_is_written_and_not_blank(what, few_birds, runs, tmp_path, c
     out = tmp_path / f"{what}.png"
     words = [f"visualize.what={what}", f"visualize.out={out}", f"visualize.runs={runs}", "visualize.images=1"]
     visualize.main(config_of(few_birds, *words))
+    check_picture(out)  # it may be drawn again
     pixels = np.asarray(PIL.Image.open(out).convert("RGB"))
     assert pixels.shape[0] > 200 and pixels.std() > 3 and (pixels == 255).all(-1).mean() < 0.97
     assert str(out) in capsys.readouterr().out
@@ -224,6 +225,13 @@ def fault(root, *words):
         visualize.main(config_of(root, *words))
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+def test_a_picture_has_a_pictures_name_and_replaces_none_of_the_users(few_birds, tmp_path):
+    (tmp_path / "photo.png").write_bytes(b"mine")
+    for name in ("photo.png", "photo", "photo.txt"):
+        assert name in fault(few_birds, f"visualize.out={tmp_path / name}")
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
 
 
 def test_unknown_images(few_birds):

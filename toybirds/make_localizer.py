@@ -10,6 +10,8 @@ Reads nothing. Writes the weights (float16, under 1 MB) with how they were made.
     python -m toybirds.make_localizer out=toybirds/toy_localizer.pt
 """
 
+import jobs.early  # noqa: F401 - Ctrl-C during the other imports
+
 import time
 from pathlib import Path
 from typing import Any
@@ -24,26 +26,29 @@ from tqdm import tqdm
 
 from config import load_config
 from jobs.guard import run_script
+from localized_crops.files import check_output
 from toybirds import drawing
 from toybirds.network import build_toy_vit
-from utils import environment, save_tensors, seed_everything
+from utils import environment, save_tensors, seed_everything, set_threads
 
 ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
 NUM_IMAGES = 4000
 STREAM = 20_011  # first number of the drawings' seeds; the data set's start with its own small seed
 EPOCHS, BATCH_SIZE, LR, WARMUP = 6, 16, 3e-3, 0.1
+OURS = rb"python -m toybirds\.make_localizer"  # what the file says of itself
 COLOR_RANGE = (50, 230)  # of the random palettes, RGB
 
 
 def main(config: dict) -> None:
     """Draw, train, save."""
-    torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
+    out = Path(config["out"] or "toybirds/toy_localizer.pt")
+    check_output(out, OURS)
+    set_threads(config["num_threads"])
     seed_everything(config["seed"], config["deterministic"])
     images, masks = draw_images(NUM_IMAGES, ARCHITECTURE["image_size"], config["seed"])
     start = time.perf_counter()
     model = build_toy_vit(**ARCHITECTURE)
     loss = train(model, images, mask_to_density(masks, ARCHITECTURE["stride"]), epochs=EPOCHS)
-    out = Path(config["out"] or "toybirds/toy_localizer.pt")
     save_localizer(out, model, about(config["seed"], loss, time.perf_counter() - start))
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, divergence {loss:.3f} nats at the end")
 

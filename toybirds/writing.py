@@ -2,13 +2,13 @@
 
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from localized_crops.files import scratch_folder
 from toybirds.drawing import CLASS_NAMES, VERSION, draw_toybird
 
 
@@ -48,16 +48,10 @@ def write_toybirds(
     header = _header(train_per_class, test_per_class, seed)
     if _is_written(root, header):
         return
-    # Not by tempfile, whose folders (mode 0700) lock colleagues out.
-    scratch = root.with_name(f"{root.name}.partial-{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with scratch_folder(root) as scratch:
         _write_into(scratch, list(_rows(train_per_class, test_per_class)), seed, progress)
         (scratch / "README.txt").write_text(header, encoding="utf-8")
         _publish(scratch, root, header)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a set that was broken off, or came second
 
 
 def _header(train_per_class: int, test_per_class: int, seed: int) -> str:

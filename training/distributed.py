@@ -14,9 +14,10 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from jobs.shared_work import process_numbers
+from jobs.torchrun import process_numbers
 from localized_crops.files import UserError
 
+JOIN_SECONDS = 300  # for all processes of a run to come together
 TIMEOUT = timedelta(hours=2)  # rank 0 may make attention maps of all training images while the others wait
 
 Answer = TypeVar("Answer")
@@ -41,6 +42,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started, for the time of the with block; ranks above 0 print nothing.
 
     Raises:
+        UserError: if the processes do not come together.
         LostProcessError: if another process dies.
     """
     if process_numbers()[1] == 1:
@@ -49,14 +51,37 @@ def process_group(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with contextlib.ExitStack() as stack:
+        store, (number, count) = meet(), process_numbers()
+        about = {"store": store, "rank": number, "world_size": count, "timeout": TIMEOUT}
         with lost_process():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **about)
         stack.callback(dist.destroy_process_group)
         if rank():
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(lost_process())
         yield
+
+
+def meet() -> dist.Store:
+    """Return the store through which all processes of the run know each other, once all have come.
+
+    Raises:
+        UserError: if that takes longer than JOIN_SECONDS, or they cannot come together.
+    """
+    rank, count = process_numbers()
+    place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
+    who, limit = [f"joined/{number}" for number in range(count)], timedelta(seconds=JOIN_SECONDS)
+    try:
+        store = next(dist.rendezvous("env://", timeout=limit))[0]
+        store.set(who[rank], "")
+        store.wait(who, limit)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise UserError(
+            f"rank {rank} of {count}: its processes did not come together within {JOIN_SECONDS} s at {place} "
+            f"({_brief(error)}); start all of them, or give another address or port"
+        ) from None
+    return store
 
 
 @contextlib.contextmanager
@@ -74,8 +99,8 @@ def lost_process() -> Iterator[None]:
         raise
 
 
-def _brief(error: RuntimeError) -> str:
-    return str(error).splitlines()[0].rpartition("] ")[2][:60]
+def _brief(error: Exception) -> str:
+    return str(error).splitlines()[0].rpartition("] ")[2][:100]
 
 
 def refuse_many(what: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from training.distributed import all_rows
 from transforms import normalize
+from utils import memory_errors
 
 AVERAGE = "average"  # of the softmax over all views
 
@@ -44,11 +45,13 @@ def predict(
     found, labels = [[[] for _ in view_names] for _ in models], []
     for batch, batch_labels in loader:
         for number, images in enumerate(batch):
-            pixels = normalize(images.to(device, non_blocking=True), mean, std)
-            for model, views in zip(models, found, strict=True):
-                with autocast or nullcontext():
-                    logits = model(pixels)
-                views[number].append(logits.float().log_softmax(1))
+            what = f"view {view_names[number]}, {len(images)} images of {images.shape[-1]} pixels"
+            with memory_errors(what, "lower eval.batch_size or eval.size"):
+                pixels = normalize(images.to(device, non_blocking=True), mean, std)
+                for model, views in zip(models, found, strict=True):
+                    with autocast or nullcontext():
+                        logits = model(pixels)
+                    views[number].append(logits.float().log_softmax(1))
         labels.append(batch_labels)
     return [_by_view(views, view_names) for views in found], all_rows(torch.cat(labels))
 

@@ -15,19 +15,13 @@ import models
 from figures.plots import draw_curves
 from localized_crops.files import UserError
 from training.batches import Batch
-from training.distributed import (
-    copy_buffers_of_rank_0,
-    rank,
-    seed_rank,
-    sum_over_ranks,
-    world_size,
-)
+from training.distributed import copy_buffers_of_rank_0, rank, seed_rank, sum_over_ranks, world_size
 from training.evaluation import loss_and_top1, predict
 from training.run import Run, save_run
 from transforms import flip_images, normalize
-from utils import (
-    save_log,
-)
+from utils import autocast, memory_errors, save_log
+
+LESS_MEMORY = "lower image_size or batch_size, or raise opt.accumulate"
 
 
 def train_and_log_epoch(
@@ -79,14 +73,15 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     models.train_mode(run.model, freeze_bn=freeze_from is not None and run.epoch >= freeze_from)
     seed_rank(config["seed"], run.epoch)
     criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"], reduction="sum")
-    autocast, parts = autocast_of(config, device), config["opt"]["accumulate"]
+    precision, parts = autocast(device, config["amp"]), config["opt"]["accumulate"]
     sums, seen, kept, boxed = torch.zeros(2, device=device), 0, 0.0, 0  # loss, right answers: stay on the device
     # None: no bar where nobody watches, such as in a log file
     hidden = True if rank() else None
     bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=hidden)
     for number, batch in enumerate(bar, 1):
         is_last_part = number % parts == 0
-        sums += backward(run, batch, criterion, autocast, device, is_last_part)
+        with memory_errors(f"training, {len(batch.images)} images of image_size={config['image_size']}", LESS_MEMORY):
+            sums += backward(run, batch, criterion, precision, device, is_last_part)
         covered = batch.coverage[: batch.real]
         seen, kept, boxed = seen + batch.real, kept + float(covered.nansum()), boxed + int((~covered.isnan()).sum())
         if is_last_part:
@@ -100,14 +95,8 @@ def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.de
     return {"train_loss": loss / seen, "train_top1": right / seen, "maiou": kept / boxed}
 
 
-def autocast_of(config: dict, device: torch.device) -> torch.autocast:
-    """Return what forward passes are run under: bf16 or fp16 on CUDA, else nothing."""
-    dtype = torch.float16 if config["amp"] == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=device.type == "cuda" and config["amp"] != "none")
-
-
 def backward(
-    run: Run, batch: Batch, criterion: nn.Module, autocast: torch.autocast, device: torch.device, is_last_part: bool
+    run: Run, batch: Batch, criterion: nn.Module, precision: torch.autocast, device: torch.device, is_last_part: bool
 ) -> torch.Tensor:
     """Add the gradient of the batch's share of the mean loss of the step; return (summed loss, right answers).
 
@@ -118,7 +107,7 @@ def backward(
     labels = labels[: batch.real]
     keeps_to_itself = isinstance(run.net, DistributedDataParallel) and not is_last_part
     with run.net.no_sync() if keeps_to_itself else contextlib.nullcontext():
-        with autocast:
+        with precision:
             logits = run.net(normalize(flip_images(images, flips), run.mean, run.std))[: batch.real]
             loss = criterion(logits, labels)  # summed over images
         # DistributedDataParallel takes the mean of the processes' gradients
@@ -145,7 +134,7 @@ def validate_and_log(
     """Validate model and EMA, log and draw; return whether the better of the two is the best so far."""
     copy_buffers_of_rank_0(run.model, run.ema.module)
     networks, statistics = [run.model, run.ema], {"mean": run.mean, "std": run.std}
-    found, labels = predict(networks, loader, ["first"], device, autocast_of(config, device), **statistics)
+    found, labels = predict(networks, loader, ["first"], device, autocast(device, config["amp"]), **statistics)
     for prefix, log_probs in zip(("", "ema_"), found, strict=True):
         record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs["first"], labels)
         check_finite(record, f"{prefix}loss")

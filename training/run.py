@@ -14,16 +14,10 @@ from jobs.settings import leaves
 from localized_crops.attention import last_attention
 from localized_crops.files import UserError, user_errors
 from training.distributed import rank, world_size
-from training.fingerprints import first_difference, optimizer_fault
+from training.fingerprints import first_difference, misfit, optimizer_fault
 from training.optimization import build_optimizer, build_scheduler
 from training.train_data import test_views
-from utils import (
-    UNREADABLE,
-    environment,
-    load_log,
-    load_tensors,
-    save_tensors,
-)
+from utils import UNREADABLE, environment, load_log, load_tensors, save_tensors
 
 # The numbers that log.jsonl holds of every epoch that was validated.
 LOGGED = (
@@ -170,12 +164,16 @@ def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str
     """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
     changed = first_difference(state["made_from"], run.made_from)
     if changed:
-        raise ValueError(f"the {changed} are others than when it was written; start a new run")
+        raise ValueError(f"{changed}: not what they were when it was written; start a new run")
     free = {*may_change, "num_epochs", "dataset.root"}  # a training may be extended; the images are compared themselves
     kept = {key: value for key, value in leaves(config).items() if key not in free}
     changed = first_difference(leaves(state["config"]), kept)
     if changed:
         raise ValueError(f"it was trained with {changed}={leaves(state['config']).get(changed)}, now {kept[changed]}")
-    fault = optimizer_fault(run.optimizer, state["optimizer"], int(state["step"]))
+    fault = (
+        misfit(run.model.state_dict(), state["model"])
+        or misfit(run.ema.module.state_dict(), state["ema"])
+        or optimizer_fault(run.optimizer, state["optimizer"], config["opt"])
+    )
     if fault:
         raise ValueError(fault)

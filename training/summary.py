@@ -8,19 +8,11 @@ from torch.utils.data import DataLoader
 
 from localized_crops.files import save_json
 from readers.data_set import DataSet
-from training.distributed import (
-    rank,
-)
+from training.distributed import rank
 from training.evaluation import loss_and_top1, predict
-from training.loop import autocast_of
 from training.run import Run
-from training.train_data import (
-    report_rows,
-    test_views,
-)
-from utils import (
-    environment,
-)
+from training.train_data import report_rows, test_views
+from utils import autocast, environment
 
 
 def finish(
@@ -30,7 +22,7 @@ def finish(
     names, rows = list(test_views(config)), report_rows(data)
     top1, classes = {}, {}
     networks, statistics = [run.model, run.ema], {"mean": run.mean, "std": run.std}
-    found, labels = predict(networks, loader, names, device, autocast_of(config, device), **statistics)
+    found, labels = predict(networks, loader, names, device, autocast(device, config["amp"]), **statistics)
     for which, log_probs in zip(("model", "ema"), found, strict=True):
         for view, values in log_probs.items():
             top1.setdefault(view, {})[which] = loss_and_top1(values, labels)[1]

@@ -14,7 +14,7 @@ from dino_transform import MapCrops
 from jobs.loader import build_loader
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
-from localized_crops.map_file import MapCache
+from localized_crops.map_file import MapCache, remake_command
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache, cached_images
 from readers.images import read_image
@@ -191,7 +191,14 @@ def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
         return {}
     if config["dino_maps"] is None:
         raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
-    return MapCache.open(config["dino_maps"], dataset=data.fingerprint())
+    maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint())
+    ids = data.ids[data.rows("train")].tolist()
+    missing = sum(image_id not in maps for image_id in ids)
+    if missing == len(ids):
+        raise UserError(f"{maps.path}: has no map of a training image; make it again: {remake_command(maps.path)}")
+    if missing:
+        print(f"{maps.path}: no map for {missing} of {len(ids)} training images; they get plain crops")
+    return maps
 
 
 def _view_loader(config: dict, images: ViewImages, machine: dict[str, Any]) -> DataLoader:
