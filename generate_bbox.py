@@ -93,6 +93,7 @@ class Stage:
 def prepare(config: dict) -> Stage:
     """Read data set, candidates and classifier."""
     wanted = config["bbox"]
+    out = box_path(config["out"], f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
     set_threads(config["num_threads"])
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
@@ -100,7 +101,6 @@ def prepare(config: dict) -> Stage:
     candidates, setup = read_folders(config["masks"], wanted["folders"], data)
     device = choose_device(config["device"])
     model, image_size, statistics = load_classifier(wanted["classifier"], data)
-    out = box_path(config["out"], f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
     identity = {
         "dataset": data.fingerprint(),
         "masks": setup,

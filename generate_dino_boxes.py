@@ -92,6 +92,7 @@ def prepare(config: dict) -> Stage:
     """Read the data set, build the network, and plan the batches."""
     start = time.perf_counter()
     wanted = config["dino"]
+    out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     set_threads(config["num_threads"])
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
@@ -103,7 +104,6 @@ def prepare(config: dict) -> Stage:
     is_taught = wanted["method"] == "object_head"
     cells = build_features(wanted["object_model"], wanted["object_weights"]) if is_taught else None
     batches = plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"])
-    out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     stage = Stage(
         config=config,
         out=out,

@@ -185,6 +185,8 @@ def _open(path: Path, known: str | None) -> _Opened:
         tensors = {"ids": ids, "shapes": shapes, "starts": starts, "cells": file.get_tensor("cells")}
         if _content_hash(header, tensors) != header["sha256"] or {k: t.dtype for k, t in tensors.items()} != DTYPES:
             raise ValueError("its content is not what was written, it is damaged")
+        if (shapes < 1).any() or not np.isfinite(tensors["cells"]).all():
+            raise ValueError("a map in it is empty or holds values that are no numbers")
     return _Opened(header, ids.view(f"S{ids.shape[1]}").ravel(), shapes, starts, cells)
 
 

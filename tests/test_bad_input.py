@@ -214,11 +214,23 @@ def edited_header(change: Callable[[dict], Any]) -> Damage:
     return damage
 
 
+def written_anew(change: Callable[[np.ndarray], np.ndarray]) -> Damage:
+    """Change every map and write the file as the program would, so that its hash is right."""
+
+    def damage(folder: Path) -> None:
+        maps = {key: change(np.array(value)) for key, value in MapCache.open(folder / MAP_FILE).items()}
+        save_map_cache(folder / MAP_FILE, maps.items(), MapCache.open(folder / MAP_FILE).header)
+
+    return damage
+
+
 MAP_CACHE = [
     maps("missing", remove(MAP_FILE), "no such file"),
     maps("text", put(MAP_FILE, DEEP)),
     maps("no-header", lambda folder: safetensors.numpy.save_file({"x": np.zeros(3)}, folder / MAP_FILE), "header"),
     maps("version", edited_header(lambda header: header.update(version=7)), "version"),
+    maps("nan", written_anew(lambda old: old * np.float16(np.nan)), "no numbers"),
+    maps("empty", written_anew(lambda old: old[:0]), "empty"),
     maps("none", lambda folder: save_map_cache(folder / MAP_FILE, [], MapCache.open(folder / MAP_FILE).header),
          "no map of a training image"),
     maps("other-data", edited_header(lambda header: header.update(dataset="y")), "another data set"),
@@ -340,6 +352,9 @@ RUNS = [
     saved("config-list-of-text", content(SAVED, lambda config: config["crop"].update(scale=["a", "b"])), "crop.scale"),
     saved("config-list-of-lists", content(SAVED, lambda config: config["eval"].update(views=[[]])), "eval.views"),
     saved("config-type", content(SAVED, lambda config: config.update(batch_size="16")), "batch_size='16'"),
+    saved("config-scheduler", content(SAVED, lambda config: config["opt"].update(scheduler="linear")), "opt.scheduler"),
+    saved("config-other-scheduler", content(SAVED, lambda config: config["opt"].update(scheduler="step")), "last.pt"),
+    saved("config-n-classes", content(SAVED, lambda config: config["model"].update(n_classes=200)), "last.pt"),
     saved("config-huge", content(SAVED, lambda config: config.update(THR=-int(HUGE))), "THR"),
     saved("log-torn", cut("run/log.jsonl", 0.5), "log.jsonl:1", "not a JSON object"),
     saved("log-binary", put("run/log.jsonl", b"\xff\xfe\x00"), "log.jsonl", "not a text file"),

@@ -57,6 +57,11 @@ def test_an_ascii_locale_does_not_break_a_finished_run(tmp_path):
     assert status == 0 and out.startswith(b"92.1 ") and err.startswith(b"92.1 ") and (tmp_path / "done").exists()
 
 
+def test_what_may_not_be_read_is_not_told_to_be_written():
+    line = guard._one_line(PermissionError(13, "Permission denied", "/data/images.txt"))
+    assert "/data/images.txt" in line and "write" not in line
+
+
 # --- signals ------------------------------------------------------------------------------------------------------
 
 

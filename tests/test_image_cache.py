@@ -90,6 +90,18 @@ def test_it_is_built_once_and_again_when_an_image_changes(tmp_path, photos, caps
     assert "decoding" in capsys.readouterr().out
 
 
+def test_an_image_that_was_replaced_by_one_of_equal_size_and_time_is_noticed(tmp_path):
+    path, found = tmp_path / "one.bmp", []
+    for colour in ("red", "blue"):
+        before = path.stat() if path.exists() else None
+        PIL.Image.new("RGB", (5, 3), colour).save(path)
+        if before:
+            os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+        found.append(build(tmp_path / "cache", ([1], [path], np.array([[5, 3]])))[1][:, 0, 0].tolist())
+    assert found == [[255, 0, 0], [0, 0, 255]]
+
+
 @pytest.mark.parametrize("damage", ["short", "head", "missing"])
 def test_a_damaged_cache_is_built_again(tmp_path, photos, damage):
     folder = tmp_path / "cache"

@@ -1,5 +1,7 @@
 import copy
 import itertools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -235,6 +237,34 @@ def test_hub_weights_of_resnet50_are_loaded_as_weights_only(monkeypatch):
     with pytest.raises(UserError, match="hub"):
         models.build_model("resnet50", 2, image_size=32, patch_size=14, weights="hub")
     assert asked["weights_only"] and asked["check_hash"]
+
+
+class Bomb:
+    """What runs a command when it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize("model_type", ["resnet50", "resnet18.a1_in1k"])
+def test_weights_in_the_hubs_cache_that_hold_code_never_run_it(tmp_path, monkeypatch, model_type):
+    monkeypatch.chdir(tmp_path)
+    cached = tmp_path / "hub" / "checkpoints" / Path(torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url).name
+    cached.parent.mkdir(parents=True)
+    torch.save({"conv1.weight": Bomb()}, cached)
+
+    def cached_file(*_, filename, **__):
+        if filename.endswith(".safetensors"):
+            raise timm.models._hub.EntryNotFoundError("none")
+        return str(cached)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(timm.models._hub, "hf_hub_download", cached_file)
+    with pytest.raises(UserError, match="hub"):
+        models.build_model(model_type, 2, image_size=32, patch_size=14, weights="hub")
+    assert not (tmp_path / "ran").exists()
+    torch.load(cached, weights_only=False)
+    assert (tmp_path / "ran").exists()  # the bomb is one
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

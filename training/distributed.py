@@ -78,7 +78,7 @@ def meet() -> dist.Store:
         store.wait(who, limit)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(
-            f"rank {rank} of {count}: its processes did not come together within {JOIN_SECONDS} s at {place} "
+            f"rank {rank} of {count}: cannot meet the others at {place}, for which it waits {JOIN_SECONDS} s at most "
             f"({_brief(error)}); start all of them, or give another address or port"
         ) from None
     return store

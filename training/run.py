@@ -162,7 +162,8 @@ def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.
 
 def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str]) -> None:
     """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
-    changed = first_difference(state["made_from"], run.made_from)
+    known = {"images", *state["made_from"]}  # an earlier version wrote fewer
+    changed = first_difference(state["made_from"], {key: run.made_from[key] for key in known & run.made_from.keys()})
     if changed:
         raise ValueError(f"{changed}: not what they were when it was written; start a new run")
     free = {*may_change, "num_epochs", "dataset.root"}  # a training may be extended; the images are compared themselves
