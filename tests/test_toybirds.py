@@ -222,7 +222,7 @@ def test_a_killed_writing_leaves_only_its_scratch_folder(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", spy)
         writing.write_toybirds(tmp_path / "toybirds", **SMALL)
-    assert seen == [(f"toybirds.partial-{os.getpid()}", False)]
+    assert seen == [(f".toybirds.{os.getpid()}.tmp", False)]
 
 
 def test_a_faster_process_keeps_its_copy(written, tmp_path, monkeypatch):

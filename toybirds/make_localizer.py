@@ -35,7 +35,7 @@ ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads":
 NUM_IMAGES = 4000
 STREAM = 20_011  # first number of the drawings' seeds; the data set's start with its own small seed
 EPOCHS, BATCH_SIZE, LR, WARMUP = 6, 16, 3e-3, 0.1
-OURS = rb"python -m toybirds\.make_localizer"  # what the file says of itself
+OURS = rb"make_(toy_)?localizer"  # what the file says of itself, the latter of an earlier version
 COLOR_RANGE = (50, 230)  # of the random palettes, RGB
 
 
