@@ -84,8 +84,8 @@ def claim_folder(config: dict) -> Path:
     if not wanted["out"]:
         return new_folder(Path(config["checkpoint"][0]).parent, f"evaluation_{wanted['split']}")
     folder = Path(wanted["out"])
-    for there in (path for name in REPORT for path in folder.glob(name)):
-        raise UserError(f"{there}: lies there already; give another evaluate.out")
+    if there := [path for name in REPORT for path in folder.glob(name)]:
+        raise UserError(f"{there[0]}: lies there already; give another evaluate.out")
     check_output(folder / "evaluation.json")
     return folder
 
