@@ -44,7 +44,7 @@ from jobs.shared_work import (
 from jobs.torchrun import process_numbers
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
-from localized_crops.files import UserError, user_errors
+from localized_crops.files import UserError, no_empty_folder, user_errors
 from localized_crops.image_ids import ImageId, key_to_id
 from localized_crops.map_file import MapCache
 from masks.mask_files import (
@@ -75,7 +75,8 @@ def main(config: dict) -> None:
     with user_errors(ValueError):
         stage = prepare(config)
     command = partial(same_command, f"mask.folder={stage.folder}")
-    with going_on_with(command), stage.work.claimed():
+    folder = no_empty_folder(stage.folder, is_new=config["mask"]["folder"] is None)
+    with going_on_with(command), folder, stage.work.claimed():
         claim_folder(stage.folder, stage.work)
         if config["mask"]["prompt"] == "dino":
             claim_out(box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json"))
