@@ -193,7 +193,7 @@ def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
         raise UserError("use_dino_maps=true needs dino_maps=FILE: the box JSON that generate_dino_boxes.py wrote")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint())
     ids = data.ids[data.rows("train")].tolist()
-    missing = sum(image_id not in maps for image_id in ids)
+    missing = len(ids) - len(set(maps).intersection(ids))
     if missing == len(ids):
         raise UserError(f"{maps.path}: has no map of a training image; make it again: {remake_command(maps.path)}")
     if missing:
