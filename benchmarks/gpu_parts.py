@@ -32,7 +32,7 @@ from localizer.attention_maps import clean, map_to_box
 from localizer.networks import build_localizer
 from toybirds import drawing
 from training.batches import Batch
-from training.loop import autocast_of, backward
+from training.loop import backward
 from training.run import build_run
 from utils import autocast, environment
 
@@ -144,7 +144,7 @@ def _precision_of_step(folder: Path) -> dict[str, Any]:
         run = build_run(folder, config, [str(n) for n in range(200)], {}, here)
         run.model.train()
         criterion = torch.nn.CrossEntropyLoss(reduction="sum")
-        loss, _ = backward(run, batch, criterion, autocast_of(config, here), here, True).tolist()
+        loss, _ = backward(run, batch, criterion, autocast(here, config["amp"]), here, True).tolist()
         found[kind] = loss / count, torch.cat([p.grad.flatten() for p in run.model.parameters()])
     (loss, exact), (half_loss, half) = found["none"], found["bf16"]
     cosine = torch.nn.functional.cosine_similarity(exact, half, dim=0).item()
