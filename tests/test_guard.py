@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import stages
 
 from jobs import guard
 
@@ -65,11 +64,16 @@ def test_what_may_not_be_read_is_not_told_to_be_written():
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
+def allow_interrupt() -> None:
+    """Let SIGINT through (shells let background jobs ignore it)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_during_the_imports_ends_a_command_without_a_traceback():
     code = f"import sys; sys.modules['__main__'].__file__ = {str(ROOT / 'train.py')!r}; import jobs.early; "
     code += "print('on', flush=True); import time; time.sleep(60)"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
-    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=stages.allow_interrupt, **pipes)
+    process = subprocess.Popen([sys.executable, "-c", code], preexec_fn=allow_interrupt, **pipes)
     assert process.stdout.readline() == b"on\n"
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == b"" and process.returncode == -signal.SIGINT
