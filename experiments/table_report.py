@@ -78,7 +78,7 @@ def write_report(
         return blocks
     parts = [f"### {table.title}", ""]
     for budget, found in blocks.items():
-        parts += [block_text(table, budget, found), *thirds_text(table, found, data)]
+        parts += [block_text(table, budget, found), *views_text(table, found), *thirds_text(table, found, data)]
     text = "\n".join([*parts, machine_line()])
     save_text(folder / f"{name}.md", text + "\n")
     if against is None:
@@ -150,6 +150,31 @@ def block_text(table: Table, budget: str, found: dict[str, Row]) -> str:
     return "\n".join([*lines, ""])
 
 
+def views_text(table: Table, found: dict[str, Row]) -> list[str]:
+    """Return each row's further views beside the control's first view, as Markdown; nothing where there is one view.
+
+    This is what crops and test view are worth together.
+    """
+    control = best_by_validation(found, table.controls)
+    first, *others = next(iter(found.values())).correct
+    others = [view for view in others if view not in table.oracles]
+    if control is None or not others:
+        return []
+    lines = [
+        f"Each view, difference to {control} in view {first}:",
+        "",
+        f"| crops | {' | '.join(f'view {view}' for view in others)} |",
+        "|" + "---|" * (1 + len(others)),
+    ]
+    for row, cells in found.items():
+        texts = []
+        for view in others:
+            result = compared(cells, found[control], view, against=first)
+            texts.append(f"{spread(cells.correct[view].mean(1))} {difference_text(result)}".strip())
+        lines.append(f"| {row} | {' | '.join(texts)} |")
+    return ["\n".join([*lines, ""])]
+
+
 def thirds_text(table: Table, found: dict[str, Row], data: DataSet) -> list[str]:
     """Return the first view's accuracy by the size of the object as Markdown: thirds of the test images.
 
@@ -181,12 +206,22 @@ def thirds_text(table: Table, found: dict[str, Row], data: DataSet) -> list[str]
     return ["\n".join([*lines, ""])]
 
 
-def compared(cells: Row, control: Row | None, view: str, images: np.ndarray | None = None) -> Comparison | None:
-    """Compare a row with the control over the seeds that both have; ``images`` (N,) bool picks test images."""
+def compared(
+    cells: Row, control: Row | None, view: str, images: np.ndarray | None = None, against: str | None = None
+) -> Comparison | None:
+    """Compare a row with the control over the seeds that both have.
+
+    Args:
+        cells, control: the rows.
+        view: of the row.
+        images: (N,) bool, which test images; None: all.
+        against: view of the control; None: the same.
+    """
     shared = [seed for seed in cells.seeds if control and seed in control.seeds]
     if not shared:
         return None
-    a, b = (some.correct[view][[some.seeds.index(seed) for seed in shared]] for some in (cells, control))
+    views = ((cells, view), (control, against or view))
+    a, b = (some.correct[name][[some.seeds.index(seed) for seed in shared]] for some, name in views)
     return compare(a, b) if images is None else compare(a[:, images], b[:, images])
 
 
