@@ -236,19 +236,9 @@ TABLES["photos_pretrained"] = Table(
     controls=("RandomResizedCrop, scale 0.35",),
     common=PRETRAINED
     | {
-        # the rates, epochs and frozen layers were chosen for the plain crop on validation images (docs/results.md)
         "dataset.val_fraction": 0.3333,
-        "num_epochs": 6,
-        "opt.lr": 1e-3,
-        "opt.head_lr": 1.0,
-        "opt.warmup_epochs": 1,
-        "other.ema_decay": 0.97,
-        "model.head_start": "probe",
-        "model.freeze_layers": 3,
-        "model.freeze_bn_from": 0,
-        "log_interval": 6,  # nothing is chosen by validation: the last epoch counts
+        "log_interval": 6,  # the last epoch counts
         "cache": "disk",
-        "eval.views": ["full"],
         "eval_box": OBJECT_BOXES,
         "deterministic": True,
         "num_threads": 1,
