@@ -32,8 +32,8 @@ from torch import nn
 
 from config import load_config
 from datasets import read_dataset
-from figures.box_report import refuse_to_hide, report_boxes
-from jobs.guard import going_on_with, run_script, same_command
+from figures.box_report import raise_if_any_failed, report_boxes
+from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import build_loader
 from jobs.settings import ConfigError, check_value, get_key
 from jobs.shared_work import (
@@ -62,7 +62,7 @@ def main(config: dict) -> None:
     """Score the candidates, choose the boxes, evaluate; with several processes each scores its share."""
     with user_errors(ValueError):
         stage = prepare(config)
-    with going_on_with(same_command), stage.work.claimed():
+    with with_resume_hint(same_command), stage.work.claimed():
         claim_out(stage.out, stage.work, config["bbox"]["again"])
         score_images(stage)
         if stage.work.rank == 0:
@@ -384,7 +384,7 @@ def report(stage: Stage, boxes: np.ndarray, found: np.ndarray, errors: dict[int,
     """Print and save the evaluation; images that failed end the script with status 2."""
     count = sum(map(len, stage.candidates.values()))
     report_boxes(stage.out, stage.data, boxes, found, seconds=stage.seconds, errors=errors, candidates=count)
-    refuse_to_hide(errors, stage.out.with_name("errors.txt"))
+    raise_if_any_failed(errors, stage.out.with_name("errors.txt"))
 
 
 if __name__ == "__main__":

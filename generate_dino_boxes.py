@@ -31,8 +31,8 @@ import torch
 
 from config import load_config
 from datasets import dino_boxes_path, read_dataset
-from figures.box_report import refuse_to_hide, report_boxes
-from jobs.guard import going_on_with, run_script, same_command
+from figures.box_report import raise_if_any_failed, report_boxes
+from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.shared_work import (
     Result,
     SharedWork,
@@ -59,7 +59,7 @@ def main(config: dict) -> None:
     """Make maps, boxes and their evaluation; with several processes each makes its share of the maps."""
     with user_errors(ValueError):
         stage = prepare(config)
-    with going_on_with(same_command), stage.work.claimed():
+    with with_resume_hint(same_command), stage.work.claimed():
         claim_out(stage)
         make_maps(stage)
         if stage.work.rank == 0:
@@ -307,7 +307,7 @@ def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None
         images_mapped=stage.images_mapped,
         maps_per_second=stage.images_mapped / stage.seconds["maps"] if stage.images_mapped else None,
     )
-    refuse_to_hide(errors, stage.out.with_name("errors.txt"))
+    raise_if_any_failed(errors, stage.out.with_name("errors.txt"))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,8 @@ from segment_anything import SamAutomaticMaskGenerator
 
 from config import load_config
 from datasets import read_dataset
-from figures.box_report import refuse_to_hide, report_boxes, save_errors
-from jobs.guard import dead_workers, going_on_with, run_script, same_command
+from figures.box_report import raise_if_any_failed, report_boxes, save_errors
+from jobs.guard import dead_workers, run_script, same_command, with_resume_hint
 from jobs.loader import build_loader
 from jobs.shared_work import (
     Result,
@@ -76,7 +76,7 @@ def main(config: dict) -> None:
         stage = prepare(config)
     command = partial(same_command, f"mask.folder={stage.folder}")
     folder = no_empty_folder(stage.folder, is_new=config["mask"]["folder"] is None)
-    with going_on_with(command), folder, stage.work.claimed():
+    with with_resume_hint(command), folder, stage.work.claimed():
         claim_folder(stage.folder, stage.work)
         if config["mask"]["prompt"] == "dino":
             claim_out(box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json"))
@@ -85,7 +85,7 @@ def main(config: dict) -> None:
             errors = gather_info(stage)
             if config["mask"]["prompt"] == "dino":
                 write_boxes(stage, errors)
-            refuse_to_hide(errors, stage.folder / "errors.txt", command())
+            raise_if_any_failed(errors, stage.folder / "errors.txt", command())
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def main(config: dict) -> None:
     top_k = min(config["predict"]["top_k"], len(classifier.class_names))
     save_predictions(out, predictions, top_k)
     draw_sheet(predictions, config)
-    refuse_to_hide(predictions, out)
+    raise_if_any_failed(predictions, out)
 
 
 def load_prediction_config(arguments: list[str]) -> dict | None:
@@ -98,7 +98,7 @@ def draw_sheet(predictions: Sequence[Prediction], config: dict) -> None:
         print(f"contact sheet: {wanted['sheet']}")
 
 
-def refuse_to_hide(predictions: Sequence[Prediction], out: Path) -> None:
+def raise_if_any_failed(predictions: Sequence[Prediction], out: Path) -> None:
     """Say where the predictions are; list the files that could not be read and end with status 2 for them."""
     errors, listed = [one.error for one in predictions if one.error], out.with_suffix(".errors.txt")
     print(f"{out}: {len(predictions) - len(errors)} images")

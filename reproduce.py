@@ -28,11 +28,11 @@ from experiments.grid import run_grid
 from experiments.probe import write_probe
 from experiments.table_report import numbers_of, table_points, write_report
 from experiments.tables import TABLES, Step, Table
-from jobs.guard import going_on_with, run_script, same_command
+from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.settings import ConfigError, is_read_by, parse_value, split_word, word_of
 from localized_crops.files import UserError, save_json
 from train import train_run
-from training.distributed import refuse_many
+from training.distributed import require_single_process
 
 OWN_KEYS = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
 
@@ -59,11 +59,11 @@ def main(request: dict) -> None:
     name, seeds, own = request["table"], request["seeds"], request["own"]
     if name not in TABLES:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
-    refuse_many("reproduce.py")
+    require_single_process("reproduce.py")
     table = TABLES[name]
     folder = Path(request["run_dir"] or f"runs/{table.folder or name}")
     shared = point_config(table, own)
-    with going_on_with(same_command):
+    with with_resume_hint(same_command):
         for step in table.steps:
             run_step(step, own)
         if table.probe:

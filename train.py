@@ -28,7 +28,7 @@ from config import load_config
 from datasets import stem_of
 from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
-from jobs.guard import going_on_with, run_script
+from jobs.guard import run_script, with_resume_hint
 from jobs.loader import end_workers
 from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device
@@ -44,7 +44,7 @@ from training.distributed import (
     on_rank_0,
     process_group,
     rank,
-    refuse_many,
+    require_single_process,
     world_size,
 )
 from training.fingerprints import fingerprints
@@ -87,7 +87,7 @@ RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json
 def main(config: dict) -> None:
     """Train once, or run the sweep."""
     if config["sweeprun"]:
-        refuse_many("sweeprun=true")
+        require_single_process("sweeprun=true")
         run_sweep(config, train_run)
     else:
         train_run(config)
@@ -166,7 +166,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
     device = choose_device(config["device"])
     with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
         folder = on_rank_0(lambda: claim_folder(config, held))
-        with going_on_with(lambda: resume_command(folder) if rank() == 0 else None), others_may_die(folder):
+        with with_resume_hint(lambda: resume_command(folder) if rank() == 0 else None), others_may_die(folder):
             return _train_in(folder, copy.deepcopy(config), device, wandb_run)
 
 

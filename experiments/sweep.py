@@ -11,7 +11,7 @@ from datasets import read_dataset
 from experiments.grid import Point, Train, point_config, run_grid, run_point
 from experiments.table_report import Row, best_by_validation, table_points, write_report
 from experiments.tables import Table
-from jobs.guard import going_on_with, same_command
+from jobs.guard import same_command, with_resume_hint
 from localized_crops.files import UserError, remove_scratch, save_json
 from utils import lock_file, new_folder
 
@@ -24,7 +24,7 @@ def run_sweep(config: dict, train: Train) -> None:
     folder = Path(config["run_dir"]) if config["run_dir"] else new_folder("runs", "sweep")
     table, seeds = sweep_table(config), range(config["seed"], config["seed"] + config["sweep"]["seeds"])
     points = table_points(table, seeds, folder)
-    with going_on_with(lambda: same_command(f"run_dir={folder}")):
+    with with_resume_hint(lambda: same_command(f"run_dir={folder}")):
         if config["wandb"]:
             run_wandb_sweep(config, points, train, folder)
         else:

@@ -166,7 +166,7 @@ def save_errors(path: Path, errors: Mapping[int, str]) -> None:
     save_text(path, "\n".join(lines) + "\n")
 
 
-def refuse_to_hide(errors: Mapping[int, str], path: Path, command: str = "the same command again") -> None:
+def raise_if_any_failed(errors: Mapping[int, str], path: Path, command: str = "the same command again") -> None:
     """Raise UserError if images failed: after everything else was written the script ends with status 2."""
     if errors:
         raise UserError(

@@ -33,8 +33,8 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
     """Run a script from the command line: load its config, call ``main``, end with the right exit status.
 
     Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP,
-    141 (SIGPIPE) without a word where nobody reads what is printed any more, as after ``| head``. Where `going_on_with`
-    was told a command, the line ends with it.
+    141 (SIGPIPE) without a word where nobody reads what is printed any more, as after ``| head``. Where
+    `with_resume_hint` was told a command, the line ends with it.
 
     Args:
         main: the script, given the resolved config.
@@ -82,7 +82,7 @@ def _reader_has_gone() -> bool:
 
 
 @contextlib.contextmanager
-def going_on_with(command: Callable[[], str | None]) -> Iterator[None]:
+def with_resume_hint(command: Callable[[], str | None]) -> Iterator[None]:
     """Let what stops the with block from outside tell the command that goes on; None: there is none.
 
     That is an interruption, a full disk, or the death of a loader's worker.

@@ -9,7 +9,7 @@ import pytest
 import stages
 from torch.utils.data import Dataset
 
-from jobs.guard import DeadWorkerError, going_on_with
+from jobs.guard import DeadWorkerError, with_resume_hint
 from jobs.loader import build_loader, end_workers
 
 
@@ -111,7 +111,7 @@ class NotAnError(Dataset):
 
 def test_another_error_is_not_taken_for_a_dead_worker():
     loader = build_loader(NotAnError(), num_workers=1, pin_memory=False, batch_size=1)
-    with pytest.raises(RuntimeError, match="shapes differ"), going_on_with(lambda: "start again"):
+    with pytest.raises(RuntimeError, match="shapes differ"), with_resume_hint(lambda: "start again"):
         list(loader)
 
 
@@ -148,6 +148,6 @@ class Dies(Dataset):
 
 def test_of_two_blocks_the_outer_one_names_the_command_after_a_dead_worker():
     loader = build_loader(Dies(), num_workers=1, pin_memory=False, batch_size=1)
-    with pytest.raises(DeadWorkerError) as error, going_on_with(lambda: "outer"), going_on_with(lambda: "inner"):
+    with pytest.raises(DeadWorkerError) as error, with_resume_hint(lambda: "outer"), with_resume_hint(lambda: "inner"):
         list(loader)
     assert error.value.command == "outer"

@@ -178,7 +178,7 @@ def test_a_compiler_that_is_not_there_is_one_line(birds, tmp_path, monkeypatch):
 def test_a_sweep_is_not_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start the plain command several times"):
-        distributed.refuse_many("sweeprun=true")
+        distributed.require_single_process("sweeprun=true")
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def _brief(error: Exception) -> str:
     return str(error).splitlines()[0].rpartition("] ")[2][:100]
 
 
-def refuse_many(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise UserError under torchrun with several processes: ``what`` shares its trainings in another way."""
     if process_numbers()[1] > 1:
         raise UserError(
