@@ -1,10 +1,12 @@
 """The stages as processes that tests kill, stop, starve of disk space and start twice; and what they leave on disk."""
 
+import contextlib
 import multiprocessing
 import os
 import resource
 import runpy
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -105,23 +107,51 @@ def fork(target: Callable, *arguments: Any) -> multiprocessing.Process:
     return process
 
 
+class Python(subprocess.Popen):
+    """A process of Python with the names that multiprocessing gives to the same."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """The status, negative for a signal; None: it runs."""
+        return self.poll()
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end, no longer than told."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(timeout)
+
+
+def lead_group() -> None:
+    """Begin a process group, with the signals that shells let background jobs and nohup ignore."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Process:
     """A script that runs in a process group of its own, so that a signal to the group reaches its workers too."""
 
-    def __init__(self, words: list[str], log: Path, file_limit: int | None = None, **env: str) -> None:
+    def __init__(
+        self, words: list[str], log: Path, file_limit: int | None = None, *, forked: bool = True, **env: str
+    ) -> None:
         """Start it; what it prints goes to ``log``.out and ``log``.err, so that a kill loses nothing.
 
         Args:
             words: the script and what follows it on the command line.
             log: a path without a suffix.
             file_limit: let every write beyond so many bytes of a file fail, as on a full disk.
+            forked: false: start Python anew, where it is the point how loader processes and what they share end.
             **env: further environment variables.
         """
         self.paths = log.with_suffix(".out"), log.with_suffix(".err")
         for path in self.paths:
             path.write_text("")
         env = os.environ | env
-        self.process = fork(run_as_script, words, self.paths, file_limit, env, os.getcwd())
+        if forked:
+            self.process = fork(run_as_script, words, self.paths, file_limit, env, os.getcwd())
+        else:
+            with open(self.paths[0], "a") as out, open(self.paths[1], "a") as err:
+                self.process = Python([sys.executable, *words], stdout=out, stderr=err, env=env, preexec_fn=lead_group)
         while self.running and os.getpgid(self.process.pid) != self.process.pid:
             time.sleep(0.001)
 
@@ -180,11 +210,10 @@ def run_as_script(words: list[str], paths: tuple[Path, Path], file_limit: int | 
     os.environ |= env
     os.chdir(cwd)
     sys.argv = list(words)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     if file_limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    os.setsid()
+    lead_group()
     runpy.run_path(words[0], run_name="__main__")
 
 

@@ -33,7 +33,7 @@ def workers(pid):
 def kill_a_worker(script, words, log, begun):
     """Run a script until ``begun()``, kill one of its two workers; return its pid, the status, and what stderr says."""
     command = [str(stages.ROOT / script), "dataset.name=cub", "num_workers=2", "num_threads=1", *words]
-    with stages.Process(command, log) as process:
+    with stages.Process(command, log, forked=False) as process:
         pid = process.process.pid
         assert process.wait_until(lambda: begun() and len(workers(pid)) == 2, 0.05), process.told()
         family, killed = list(children(pid)), workers(pid)[0]
@@ -89,7 +89,7 @@ def test_masks_whose_worker_is_killed_say_how_to_go_on(birds_copy, tmp_path):
 def test_a_stage_that_ends_leaves_no_worker(birds_copy, tmp_path, number):
     words = ["dataset.name=cub", f"dataset.root={birds_copy}", f"mask.folder={tmp_path / 'masks'}", "num_workers=2"]
     command = [str(stages.ROOT / "generate_mask.py"), *words, "mask.image_batch=1", "mask.store=none"]
-    with stages.Process(command, tmp_path / "log") as process:
+    with stages.Process(command, tmp_path / "log", forked=False) as process:
         assert process.wait_until(lambda: list(tmp_path.glob("masks/unfinished/process_0/[0-9]*.safetensors")))
         family = list(children(process.process.pid))
         process.send(number, group=False)

@@ -97,7 +97,8 @@ def test_a_stopped_training_goes_on_to_the_same_weights(birds, whole, tmp_path, 
 def test_ctrl_c_while_workers_start_is_one_line(birds, tmp_path, shared_memory):
     """Workers that are still importing would each print a traceback."""
     folder = tmp_path / "run"
-    with stages.started(stages.train_stage(birds), folder, tmp_path / "log", "num_workers=2") as process:
+    log = tmp_path / "log"
+    with stages.started(stages.train_stage(birds), folder, log, "num_workers=2", forked=False) as process:
         assert process.wait_until(lambda: (folder / "config.json").exists())
         time.sleep(0.7)
         stop(process, signal.SIGINT, group=True)
