@@ -193,7 +193,8 @@ config = {
         "std": None,  # and their deviation
         "drop_path": 0.0,  # share of residual branches that a training step leaves out (timm's networks)
         "head_start": "random",  # random | probe (a linear classifier fitted to the backbone's features of the training
-        # crops: fine-tuning then starts from what the features know; LP-FT, Kumar et al. 2022)
+        # crops: fine-tuning then starts from what the features know; LP-FT, Kumar et al. 2022); a
+        # resumed_model keeps its own
         "freeze_backbone": False,  # train the head alone
         "freeze_layers": 0,  # so many layers at the input do not learn (stages, of a ViT blocks; the stem is the first)
         "train_cls": False,  # train the CLS token and the head alone (ViT)

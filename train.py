@@ -208,7 +208,7 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     print(describe(config, run, data, device))
     if config["resume"]:
         load_run(run, config, RESUME_MAY_CHANGE, device)
-    if config["model"]["head_start"] == "probe" and not run.step:
+    if config["model"]["head_start"] == "probe" and not (run.step or config["model"]["resumed_model"]):
         start_head_as_probe(run, train_loader, device)
     if rank() == 0:
         run.begin = lambda: begin(run, config)

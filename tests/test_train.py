@@ -58,6 +58,15 @@ def test_a_head_that_starts_as_a_probe_classifies_by_the_features_that_are_there
     assert (logits.argmax(1).numpy() == data.labels[rows]).mean() > 0.6  # of 8 classes; a random head: 0.125
 
 
+def test_a_trained_model_keeps_its_head(birds, tmp_path):
+    """A fork of a run whose head started as a probe begins with what it has learned."""
+    still = ["num_epochs=1", "opt.lr=1e-9", "opt.target_lr=1e-9", "model.freeze_bn_from=0", "model.resumed_ema=false"]
+    run(birds, tmp_path / "first", "num_epochs=1", "model.head_start=probe")
+    run(birds, tmp_path / "fork", *still, "model.head_start=probe", f"model.resumed_model={tmp_path / 'first/best.pt'}")
+    first, fork = (load_tensors(tmp_path / name / "best.pt")["model"]["fc.weight"] for name in ("first", "fork"))
+    torch.testing.assert_close(fork, first, atol=1e-6, rtol=0)
+
+
 # --- what a run leaves behind -------------------------------------------------------------------------------------
 
 
