@@ -59,7 +59,7 @@ def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path_factory, t
     script = tmp_path_factory.mktemp("script") / "hold.py"
     script.write_text(HOLDER)
     with stages.Process([str(script), str(tmp_path)], script.with_name("log")) as holder:
-        assert holder.wait_until(holder.printed) and holder.printed() == "True\n"
+        assert holder.wait_until(lambda: holder.printed() == "True\n"), holder.told()
         with utils.locked(tmp_path) as mine:
             assert not mine
     with utils.locked(tmp_path) as mine:
