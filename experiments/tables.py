@@ -7,6 +7,8 @@ CUB-200-2011); they are not results of this code.
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.settings import word_of
+
 
 @dataclass(frozen=True)
 class Step:
@@ -225,25 +227,75 @@ TABLES["photos_probe"] = Table(
         "true (oracle)": "gt",
     },
 )
+PLAIN_35 = "RandomResizedCrop, scale 0.35"
+TRAINED = PRETRAINED | {
+    "dataset.val_fraction": 0.3333,
+    "log_interval": 6,  # the last epoch counts
+    "cache": "disk",
+    "eval_box": OBJECT_BOXES,
+    "deterministic": True,
+    "num_threads": 1,
+}
+BY_OBJECT_BOXES, BY_CENTRED_BOXES = {"source": OBJECT_BOXES, "maiou": 0.9}, CENTER | {"maiou": 0.9}
+PRETRAINED_ROWS = {
+    PLAIN_35: SCALES[PLAIN_35],
+    "exact, object head's boxes, maIoU 0.9": BY_OBJECT_BOXES,
+    "exact, centred boxes, maIoU 0.9": BY_CENTRED_BOXES,
+}
 TABLES["photos_pretrained"] = Table(
     title="Photographs: training crops, a pretrained network",
     preset="finetune",
-    rows={
-        "RandomResizedCrop, scale 0.35": SCALES["RandomResizedCrop, scale 0.35"],
-        "exact, object head's boxes, maIoU 0.9": {"source": OBJECT_BOXES, "maiou": 0.9},
-        "exact, centred boxes, maIoU 0.9": CENTER | {"maiou": 0.9},
-    },
-    controls=("RandomResizedCrop, scale 0.35",),
-    common=PRETRAINED
-    | {
-        "dataset.val_fraction": 0.3333,
-        "log_interval": 6,  # the last epoch counts
-        "cache": "disk",
-        "eval_box": OBJECT_BOXES,
-        "deterministic": True,
-        "num_threads": 1,
-    },
+    rows=PRETRAINED_ROWS,
+    controls=(PLAIN_35,),
+    common=TRAINED,
     steps=(OBJECT_STEP,),
+)
+PLAIN_20, PLAIN_50 = "RandomResizedCrop, scale 0.2", "RandomResizedCrop, scale 0.5"
+TABLES["photos_pretrained_crops"] = Table(
+    title="Photographs: more training crops, a pretrained network",
+    preset="finetune",
+    rows={PLAIN_20: SCALES[PLAIN_20], PLAIN_50: SCALES[PLAIN_50]}
+    | PRETRAINED_ROWS
+    | {
+        "reference, object head's boxes, maIoU 0.9": REFERENCE | BY_OBJECT_BOXES,
+        "exact, object head's boxes, thr 1": {"source": OBJECT_BOXES, "maiou": None},
+        "exact, true boxes, maIoU 0.9": {"source": "gt", "maiou": 0.9},
+        "centred by attention, temperature 0.1": PLAIN
+        | {"use_dino_maps": True, "dino_maps": ATTENTION_BOXES, "maiou": None},
+    },
+    controls=(PLAIN_20, PLAIN_35, PLAIN_50),
+    common=TRAINED,
+    steps=(OBJECT_STEP, ATTENTION_STEP),
+    folder="photos_pretrained",  # where some are trained already
+)
+FIRST_ON_PHOTOS = "runs/photos_first_training"
+FIRST_SETTINGS = TRAINED | SCALES[PLAIN_35]
+TABLES["photos_second_training"] = Table(
+    title="Photographs: the published protocol, second trainings from the weights of a first one",
+    preset="finetune",
+    rows=PRETRAINED_ROWS,
+    controls=(PLAIN_35,),
+    common=TRAINED
+    | {
+        "model.resumed_model": f"{FIRST_ON_PHOTOS}/best.pt",
+        "opt.lr": 2e-4,  # as published a fifth of the first training's, ending at a hundredth of that
+        "opt.target_lr": 1e-5,
+        "opt.scheduler": "step",
+        "opt.step_size": 1,
+        "opt.warmup_epochs": 0,
+    },
+    steps=(
+        OBJECT_STEP,
+        Step(
+            f"{FIRST_ON_PHOTOS}/summary.json",
+            "train.py",
+            (
+                "preset=finetune",
+                *(word_of(key, value) for key, value in FIRST_SETTINGS.items()),
+                f"run_dir={FIRST_ON_PHOTOS}",
+            ),
+        ),
+    ),
 )
 
 # --- the published rows, on all of CUB-200-2011 -------------------------------------------------------------------
