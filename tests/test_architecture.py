@@ -63,6 +63,12 @@ def test_a_module_imports_from_the_layers_below_it(module):
         assert same or (other not in COMMANDS and 0 <= layer_of(other) < layer_of(module)), f"{module} -> {other}"
 
 
+def test_the_readme_says_what_every_folder_is():
+    readme = (ROOT / "README.md").read_text()
+    folders = {module.split(".")[0] for module, path in MODULES.items() if path.name == "__init__.py"}
+    assert [folder for folder in sorted(folders) if f"| `{folder}/` |" not in readme] == []
+
+
 def test_no_two_modules_import_each_other():
     graph = {module: imports_of(path) for module, path in MODULES.items()}
     done, path = set(), []
