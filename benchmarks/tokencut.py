@@ -2,10 +2,11 @@
 
 TokenCut (Wang et al., CVPR 2022): patches are the nodes of a graph, joined where the cosine similarity of their keys
 exceeds tau; the second smallest generalised eigenvector of the graph cuts it in two; the connected component that holds
-the strongest patch of its part is the object. Training images only, as tau is chosen here.
+the strongest patch of its part is the object. DINOv2's keys share a large common part, which joins everything at any
+tau: the rows "centred keys" subtract each image's mean key first. Training images only, as tau is chosen here.
 
     python benchmarks/tokencut.py                                        # ToyBirds, built-in localizer
-    python benchmarks/tokencut.py dino.weights=random dino.model=vit_tiny_patch16_224 dino.image_size=224
+    python benchmarks/tokencut.py preset=photos_dino dataset.name=cub dataset.root=FOLDER dino.weights=VIT.safetensors
 """
 
 import sys
@@ -26,7 +27,7 @@ from localized_crops.boxes import center_boxes
 from localizer.attention_maps import BatchImages, clean, map_to_box, plan_batches
 from localizer.networks import build_localizer
 
-IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6)
+IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
 def main(words: list[str]) -> None:
@@ -50,8 +51,9 @@ def main(words: list[str]) -> None:
         box = map_to_box(clean(attn[0].numpy(), config["dino"]), tuple(size.tolist()), config["dino"])
         found.setdefault("attention, component", []).append(box.xywh)
         flat = keys[0].permute(1, 2, 0, 3).flatten(2).numpy()  # (feat_h, feat_w, heads * head_dim)
-        for tau in TAUS:
-            found.setdefault(f"TokenCut, tau {tau}", []).append(tokencut_box(flat, size, tau))
+        for name, vectors in (("keys", flat), ("centred keys", flat - flat.mean((0, 1)))):
+            for tau in TAUS:
+                found.setdefault(f"TokenCut, {name}, tau {tau}", []).append(tokencut_box(vectors, size, tau))
     found["centred box"] = center_boxes(data.image_sizes[rows])
     for name, boxes in found.items():
         score = score_boxes(np.array(boxes), data.boxes[rows], np.ones(len(rows), bool))
