@@ -85,7 +85,7 @@ def _check_same(settings: dict, point: Point) -> None:
     saved = load_json(point.folder / "config.json")
     if not isinstance(saved, dict):
         raise UserError(f"{point.folder / 'config.json'}: holds no config; remove the folder or give another run_dir")
-    derived = {"THR"} if "maiou" in point.overrides else set()
+    derived = {"THR"} if settings["maiou"] is not None else set()
     for key in sorted((settings.keys() & saved.keys()) - FREE_KEYS - derived):  # later versions have further keys
         if not _agrees(settings[key], saved[key]):
             raise UserError(f"{point.folder}: holds a run with {key}={saved[key]}; give another run_dir")

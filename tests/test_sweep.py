@@ -92,6 +92,12 @@ def test_a_sweep_over_maiou(birds, tmp_path):
     sweep(birds, tmp_path, "sweep.parameter=maiou", "sweep.values=0.85,1.0")  # recognised, though THR was derived
 
 
+def test_a_sweep_whose_config_sets_maiou_is_recognised(birds, tmp_path):
+    for _ in range(2):  # the second finds each run's THR derived from the maIoU of the config
+        sweep(birds, tmp_path, "maiou=0.9", "sweep.parameter=flip", "sweep.values=0.0,0.5")
+    assert len(load_json(tmp_path / "sweep.json")["rows"]) == 2
+
+
 def test_a_sweep_over_another_key_is_judged_on_validation_images(birds, tmp_path, capsys):
     sweep(birds, tmp_path, "sweep.parameter=opt.lr", "sweep.values=1e-5,4e-3", "sweep.seeds=2")
     found, lines = load_json(tmp_path / "sweep.json"), (tmp_path / "sweep.md").read_text().splitlines()
