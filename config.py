@@ -3,6 +3,7 @@
 Edits, presets and the command line are checked alike, by the types and ranges in jobs/schema.py.
 """
 
+import sys
 from pathlib import Path
 
 from jobs import settings
@@ -410,7 +411,7 @@ def load_config(arguments: list[str], base: dict | None = None) -> dict | None:
     Raises:
         ConfigError: on an unknown key, a wrong type or a value that is not allowed.
     """
-    script = settings.script_name()
+    script = Path(sys.argv[0]).stem
     if {"-h", "--help"} & set(arguments):
         print(settings.help_text(Path(__file__), presets, script, everything="all" in arguments))
         return None

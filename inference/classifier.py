@@ -6,7 +6,6 @@ classifier = load_classifier("runs/photos_0/best.pt")
 predictions = classifier.predict(["a.jpg", "b.jpg"])  # each: path, classes, probabilities, box, error
 """
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from tqdm import tqdm
 import models
 from inference.photos import PhotoBatches, find_boxes
 from jobs.loader import build_loader
-from jobs.settings import DEFAULTS
+from jobs.settings import DEFAULTS, nested
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localizer.networks import Localizer, configured_localizer
@@ -238,7 +237,7 @@ def training_defaults(path: Path | str) -> dict[str, Any]:
     The section ``dino`` is that of the boxes that the training evaluated on, where it knows it. Keys that the training
     did not know yet stay as they are.
     """
-    merged, content = copy.deepcopy(DEFAULTS), load_checkpoint(path)
+    merged, content = nested(DEFAULTS), load_checkpoint(path)
     saved = content["config"]
     if isinstance(content.get("localizer"), dict):
         saved = saved | {"dino": content["localizer"]["dino"]}

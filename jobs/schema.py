@@ -1,320 +1,245 @@
 """What each key of config.py may hold: type, allowed values, range, and the default with which it is shipped.
 
 A person edits config.py alone; edits, presets and the command line are checked against this file. To add a key, write
-one line with its comment into the dict in config.py and one line here, with the same default (a test compares them):
-
-    num_epochs: Count = 40                          # a type of those below
-    flip: Share = 0.5
-    find_duplicates: bool = False
-    cache: Literal["none", "disk"] = "none"         # one of several words
-    maiou: float | None = Field(None, ge=0.5, le=1)  # may be None; a range of its own
-    values: Many[float] = [0.0, 1.0]                # a list
-
-A new section is a class with a line in `Config`; a rule between keys goes into `check_together`. ``READ_BY`` lists the
-keys at the top level of the dict that each script reads.
+one line with its comment into the dict in config.py and one line here, with the same default (a test compares them). A
+rule between keys goes into `check_together`. ``READ_BY`` lists the keys at the top level of the dict that each script
+reads.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 LARGEST = 2**53  # beyond it a float, which some whole numbers become, no longer holds every whole number
+DATA_SETS = (
+    "toybirds",
+    "folder",
+    "csv",
+    "cub",
+    "FGVCAircraft",
+    "StanfordCars",
+    "OxfordIIITPet",
+    "Flowers102",
+    "Food101",
+)
 Element = TypeVar("Element")
 
-Text = Annotated[str, Field(min_length=1)]
-Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 3 is "3"
-Natural = Annotated[int, Field(ge=0, le=LARGEST)]
-Count = Annotated[int, Field(ge=1, le=LARGEST)]
-Side = Annotated[int, Field(ge=1, le=4096)]  # pixels
-Share = Annotated[float, Field(ge=0, le=1)]
-Many = Annotated[list[Element], Field(strict=False)]  # a tuple will do
+
+def between(kind: type, least: float | None = None, most: float | None = None) -> Any:
+    """Return the type of a number within a range, ends included."""
+    return Annotated[kind, Field(ge=least, le=most)]
 
 
-def _ordered(pair: list[float]) -> list[float]:
+def above_zero(most: float) -> Any:
+    """Return the type of a float from 0, itself excluded, to ``most``."""
+    return Annotated[float, Field(gt=0, le=most)]
+
+
+def _check_order(pair: list[float]) -> list[float]:
     if len(pair) != 2 or pair[0] > pair[1]:
         raise ValueError("must be two numbers, the lower one first")
     return pair
 
 
-THREE = Field(strict=False, min_length=3, max_length=3)  # red, green, blue
-Colour, Deviation = Annotated[list[float], THREE], Annotated[list[Annotated[float, Field(ge=1e-6)]], THREE]
+Text = Annotated[str, Field(min_length=1)]
+Name = Annotated[Text, BeforeValidator(lambda name: str(name) if type(name) is int else name)]  # 3 is "3"
+Natural = between(int, 0, LARGEST)
+Count = between(int, 1, LARGEST)
+Side = between(int, 1, 4096)  # pixels
+Share = between(float, 0, 1)
+Many = Annotated[list[Element], Field(strict=False)]  # a tuple will do
+Ordered = AfterValidator(_check_order)
+Three = Field(min_length=3, max_length=3)  # red, green, blue
 
-
-class Section(BaseModel):
-    """Strict: "False" is no bool, "0.5" no number; but an int is a float, and a tuple a list."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Sweep(Section):
-    parameter: Text = "THR"
-    values: Many[Any] = [-1.0, 0.0, 0.2, 0.5, 0.8, 1.0]
-    seeds: Count = 1
-    resume: bool = False
-    count: Count = 100
-    id: Text | None = None
-    project: Text = "localized-crops"
-
-
-class Reproduce(Section):
-    table: Text = "toybirds_crops"
-    seeds: Count = 5
-
-
-class Visualize(Section):
-    what: Literal["crops", "boxes", "curves", "accuracy"] = "crops"
-    out: Text | None = None
-    ids: Many[Name] = []
-    split: Literal["train", "val", "test"] = "test"
-    images: int = Field(6, ge=1, le=64)
-    crops: int = Field(2, ge=1, le=8)
-    runs: Many[Text] = []
-
-
-class Dataset(Section):
-    name: Literal[
-        *("toybirds", "folder", "csv", "cub", "FGVCAircraft", "StanfordCars", "OxfordIIITPet", "Flowers102", "Food101")
-    ] = "toybirds"
-    root: Text | None = None
-    table: Text | None = None
-    download: bool = False
-    check: bool = False
-    split: Literal["official", "70/30"] = "official"
-    val_fraction: float = Field(0.3333, ge=0, le=0.9)
-    test_fraction: float = Field(0.2, ge=0, le=0.9)
-    split_seed: Natural = 0
-
-
-class Boxes(Section):
-    several: Literal["largest", "union", "random"] = "largest"
-    allow_missing: Share = 0.0
-
-
-class Crop(Section):
-    mode: Literal["exact", "reference"] = "exact"
-    scale: Annotated[Many[Annotated[float, Field(ge=1e-6, le=1)]], AfterValidator(_ordered)] = [0.08, 1.0]
-    ratio: Annotated[Many[Annotated[float, Field(ge=1e-3, le=1e3)]], AfterValidator(_ordered)] = [0.75, 4 / 3]
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    temperature: float = Field(0.1, ge=1e-4, le=1e6)
-
-
-class Dino(Section):
-    model: Text | None = None
-    weights: Text | None = None
-    image_size: Side | None = None
-    autocontrast: bool = False
-    batch_size: Count = 32
-    heads: Name = "mean"
-    steps: Many[Text] = ["heads", "min_max"]
-    filter_size: Side | None = None
-    method: Literal["component", "published", "object_head"] = "component"
-    threshold: Share = 0.3
-    otsu: bool = False
-    upsample: int = Field(4, ge=1, le=64)
-    choose: Literal["heaviest", "strongest"] = "heaviest"
-    size_factor: float = Field(1.0, ge=0.01, le=100)
-    object_model: Text = "tf_efficientnet_lite0"
-    object_weights: Text = "hub"
-    object_image_size: Side = 384
-    object_rounds: int = Field(4, ge=0, le=100)
-    object_images: Count = 1000
-    again: bool = False
-
-
-class Mask(Section):
-    engine: Literal["segments", "sam", "official"] = "segments"
-    prompt: Literal["automatic", "dino"] = "automatic"
-    folder: Text | None = None
-    store: Literal["bool", "packed", "none"] = "bool"
-    image_batch: Count = 4
-
-
-class Sam(Section):
-    model: Literal["vit_b", "vit_l", "vit_h"] = "vit_h"
-    checkpoint: Text | None = None
-    compile_encoder: bool = False
-    points_per_side: int = Field(32, ge=1, le=1024)
-    points_per_batch: Count = 64
-    pred_iou_thresh: float = 0.88
-    stability_score_thresh: Share = 0.95
-    stability_score_offset: float = Field(1.0, ge=0, le=1e3)
-    box_nms_thresh: Share = 0.7
-    crop_n_layers: int = Field(0, ge=0, le=8)
-    crop_nms_thresh: Share = 0.7
-    crop_overlap_ratio: Share = 512 / 1500
-    crop_n_points_downscale_factor: int = Field(1, ge=1, le=64)
-    min_mask_region_area: Natural = 0
-    prompt_box: bool = True
-    prompt_points: int = Field(3, ge=0, le=1000)
-    prompt_background: int = Field(3, ge=0, le=1000)
-
-
-class Bbox(Section):
-    classifier: Text | None = None
-    score: Literal["logit", "ncm", "label_free"] = "logit"
-    folders: Literal["first", "all"] = "first"
-    padding: float = Field(0.1, ge=0, le=10)
-    image_size: Side | None = None
-    batch_size: Count = 64
-    again: bool = False
-
-
-class Evaluate(Section):
-    split: Literal["train", "val", "test"] = "test"
-    out: Text | None = None
-
-
-class Predict(Section):
-    top_k: Count = 5
-    sheet: Text | None = None
-    sheet_images: int = Field(24, ge=1, le=240)
-
-
-class SelfDistillation(Section):
-    every: Natural = 0
-    start: Natural = 5
-
-
-class Eval(Section):
-    views: Annotated[Many[Text], Field(min_length=1)] = ["full", "center"]
-    size: Side | None = None
-    crop_pct: float | None = Field(0.875, ge=0.05, le=1)
-    interpolation: Literal["bilinear", "bicubic"] | None = "bilinear"
-    box_margin: float = Field(0.1, ge=0, le=10)
-    batch_size: Count = 64
-
-
-class Model(Section):
-    type: Text = "toyresnet"
-    n_classes: int | None = Field(None, ge=2, le=10_000_000)  # of more the head alone would fill the memory
-    weights: Text | None = None
-    resumed_model: Text | None = None
-    resumed_ema: bool | None = None
-    mean: Colour | None = None
-    std: Deviation | None = None
-    drop_path: float = Field(0.0, ge=0, le=0.9)
-    head_start: Literal["random", "probe"] = "random"
-    freeze_backbone: bool = False
-    freeze_layers: Natural = 0
-    train_cls: bool = False
-    freeze_bn_from: Natural | None = None
-    ema_step: Count = 1
-    sync_bn: bool = False
-
-
-class Opt(Section):
-    type: Literal["sgd", "adam", "adamw"] = "adamw"
-    lr: float = Field(4e-3, gt=0, le=1e3)
-    target_lr: float = Field(1e-5, gt=0, le=1e3)
-    head_lr: float = Field(1.0, gt=0, le=1e6)
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    momentum: Share = 0.9
-    weight_decay: float = Field(0.05, ge=0, le=1e3)
-    accumulate: Count = 1
-    clip: float | None = Field(None, ge=1e-6)
-    scheduler: Literal["cosine", "step"] = "cosine"
-    warmup_epochs: Natural = 2
-    step_size: Count = 10
-    gamma: Share | None = None
-
-
-class Other(Section):
-    label_smoothing: float = Field(0.1, ge=0, le=0.99)
-    ema_decay: Share = 0.97
-
-
-class Config(Section):
-    """The whole dict of config.py."""
-
-    preset: Text | None = None
-    init_from: Text | None = None
-    run_dir: Text | None = None
-    resume: bool = False
-    save: bool = True
-    log_interval: Count = 5
-    wandb: bool = False
-    A_machine: Text | None = None
-    sweeprun: bool = False
-    sweep: Sweep = Sweep()
-    reproduce: Reproduce = Reproduce()
-    visualize: Visualize = Visualize()
-    dataset: Dataset = Dataset()
-    find_duplicates: bool = False
-    cache: Literal["none", "disk"] = "none"
-    cache_side: Count | None = None
-    cache_folder: Text | None = None
-    source: Text = "gt"
-    boxes: Boxes = Boxes()
-    use_box: bool = True
-    use_dino_maps: bool = False
-    dino_maps: Text | None = None
-    THR: float = Field(1.0, le=1)
-    maiou: float | None = Field(None, ge=0.5, le=1)
-    crop: Crop = Crop()
-    out: Text | None = None
-    dino: Dino = Dino()
-    mask: Mask = Mask()
-    sam: Sam = Sam()
-    masks: Text | None = None
-    bbox: Bbox = Bbox()
-    self_distillation: SelfDistillation = SelfDistillation()
-    augment: bool = False
-    augment_p: Share = 1.0
-    augment_strength: Share = 1.0
-    use_augment_mix: bool = False
-    flip: Share = 0.5
-    eval: Eval = Eval()
-    eval_box: Text | None = None
-    model: Model = Model()
-    patch_size: Side = 14
-    num_epochs: Count = 40
-    patience: Count | None = None
-    batch_size: Count = 16
-    image_size: Side = 64
-    opt: Opt = Opt()
-    other: Other = Other()
-    checkpoint: Many[Text] = []
-    evaluate: Evaluate = Evaluate()
-    export: Text | None = None
-    images: Text | None = None
-    predict: Predict = Predict()
-    seed: int | None = Field(0, ge=0, lt=2**32)
-    deterministic: bool = True
-    device: Text | None = None
-    amp: Literal["none", "bf16", "fp16"] = "bf16"
-    compile: bool = False
-    num_workers: int | None = Field(None, ge=0, le=1024)
-    num_threads: int | None = Field(1, ge=1, le=1024)
+# Dotted key -> its type and its default. Types are strict: "False" is no bool, "0.5" no number; but an int is a float.
+SCHEMA: dict[str, tuple[Any, Any]] = {
+    "preset": (Text | None, None),
+    "init_from": (Text | None, None),
+    "run_dir": (Text | None, None),
+    "resume": (bool, False),
+    "save": (bool, True),
+    "log_interval": (Count, 5),
+    "wandb": (bool, False),
+    "A_machine": (Text | None, None),
+    "sweeprun": (bool, False),
+    "sweep.parameter": (Text, "THR"),
+    "sweep.values": (Many[Any], [-1.0, 0.0, 0.2, 0.5, 0.8, 1.0]),
+    "sweep.seeds": (Count, 1),
+    "sweep.resume": (bool, False),
+    "sweep.count": (Count, 100),
+    "sweep.id": (Text | None, None),
+    "sweep.project": (Text, "localized-crops"),
+    "reproduce.table": (Text, "toybirds_crops"),
+    "reproduce.seeds": (Count, 5),
+    "visualize.what": (Literal["crops", "boxes", "curves", "accuracy"], "crops"),
+    "visualize.out": (Text | None, None),
+    "visualize.ids": (Many[Name], []),
+    "visualize.split": (Literal["train", "val", "test"], "test"),
+    "visualize.images": (between(int, 1, 64), 6),
+    "visualize.crops": (between(int, 1, 8), 2),
+    "visualize.runs": (Many[Text], []),
+    "dataset.name": (Literal[DATA_SETS], "toybirds"),
+    "dataset.root": (Text | None, None),
+    "dataset.table": (Text | None, None),
+    "dataset.download": (bool, False),
+    "dataset.check": (bool, False),
+    "dataset.split": (Literal["official", "70/30"], "official"),
+    "dataset.val_fraction": (between(float, 0, 0.9), 0.3333),
+    "dataset.test_fraction": (between(float, 0, 0.9), 0.2),
+    "dataset.split_seed": (Natural, 0),
+    "find_duplicates": (bool, False),
+    "cache": (Literal["none", "disk"], "none"),
+    "cache_side": (Count | None, None),
+    "cache_folder": (Text | None, None),
+    "source": (Text, "gt"),
+    "boxes.several": (Literal["largest", "union", "random"], "largest"),
+    "boxes.allow_missing": (Share, 0.0),
+    "use_box": (bool, True),
+    "use_dino_maps": (bool, False),
+    "dino_maps": (Text | None, None),
+    "THR": (between(float, None, 1), 1.0),
+    "maiou": (between(float, 0.5, 1) | None, None),
+    "crop.mode": (Literal["exact", "reference"], "exact"),
+    "crop.scale": (Annotated[Many[between(float, 1e-6, 1)], Ordered], [0.08, 1.0]),
+    "crop.ratio": (Annotated[Many[between(float, 1e-3, 1e3)], Ordered], [0.75, 4 / 3]),
+    "crop.interpolation": (Literal["bilinear", "bicubic"], "bilinear"),
+    "crop.temperature": (between(float, 1e-4, 1e6), 0.1),
+    "out": (Text | None, None),
+    "dino.model": (Text | None, None),
+    "dino.weights": (Text | None, None),
+    "dino.image_size": (Side | None, None),
+    "dino.autocontrast": (bool, False),
+    "dino.batch_size": (Count, 32),
+    "dino.heads": (Name, "mean"),
+    "dino.steps": (Many[Text], ["heads", "min_max"]),
+    "dino.filter_size": (Side | None, None),
+    "dino.method": (Literal["component", "published", "object_head"], "component"),
+    "dino.threshold": (Share, 0.3),
+    "dino.otsu": (bool, False),
+    "dino.upsample": (between(int, 1, 64), 4),
+    "dino.choose": (Literal["heaviest", "strongest"], "heaviest"),
+    "dino.size_factor": (between(float, 0.01, 100), 1.0),
+    "dino.object_model": (Text, "tf_efficientnet_lite0"),
+    "dino.object_weights": (Text, "hub"),
+    "dino.object_image_size": (Side, 384),
+    "dino.object_rounds": (between(int, 0, 100), 4),
+    "dino.object_images": (Count, 1000),
+    "dino.again": (bool, False),
+    "mask.engine": (Literal["segments", "sam", "official"], "segments"),
+    "mask.prompt": (Literal["automatic", "dino"], "automatic"),
+    "mask.folder": (Text | None, None),
+    "mask.store": (Literal["bool", "packed", "none"], "bool"),
+    "mask.image_batch": (Count, 4),
+    "sam.model": (Literal["vit_b", "vit_l", "vit_h"], "vit_h"),
+    "sam.checkpoint": (Text | None, None),
+    "sam.compile_encoder": (bool, False),
+    "sam.points_per_side": (between(int, 1, 1024), 32),
+    "sam.points_per_batch": (Count, 64),
+    "sam.pred_iou_thresh": (float, 0.88),
+    "sam.stability_score_thresh": (Share, 0.95),
+    "sam.stability_score_offset": (between(float, 0, 1e3), 1.0),
+    "sam.box_nms_thresh": (Share, 0.7),
+    "sam.crop_n_layers": (between(int, 0, 8), 0),
+    "sam.crop_nms_thresh": (Share, 0.7),
+    "sam.crop_overlap_ratio": (Share, 512 / 1500),
+    "sam.crop_n_points_downscale_factor": (between(int, 1, 64), 1),
+    "sam.min_mask_region_area": (Natural, 0),
+    "sam.prompt_box": (bool, True),
+    "sam.prompt_points": (between(int, 0, 1000), 3),
+    "sam.prompt_background": (between(int, 0, 1000), 3),
+    "masks": (Text | None, None),
+    "bbox.classifier": (Text | None, None),
+    "bbox.score": (Literal["logit", "ncm", "label_free"], "logit"),
+    "bbox.folders": (Literal["first", "all"], "first"),
+    "bbox.padding": (between(float, 0, 10), 0.1),
+    "bbox.image_size": (Side | None, None),
+    "bbox.batch_size": (Count, 64),
+    "bbox.again": (bool, False),
+    "self_distillation.every": (Natural, 0),
+    "self_distillation.start": (Natural, 5),
+    "augment": (bool, False),
+    "augment_p": (Share, 1.0),
+    "augment_strength": (Share, 1.0),
+    "use_augment_mix": (bool, False),
+    "flip": (Share, 0.5),
+    "eval.views": (Annotated[Many[Text], Field(min_length=1)], ["full", "center"]),
+    "eval.size": (Side | None, None),
+    "eval.crop_pct": (between(float, 0.05, 1) | None, 0.875),
+    "eval.interpolation": (Literal["bilinear", "bicubic"] | None, "bilinear"),
+    "eval.box_margin": (between(float, 0, 10), 0.1),
+    "eval.batch_size": (Count, 64),
+    "eval_box": (Text | None, None),
+    "model.type": (Text, "toyresnet"),
+    "model.n_classes": (between(int, 2, 10_000_000) | None, None),  # of more the head alone would fill the memory
+    "model.weights": (Text | None, None),
+    "model.resumed_model": (Text | None, None),
+    "model.resumed_ema": (bool | None, None),
+    "model.mean": (Annotated[Many[float], Three] | None, None),
+    "model.std": (Annotated[Many[between(float, 1e-6)], Three] | None, None),
+    "model.drop_path": (between(float, 0, 0.9), 0.0),
+    "model.head_start": (Literal["random", "probe"], "random"),
+    "model.freeze_backbone": (bool, False),
+    "model.freeze_layers": (Natural, 0),
+    "model.train_cls": (bool, False),
+    "model.freeze_bn_from": (Natural | None, None),
+    "model.ema_step": (Count, 1),
+    "model.sync_bn": (bool, False),
+    "patch_size": (Side, 14),
+    "num_epochs": (Count, 40),
+    "patience": (Count | None, None),
+    "batch_size": (Count, 16),
+    "image_size": (Side, 64),
+    "opt.type": (Literal["sgd", "adam", "adamw"], "adamw"),
+    "opt.lr": (above_zero(1e3), 4e-3),
+    "opt.target_lr": (above_zero(1e3), 1e-5),
+    "opt.head_lr": (above_zero(1e6), 1.0),
+    "opt.layer_decay": (above_zero(1), 1.0),
+    "opt.momentum": (Share, 0.9),
+    "opt.weight_decay": (between(float, 0, 1e3), 0.05),
+    "opt.accumulate": (Count, 1),
+    "opt.clip": (between(float, 1e-6) | None, None),
+    "opt.scheduler": (Literal["cosine", "step"], "cosine"),
+    "opt.warmup_epochs": (Natural, 2),
+    "opt.step_size": (Count, 10),
+    "opt.gamma": (Share | None, None),
+    "other.label_smoothing": (between(float, 0, 0.99), 0.1),
+    "other.ema_decay": (Share, 0.97),
+    "checkpoint": (Many[Text], []),
+    "evaluate.split": (Literal["train", "val", "test"], "test"),
+    "evaluate.out": (Text | None, None),
+    "export": (Text | None, None),
+    "images": (Text | None, None),
+    "predict.top_k": (Count, 5),
+    "predict.sheet": (Text | None, None),
+    "predict.sheet_images": (between(int, 1, 240), 24),
+    "seed": (between(int, 0, 2**32 - 1) | None, 0),
+    "deterministic": (bool, True),
+    "device": (Text | None, None),
+    "amp": (Literal["none", "bf16", "fp16"], "bf16"),
+    "compile": (bool, False),
+    "num_workers": (between(int, 0, 1024) | None, None),
+    "num_threads": (between(int, 1, 1024) | None, 1),
+}
 
 
 def check_together(c: dict) -> str | None:
     """Return what one key demands of another and does not get, in one line; None if all is well."""
     opt, sweep, mask = c["opt"], c["sweep"], c["mask"]
-    faults = [
-        (
-            c["use_box"] and c["use_dino_maps"],
-            "use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false",
-        ),
-        (
-            mask["prompt"] == "dino" and (mask["engine"] != "sam" or c["dino_maps"] is None),
-            "mask.prompt=dino needs mask.engine=sam and dino_maps=FILE of generate_dino_boxes.py",
-        ),
-        (
-            c["self_distillation"]["every"] and not (c["use_dino_maps"] and c["dino_maps"] is None),
-            "self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none",
-        ),
-        (
-            opt["accumulate"] > c["batch_size"],
-            f"opt.accumulate={opt['accumulate']}: a batch has batch_size={c['batch_size']} images",
-        ),
-        (opt["target_lr"] > opt["lr"], f"opt.target_lr={opt['target_lr']} is above opt.lr={opt['lr']}: lower it"),
-        (sweep["resume"] and sweep["id"] is None, "sweep.resume=true needs sweep.id=ID, the sweep to go on with"),
-        (
-            c["sweeprun"] and not sweep["values"],
-            "sweep.values is empty: give the grid, such as sweep.values=0,0.5,1",
-        ),
-    ]
-    return next((message for is_fault, message in faults if is_fault), None)
+    if c["use_box"] and c["use_dino_maps"]:
+        return "use_box and use_dino_maps are both true: a crop follows one of them; set use_box=false"
+    if mask["prompt"] == "dino" and (mask["engine"] != "sam" or c["dino_maps"] is None):
+        return "mask.prompt=dino needs mask.engine=sam and dino_maps=FILE of generate_dino_boxes.py"
+    if c["self_distillation"]["every"] and not (c["use_dino_maps"] and c["dino_maps"] is None):
+        return "self_distillation.every makes the maps itself: set use_dino_maps=true and dino_maps=none"
+    if opt["accumulate"] > c["batch_size"]:
+        return f"opt.accumulate={opt['accumulate']}: a batch has batch_size={c['batch_size']} images"
+    if opt["target_lr"] > opt["lr"]:
+        return f"opt.target_lr={opt['target_lr']} is above opt.lr={opt['lr']}: lower it"
+    if sweep["resume"] and sweep["id"] is None:
+        return "sweep.resume=true needs sweep.id=ID, the sweep to go on with"
+    if c["sweeprun"] and not sweep["values"]:
+        return "sweep.values is empty: give the grid, such as sweep.values=0,0.5,1"
+    return None
 
 
 # None is replaced in these when a run begins; in a run that goes on None therefore means what it meant then.

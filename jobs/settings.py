@@ -1,6 +1,6 @@
 """How a run's settings come about: config.py as edited, presets, ``key=value`` words, all checked by jobs/schema.py."""
 
-import ast
+import contextlib
 import copy
 import difflib
 import functools
@@ -10,13 +10,13 @@ import platform
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs.schema import DERIVED, READ_BY, Config, check_together
+from jobs.schema import DERIVED, READ_BY, SCHEMA, check_together
 from jobs.torchrun import local_world_size
 from localized_crops.files import UserError
 
@@ -52,57 +52,50 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-DEFAULTS = Config().model_dump()
-KNOWN = leaves(DEFAULTS)
+def nested(flat: Mapping[str, Any]) -> dict:
+    """Return the config of dotted keys, the inverse of `leaves`, with values of its own."""
+    tree = {key.partition(".")[0]: {} for key in flat}
+    for key, value in flat.items():
+        set_key(tree, key, copy.deepcopy(value))
+    return tree
 
 
-def _check_known(key: str, presets: Iterable[str] = (), where: str = "") -> None:
-    if key not in KNOWN:
-        if near := _nearest(key, presets, cutoff=0.8):
-            hint = f"; did you mean preset={near}?"
-        else:
-            hint = f"; did you mean {near}?" if (near := _nearest(key, KNOWN)) else ""
-        raise ConfigError(f"{where}{key}: there is no such key{hint} (python train.py --help all lists all)")
+DEFAULTS = {key: default for key, (_, default) in SCHEMA.items()}
 
 
-def _nearest(word: str, names: Iterable[str], cutoff: float = 0.5) -> str | None:
-    """Return the name most like ``word``, whatever the case; for a section's name its first key."""
-    lower, word = {name.lower(): name for name in names}, word.lower()
-    sections = [name for name in lower if name.startswith(f"{word}.")][:1]
-    near = [word] if word in lower else sections or difflib.get_close_matches(word, lower, n=1, cutoff=cutoff)
-    ends = {name.rpartition(".")[2]: name for name in reversed(lower)}
-    near = near or [ends[end] for end in difflib.get_close_matches(word.rpartition(".")[2], ends, n=1, cutoff=cutoff)]
-    return lower[near[0]] if near else None
+def _check_known(key: str, presets: Iterable[str] = ()) -> None:
+    if key not in SCHEMA:
+        raise ConfigError(f"{key}: there is no such key{_hint(key, presets)} (python train.py --help all lists all)")
+
+
+def _hint(word: str, presets: Iterable[str] = ()) -> str:
+    """Return which key or preset a misspelt word may mean, by its whole name, its section or its last part."""
+    names = {key.rpartition(".")[2].lower(): key for key in reversed(SCHEMA)}
+    names |= {key.partition(".")[0].lower(): key for key in reversed(SCHEMA)}
+    names |= {key.lower(): key for key in SCHEMA} | {name.lower(): f"preset={name}" for name in presets}
+    near = [*difflib.get_close_matches(str(word).lower(), names, n=1, cutoff=0.5)]
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 # --- values -------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def value_type(key: str) -> Any:
-    """Return the type that jobs/schema.py gives a dotted key, with its range."""
-    *sections, name = key.split(".")
-    model = Config
-    for section in sections:
-        model = model.model_fields[section].annotation
-    return model.model_fields[name].rebuild_annotation()
-
-
-@functools.cache
 def _adapter(key: str) -> TypeAdapter:
-    return TypeAdapter(value_type(key), config={"strict": True, "allow_inf_nan": False})
+    return TypeAdapter(SCHEMA[key][0], config={"strict": True, "allow_inf_nan": False})
 
 
-def check_value(key: str, value: Any) -> None:
-    """Check the value of one dotted key by itself.
+def check_value(key: str, value: Any) -> Any:
+    """Return the value of one dotted key, checked by itself: an int becomes a float, a tuple a list where these belong.
 
     Raises:
-        ConfigError: if it has the wrong type or is not allowed.
+        ConfigError: if there is no such key, or the value has the wrong type or is not allowed.
     """
+    _check_known(key)
     try:
-        _adapter(key).validate_python(value)
+        return _adapter(key).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(_message(f"{key}={value!r}", error.errors()[0])) from None
+        raise ConfigError(_message(f"{key}={value!r}", error)) from None
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -112,34 +105,28 @@ def parse_value(key: str, text: str) -> Any:
         ConfigError: if there is no such key, or the value is not allowed.
     """
     _check_known(key)
-    kinds = _kinds(key)
+    schema = _adapter(key).json_schema()
+    kinds = {kind["type"] for kind in schema.get("anyOf", [schema])}
     if text in NONE_WORDS and "null" in kinds:
         return None
     if "boolean" in kinds and text.lower() not in ("true", "false"):
         raise ConfigError(f"{key}={text}: must be true or false")
     given = text
     if "array" in kinds:
-        nested = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
-        given = nested or [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+        pairs = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
+        given = pairs or [part.strip() for part in text.strip("[]").split(",") if part.strip()]
     try:
         return _adapter(key).validate_python(given, strict=False)
     except ValidationError as error:
-        raise ConfigError(_message(f"{key}={text}", error.errors()[0])) from None
+        raise ConfigError(_message(f"{key}={text}", error)) from None
 
 
-@functools.cache
-def _kinds(key: str) -> set[str]:
-    """Return the JSON types that a dotted key may have: "null" beside its own where it may be None."""
-    schema = _adapter(key).json_schema()
-    return {kind["type"] for kind in schema.get("anyOf", [schema])}
-
-
-def _message(given: str, error: Mapping[str, Any]) -> str:
-    """Return one line on a fault that pydantic found; ``error`` is its own account of it."""
-    rule = re.sub("(Input|List|String) should|Value error, must", "must", error["msg"]).split(", unable to")[0]
+def _message(given: str, error: ValidationError) -> str:
+    """Return one line on the first fault that pydantic found in a value."""
+    first = error.errors()[0]
+    rule = re.sub("(Input|List|String) should|Value error, must", "must", first["msg"]).split(", unable to")[0]
     rule = rule.replace("a valid integer", "a whole number").replace("after validation, ", "")
-    element = f"{error['input']!r} " if any(isinstance(part, int) for part in error["loc"]) else ""
-    return f"{given}: {element}{rule}"
+    return f"{given}: {first['input']!r} {rule}" if first["loc"] else f"{given}: {rule}"
 
 
 def word_of(key: str, value: Any) -> str:
@@ -152,34 +139,46 @@ def word_of(key: str, value: Any) -> str:
 # --- a whole config -----------------------------------------------------------------------------------------------
 
 
-def check_config(tree: Any, where: str = "", presets: Iterable[str] = (), *, together: bool = True) -> dict:
-    """Return a checked copy of a config: whole numbers for floats and tuples for lists are converted.
+def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
+    """Return the checked values of a config by their dotted keys.
 
     Args:
         tree: what should be a config with all keys.
-        where: goes before the message, such as "config.py: ".
         presets: names that a misspelt key may have meant.
-        together: check too what one key demands of another.
 
     Raises:
         ConfigError: on the first fault: an unknown key, a missing one, a value that is not allowed.
     """
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where}holds no config, a dict with all keys was expected")
+        raise ConfigError("holds no config, a dict with all keys was expected")
     flat = leaves(tree)
     for key in flat:
-        _check_known(key, presets, where)
-    for key in KNOWN.keys() - flat.keys():
-        raise ConfigError(f"{where}{key} is missing; its default is {KNOWN[key]!r}")
-    try:
-        checked = Config.model_validate(tree).model_dump()
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(part for part in first["loc"] if isinstance(part, str))
-        raise ConfigError(where + _message(f"{key}={flat.get(key)!r}", first)) from None
-    if together and (fault := check_together(checked)):
-        raise ConfigError(where + fault)
+        _check_known(key, presets)
+    for key in SCHEMA.keys() - flat.keys():
+        raise ConfigError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
+    return {key: check_value(key, value) for key, value in flat.items()}
+
+
+def check_config(tree: Any, where: str = "") -> dict:
+    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the message.
+
+    Raises:
+        ConfigError: on a fault of one key, or if one key demands of another what it does not get.
+    """
+    with _named(where):
+        checked = nested(check_leaves(tree))
+        if fault := check_together(checked):
+            raise ConfigError(fault)
     return checked
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Put ``where`` before the message of a ConfigError."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{where}{error}") from None
 
 
 def split_word(word: str) -> tuple[str, str]:
@@ -190,7 +189,7 @@ def split_word(word: str) -> tuple[str, str]:
     """
     key, equals, value = word.partition("=")
     if not equals or key.startswith("-"):
-        raise ConfigError(f"{word!r} is not understood: write key=value, without dashes (or --help)")
+        raise ConfigError(f"{word!r} is not understood: write key=value or preset=NAME, without dashes (or --help)")
     return key, value
 
 
@@ -218,32 +217,46 @@ def load(
     Raises:
         ConfigError: on an unknown key, a wrong type or a value that is not allowed.
     """
-    words = [_split_known(word, presets) for word in arguments]
-    file = check_config(edited, "config.py: ", presets, together=False)
-    resolved = copy.deepcopy(base or DEFAULTS)
+    words = list(map(split_word, arguments))
+    for key, _ in words:
+        _check_known(key, presets)
+    with _named("config.py: "):
+        edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
     given, asks = dict(words), {"resume", "init_from"}
-    if base is None or (any(file[key] for key in asks) and not asks & given.keys()):
-        if file["preset"] is not None and "preset" not in given:
-            _apply_preset(resolved, file["preset"], presets, "config.py: ")
-        for key in (key for key, value in leaves(file).items() if value != KNOWN[key]):
-            set_key(resolved, key, get_key(file, key))
+    values = DEFAULTS | leaves(base or {})
+    if base is None or (asks & edits.keys() and not asks & given.keys()):
+        if "preset" in edits and "preset" not in given:
+            with _named("config.py: "):
+                values |= _preset_values(edits["preset"], presets)
+        values |= edits
     for name in (name for key, name in words if key == "preset" and name not in NONE_WORDS):
-        _apply_preset(resolved, name, presets)
-    for key, text in words:
-        set_key(resolved, key, parse_value(key, text))
-    if base is not None and resolved["resume"]:
-        for key in (key for key in DERIVED if get_key(resolved, key) is None):
-            set_key(resolved, key, get_key(base, key))
-    resolved = check_config(resolved)
+        values |= _preset_values(name, presets)
+    values |= {key: parse_value(key, text) for key, text in words}
+    if base is not None and values["resume"]:
+        values |= {key: get_key(base, key) for key in DERIVED if values[key] is None}
+    resolved = check_config(nested(values))
     if resolved["sweeprun"]:
         resolved["sweep"]["values"] = _sweep_values(resolved)
     return _fill_in(resolved, machine_workers or {})
 
 
+def _preset_values(name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the checked values of a preset by their dotted keys."""
+    if name not in presets:
+        raise ConfigError(
+            f"preset={name}: there is no such preset{_hint(name, presets)}; there are {', '.join(presets)}"
+        )
+    with _named(f"config.py, preset {name}: "):
+        if not isinstance(presets[name], dict):
+            raise ConfigError("must be a dict from dotted keys to values")
+        return {key: check_value(key, value) for key, value in presets[name].items()} | {"preset": name}
+
+
 def _sweep_values(config: dict) -> list:
     """Return the values of the sweep as values of its key, each once; every training's config must be valid."""
     key, values = config["sweep"]["parameter"], []
-    _check_known(key, where="sweep.parameter=")
+    with _named("sweep.parameter="):
+        _check_known(key)
     if key in NOT_SWEPT or key.split(".")[0] in NOT_SWEPT or not is_read_by("train", key):
         raise ConfigError(f"sweep.parameter={key}: no training's result depends on it (seeds: sweep.seeds)")
     for value in config["sweep"]["values"]:
@@ -252,32 +265,6 @@ def _sweep_values(config: dict) -> list:
         value = get_key(check_config(point, "sweep.values: "), key)
         values += [value] if value not in values else []
     return values
-
-
-def _split_known(word: str, presets: Iterable[str]) -> tuple[str, str]:
-    if "=" not in word and (near := _nearest(word, presets, cutoff=0.8)):
-        raise ConfigError(f"{word!r} is not understood: did you mean preset={near}?")
-    key, value = split_word(word)
-    _check_known(key, presets)
-    return key, value
-
-
-def _apply_preset(resolved: dict, name: str, presets: dict[str, dict[str, Any]], where: str = "") -> None:
-    """Lay a preset's values over ``resolved``."""
-    if name not in presets:
-        near = _nearest(name, presets)
-        hint = f"did you mean {near}? There are " if near else "there are "
-        raise ConfigError(f"{where}preset={name}: there is no such preset; {hint}{', '.join(presets)}")
-    preset = presets[name]
-    if not isinstance(preset, dict) or not all(isinstance(key, str) for key in preset):
-        raise ConfigError(f"config.py, preset {name}: must be a dict from dotted keys to values")
-    with_preset = copy.deepcopy(DEFAULTS)
-    for key, value in preset.items():
-        _check_known(key, where=f"config.py, preset {name}: ")
-        set_key(with_preset, key, value)
-    checked = check_config(with_preset, f"config.py, preset {name}: ", together=False)
-    for key in (*preset, "preset"):
-        set_key(resolved, key, name if key == "preset" else copy.deepcopy(get_key(checked, key)))
 
 
 def _fill_in(config: dict, machine_workers: Mapping[str, int]) -> dict:
@@ -302,19 +289,12 @@ def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
         ConfigError: if ``machine_workers`` says something else than a number of processes.
     """
     whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
-    try:
+    with _named(f"config.py, MACHINE_WORKERS of {machine}: "):
         check_value("num_workers", whole)
-    except ConfigError as error:
-        raise ConfigError(f"config.py, MACHINE_WORKERS of {machine}: {error}") from None
     return whole // local_world_size()
 
 
 # --- help and warnings --------------------------------------------------------------------------------------------
-
-
-def script_name() -> str:
-    """Return the name of the script that runs, without its suffix."""
-    return Path(sys.argv[0]).stem
 
 
 def is_read_by(script: str, key: str) -> bool:
@@ -322,28 +302,26 @@ def is_read_by(script: str, key: str) -> bool:
     return script not in READ_BY or key.split(".")[0] in ("preset", "dataset", *READ_BY[script].split())
 
 
-def warnings_of(arguments: list[str], config: dict, script: str) -> list[str]:
-    """Return a line for each word of the command line that the script does not use, and for toys on real data."""
+def print_warnings(arguments: list[str], config: dict, script: str) -> None:
+    """Print to stderr, once under torchrun, which words of the command line the script does not use.
+
+    Also that toys are trained on real data.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     given = [split_word(word)[0] for word in arguments]
-    lines = []
     for key in (key for key in given if not is_read_by(script, key)):
         parts = set(key.split("."))
-        near = [one for one in KNOWN if is_read_by(script, one) and parts & set(one.split("."))]
+        near = [other for other in SCHEMA if is_read_by(script, other) and parts & set(other.split("."))]
         others = ", ".join(f"{other}.py" for other in READ_BY if is_read_by(other, key))
-        lines.append(f"{key}: {script}.py does not use it; " + (f"did you mean {near[0]}?" if near else f"{others} do"))
+        remedy = f"did you mean {near[0]}?" if near else f"{others} do"
+        print(f"warning: {key}: {script}.py does not use it; {remedy}", file=sys.stderr)
     if script == "train" and config["dataset"]["name"] != "toybirds":
         toys = {"model.type": "toyresnet", "image_size": 64}
         small = [f"{key}={toy}" for key, toy in toys.items() if get_key(config, key) == toy and key not in given]
         if small:
-            lines.append(f"{' and '.join(small)}: made for ToyBirds; for photographs see preset=finetune")
-    return lines
-
-
-def print_warnings(arguments: list[str], config: dict, script: str) -> None:
-    """Print what `warnings_of` finds to stderr, once under torchrun."""
-    if os.environ.get("RANK", "0") == "0":
-        for line in warnings_of(arguments, config, script):
-            print(f"warning: {line}", file=sys.stderr)
+            print(f"warning: {' and '.join(small)}: made for ToyBirds; for photographs see preset=finetune",
+                  file=sys.stderr)  # fmt: skip
 
 
 def help_text(path: Path, presets: Iterable[str], script: str, *, everything: bool) -> str:
@@ -352,27 +330,20 @@ def help_text(path: Path, presets: Iterable[str], script: str, *, everything: bo
     Args:
         path: config.py.
         presets: the names of its presets.
-        script: print the keys that it reads.
+        script: print the keys that it reads, under their headings.
         everything: print the others too.
     """
-    source = path.read_text(encoding="utf-8")
-    literal = next(
-        node.value
-        for node in ast.parse(source).body
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "config"
-    )
-    lines, keys = source.splitlines(), [key.value for key in literal.keys]
-    starts = [key.lineno - 1 for key in literal.keys] + [literal.end_lineno - 1]
-    shown, headings = [], _headings(lines[literal.lineno : starts[0]])
-    for key, start, end in zip(keys, starts, starts[1:], strict=False):
-        if everything or is_read_by(script, key):
-            shown += headings + [line for line in lines[start:end] if line not in _headings(lines[start:end])]
-            headings = []
-        headings = _headings(lines[start:end]) or headings
+    lines = path.read_text(encoding="utf-8").splitlines()
+    shown, heading, is_shown = [], [], everything
+    for line in lines[lines.index("config = {") + 1 : lines.index("}")]:
+        if line.startswith("    # ---"):
+            heading, is_shown = [line], everything
+            continue
+        if found := re.match(r'    "(\w+)":', line):
+            is_shown = everything or is_read_by(script, found[1])
+        if is_shown:
+            shown += [*heading, line]
+            heading = []
     usage = f"python {script}.py [preset=NAME] [key=value ...]    (nested keys with dots: dataset.root=PHOTOS)"
     rest = [] if everything else ["", "the keys that other scripts read: --help all"]
     return "\n".join([usage, f"presets: {', '.join(presets)}", "", *shown, *rest])
-
-
-def _headings(lines: list[str]) -> list[str]:
-    return [line for line in lines if line.lstrip().startswith("# ---")]

@@ -29,7 +29,7 @@ def edit(monkeypatch):
 
 
 def test_the_dict_as_shipped_holds_the_keys_and_defaults_of_the_schema():
-    assert leaves(config.config) == settings.KNOWN
+    assert leaves(config.config) == settings.DEFAULTS
     assert check_config(config.config) == config.config
 
 
@@ -69,7 +69,7 @@ def test_values_have_the_type_of_the_schema():
         ("model=resnet50", "model.type?"),
         ("model.typ=x", "model.type?"),
         ("CUB_DINO=true", "preset=cub_dino?"),
-        ("cub_dino", "preset=cub_dino?"),
+        ("cub_dino", "preset=NAME"),
         ("preset=Cub_Dino", "cub_dino?"),
         ("num_epochs=1.5", "num_epochs=1.5"),
         ("num_epochs=0", "num_epochs=0"),

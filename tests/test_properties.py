@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 import config
 from config import load_config
 from dino_transform import MapCrops
+from jobs.schema import SCHEMA
 from jobs.settings import (
     ConfigError,
     check_config,
@@ -24,7 +25,6 @@ from jobs.settings import (
     leaves,
     parse_value,
     split_word,
-    value_type,
     word_of,
 )
 from localized_crops.box_file import load_boxes, save_boxes
@@ -64,7 +64,7 @@ WORDS = st.text("abcXYZ012_./-@", min_size=1, max_size=12).filter(lambda text: t
 
 def values(key: str) -> st.SearchStrategy:
     """Return a strategy for values, other than None, that one key takes by itself."""
-    kind = TypeAdapter(value_type(key)).json_schema()
+    kind = TypeAdapter(SCHEMA[key][0]).json_schema()
     kind = next((one for one in kind.get("anyOf", []) if one["type"] != "null"), kind)
     if kind["type"] != "array":
         return scalars(kind)
