@@ -72,7 +72,7 @@ def main(request: dict) -> None:
             return
         run_grid(shared, table_points(table, seeds, folder), train_run)
         blocks = write_report(table, name, seeds, folder, read_dataset(**shared["dataset"]))
-        numbers = {budget: {row: numbers_of(cells) for row, cells in found.items()} for budget, found in blocks.items()}
+        numbers = {budget: {row: numbers_of(runs) for row, runs in rows.items()} for budget, rows in blocks.items()}
         if numbers:
             save_json(folder / f"{name}.json", numbers)
 

@@ -12,7 +12,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -238,6 +238,12 @@ def save_log(path: Path | str, records: list[dict]) -> None:
     with whole_file(path, new_folder=False) as scratch:
         lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
         scratch.write_text("".join(lines), encoding="utf-8")
+
+
+def markdown_table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
+    """Return a table in Markdown."""
+    above, *below = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows))
+    return "\n".join([above, "|---" * len(heads) + "|", *below])
 
 
 def cpu_name() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import read_dataset
 from experiments.grid import Point, Train, point_config, run_grid, run_point
-from experiments.table_report import Row, best_by_validation, table_points, write_report
+from experiments.table_report import best_by_validation, table_points, write_report
 from experiments.tables import Table
 from jobs.guard import same_command, with_resume_hint
 from localized_crops.files import UserError, remove_scratch, save_json
@@ -36,18 +36,15 @@ def run_sweep(config: dict, train: Train) -> None:
 
 
 def sweep_table(config: dict) -> Table:
-    """Return the sweep as a table: each value once; plain crops, or else all values, are the controls."""
+    """Return the sweep as a table: plain crops, or else all values, are the controls."""
     key, rows, folders = config["sweep"]["parameter"], {}, {}
     for value in config["sweep"]["values"]:
-        if any(value == overrides[key] for overrides in rows.values()):
-            continue
         plain = key == "THR" and value < 0
         row = f"RandomResizedCrop (THR={value_text(value)})" if plain else f"{key}={value_text(value)}"
         rows[row], folders[row] = {key: value}, folder_name(key, value)
     controls = [row for row in rows if row.startswith("RandomResizedCrop")] or list(rows)
-    oracles = ("box", "average") if config["eval_box"] == "gt" else ()
     title = f"Sweep over {key}: {config['dataset']['name']}, {config['num_epochs']} epochs"
-    return Table(title, "", rows, tuple(controls), oracles=oracles, folders=folders)
+    return Table(title, rows, controls=tuple(controls), common={"eval_box": config["eval_box"]}, folders=folders)
 
 
 def value_text(value: Any) -> str:
@@ -75,18 +72,16 @@ def write_summary(config: dict, table: Table, seeds: range, folder: Path) -> Non
     blocks = write_report(table, "sweep", seeds, folder, data, against=None if key in CROP_KEYS else key)
     rows = blocks[""]
     best = best_by_validation(rows, rows)
-    records = [record | {"value": table.rows[row][key]} for row, cells in rows.items() for record in records_of(cells)]
+    records = [
+        {"seed": run.seed, "THR": run.thr, "maiou": run.maiou, "validation": run.validation}
+        | {"top1": float(next(iter(run.correct.values())).mean()), "value": table.rows[row][key]}
+        for row, runs in rows.items()
+        for run in runs
+    ]
     save_json(folder / "sweep.json", {"parameter": key, "best": table.rows[best][key], "rows": records})
     validated = "validation images" if len(data.rows("val")) else "the test images, as published: choose nothing by it"
     done = f"{len(records)} of {len(table.rows) * len(seeds)} trainings are done"
     print(f"{done}; best on {validated}: {best}")
-
-
-def records_of(cells: Row) -> list[dict[str, Any]]:
-    """Return a record for each training of a row; top1 is that of the first view."""
-    top1 = next(iter(cells.correct.values())).mean(1).tolist()
-    columns = zip(cells.seeds, cells.thr, cells.maiou, cells.validation, top1, strict=True)
-    return [dict(zip(("seed", "THR", "maiou", "validation", "top1"), values, strict=True)) for values in columns]
 
 
 # --- wandb --------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The report of a table: from its run folders to Markdown and a picture, with means and paired tests."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,27 +10,28 @@ import numpy as np
 from experiments.grid import Point, crop_family, load_summary
 from experiments.paired_tests import Comparison, compare
 from experiments.tables import Table
-from figures.plots import accuracy_figure, save_figure
+from figures.plots import MAIOU, accuracy_figure, save_figure
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import load_json, save_text, user_errors
 from localized_crops.image_ids import key_to_id
 from readers.data_set import DataSet
-from utils import UNREADABLE, environment
-
-THIRDS = ("smallest", "middle", "largest")
+from utils import UNREADABLE, environment, markdown_table
 
 
-class Row(NamedTuple):
-    """The finished trainings of one row."""
+class Run(NamedTuple):
+    """One finished training."""
 
-    seeds: list[int]
-    thr: list[float]
-    maiou: list[float]
-    validation: list[float]  # best top-1 on the validation images
-    without_ema: list[float]  # test top-1 of the model itself, first view
-    correct: dict[str, np.ndarray]  # view -> (seeds, images) bool: the EMA's correct answers on the test images
+    seed: int
+    thr: float
+    maiou: float
+    validation: float  # best top-1 on the validation images
+    without_ema: float  # test top-1 of the model itself, first view
+    correct: dict[str, np.ndarray]  # view -> (images,) bool: the EMA's correct answers on the test images
     family: str  # kind of crop
     ids: list  # of the test images
+
+
+Rows = dict[str, list[Run]]  # name of a row -> its finished trainings
 
 
 def table_points(table: Table, seeds: range, folder: Path) -> list[Point]:
@@ -58,7 +59,7 @@ def place_of(table: Table, budget: str, row: str, seed: int) -> str:
 
 def write_report(
     table: Table, name: str, seeds: range, folder: Path, data: DataSet, against: str | None = None
-) -> dict[str, dict[str, Row]]:
+) -> dict[str, Rows]:
     """Write NAME.md and NAME.png of the trainings that are done; return their rows by budget.
 
     Args:
@@ -71,171 +72,174 @@ def write_report(
     """
     blocks = {}
     for budget in table.budgets:
-        found = {row: load_row(table, budget, row, seeds, folder) for row in table.rows}
-        blocks[budget] = {row: cells for row, cells in found.items() if cells.seeds}
-    blocks = {budget: found for budget, found in blocks.items() if found}
+        rows = {row: load_runs(table, budget, row, seeds, folder) for row in table.rows}
+        if done := {row: runs for row, runs in rows.items() if runs}:
+            blocks[budget] = done
     if not blocks:
         return blocks
     parts = [f"### {table.title}", ""]
-    for budget, found in blocks.items():
-        parts += [block_text(table, budget, found), *views_text(table, found), *thirds_text(table, found, data)]
+    for budget, rows in blocks.items():
+        parts += [block_text(table, budget, rows), *views_text(table, rows), *thirds_text(table, rows, data)]
     text = "\n".join([*parts, machine_line()])
     save_text(folder / f"{name}.md", text + "\n")
-    if against is None:
-        figure = accuracy_figure(points_of(blocks), table.title)
-    else:
-        ticks = [str(overrides[against]) for overrides in table.rows.values()]
-        figure = accuracy_figure(points_of(blocks, list(table.rows)), table.title, against, ticks)
-    save_figure(figure, folder / f"{name}.png")
+    order = None if against is None else list(table.rows)
+    ticks = order and [str(table.rows[row][against]) for row in order]
+    save_figure(accuracy_figure(points_of(blocks, order), table.title, against or MAIOU, ticks), folder / f"{name}.png")
     print(f"\n{text}\n\nwritten to {folder / name}.md and .png")
     return blocks
 
 
-def load_row(table: Table, budget: str, row: str, seeds: range, folder: Path) -> Row:
+def load_runs(table: Table, budget: str, row: str, seeds: range, folder: Path) -> list[Run]:
     """Read the finished trainings of one row."""
-    cells, correct = Row([], [], [], [], [], {}, "", []), {}
-    for seed in seeds:
-        place = folder / place_of(table, budget, row, seed)
-        if not (place / "summary.json").exists():
-            continue
-        summary = load_summary(place)
-        cells.seeds.append(seed)
-        cells.thr.append(summary["THR"])
-        cells.maiou.append(summary["maiou"])
-        cells.validation.append(summary["best_validation_top1"])
-        predictions = load_json(place / "predictions.json")
-        with user_errors(UNREADABLE, f"{place / 'predictions.json'}: not of a finished run, train it again: "):
-            cells.without_ema.append(np.mean([entry["model"] == entry["label"] for entry in predictions.values()]))
-            for view in summary["top1"]:
-                right = [entry["views"][view]["ema"] == entry["label"] for entry in predictions.values()]
-                correct.setdefault(view, []).append(right)
-        with user_errors(UNREADABLE, f"{place / 'config.json'}: not of a finished run, train it again: "):
-            family = crop_family(load_json(place / "config.json"))
-        cells = cells._replace(family=family, ids=list(map(key_to_id, predictions)))
-    return cells._replace(correct={view: np.array(right) for view, right in correct.items()})
+    places = {seed: folder / place_of(table, budget, row, seed) for seed in seeds}
+    return [load_run(place, seed) for seed, place in places.items() if (place / "summary.json").exists()]
+
+
+def load_run(folder: Path, seed: int) -> Run:
+    """Read the results of one finished training.
+
+    Raises:
+        UserError: if its files are not those of a finished training.
+    """
+    summary, predictions = load_summary(folder), load_json(folder / "predictions.json")
+    with user_errors(UNREADABLE, f"{folder}: holds no finished run, train it again: "):
+        answers = list(predictions.values())
+        correct = {
+            view: np.array([answer["views"][view]["ema"] == answer["label"] for answer in answers])
+            for view in summary["top1"]
+        }
+        without_ema = float(np.mean([answer["model"] == answer["label"] for answer in answers]))
+        numbers = summary["THR"], summary["maiou"], summary["best_validation_top1"], without_ema
+        family = crop_family(load_json(folder / "config.json"))
+        return Run(seed, *numbers, correct, family, list(map(key_to_id, predictions)))
 
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
 
-def best_by_validation(found: dict[str, Row], names: Iterable[str]) -> str | None:
+def best_by_validation(rows: Rows, names: Iterable[str]) -> str | None:
     """Return which of the rows of these names, as far as they are done, has the best mean validation accuracy."""
-    done = [row for row in names if row in found]
-    return max(done, key=lambda row: np.mean(found[row].validation), default=None)
+    done = [row for row in names if row in rows]
+    return max(done, key=lambda row: np.mean([run.validation for run in rows[row]]), default=None)
 
 
-def block_text(table: Table, budget: str, found: dict[str, Row]) -> str:
+def block_text(table: Table, budget: str, rows: Rows) -> str:
     """Return one budget's rows as Markdown."""
-    views = list(next(iter(found.values())).correct)
-    control, best = best_by_validation(found, table.controls), best_by_validation(found, found)
+    views = list(next(iter(rows.values()))[0].correct)
+    control, best = best_by_validation(rows, table.controls), best_by_validation(rows, rows)
     heads = ["crops", "maIoU", "validation"]
     heads += [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
     heads += [f"{views[0]}, without EMA", f"{views[0]}: against {control}", "detectable from", "seeds"]
     heads += ["published (quoted)"] * bool(table.published)
-    lines = [f"**{budget}**", ""] * bool(budget) + [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
-    for row, cells in found.items():
-        result = None if row == control else compared(cells, found.get(control), views[0])
-        validation = spread(np.array(cells.validation))
+    lines = []
+    for row, runs in rows.items():
+        result = None if row == control else compared(runs, rows.get(control, []), views[0])
+        validation = spread([run.validation for run in runs])
         line = [
             row,
-            f"{np.mean(cells.maiou):.3f}",
+            f"{np.mean([run.maiou for run in runs]):.3f}",
             f"**{validation}**" if row == best else validation,
-            *(spread(cells.correct[view].mean(1)) for view in views),
-            spread(np.array(cells.without_ema)),
+            *(spread(top1_of(runs, view)) for view in views),
+            spread([run.without_ema for run in runs]),
             difference_text(result),
             detectable_text(result),
-            str(len(cells.seeds)),
+            len(runs),
         ]
-        lines.append(f"| {' | '.join(line + [table.published.get(row, '')] * bool(table.published))} |")
-    return "\n".join([*lines, ""])
+        lines.append(line + [table.published.get(row, "")] * bool(table.published))
+    return f"**{budget}**\n\n" * bool(budget) + markdown_table(heads, lines) + "\n"
 
 
-def views_text(table: Table, found: dict[str, Row]) -> list[str]:
+def views_text(table: Table, rows: Rows) -> list[str]:
     """Return each row's further views beside the control's first view, as Markdown; nothing where there is one view.
 
     This is what crops and test view are worth together.
     """
-    control = best_by_validation(found, table.controls)
-    first, *others = next(iter(found.values())).correct
+    control = best_by_validation(rows, table.controls)
+    first, *others = next(iter(rows.values()))[0].correct
     others = [view for view in others if view not in table.oracles]
     if control is None or not others:
         return []
-    lines = [
-        f"Each view, difference to {control} in view {first}:",
-        "",
-        f"| crops | {' | '.join(f'view {view}' for view in others)} |",
-        "|" + "---|" * (1 + len(others)),
-    ]
-    for row, cells in found.items():
-        texts = []
-        for view in others:
-            result = compared(cells, found[control], view, against=first)
-            texts.append(f"{spread(cells.correct[view].mean(1))} {difference_text(result)}".strip())
-        lines.append(f"| {row} | {' | '.join(texts)} |")
-    return ["\n".join([*lines, ""])]
+    lines = []
+    for row, runs in rows.items():
+        results = [compared(runs, rows[control], view, against=first) for view in others]
+        pairs = zip(others, results, strict=True)
+        lines.append([row, *(top1_text(top1_of(runs, view), result) for view, result in pairs)])
+    heads = ["crops", *(f"view {view}" for view in others)]
+    return [f"Each view, difference to {control} in view {first}:\n", markdown_table(heads, lines) + "\n"]
 
 
-def thirds_text(table: Table, found: dict[str, Row], data: DataSet) -> list[str]:
+def thirds_text(table: Table, rows: Rows, data: DataSet) -> list[str]:
     """Return the first view's accuracy by the size of the object as Markdown: thirds of the test images.
 
     Nothing for a data set without true boxes.
     """
     if np.isnan(data.boxes).any():
         return []
-    view, control = next(iter(next(iter(found.values())).correct)), best_by_validation(found, table.controls)
+    control, some_run = best_by_validation(rows, table.controls), next(iter(rows.values()))[0]
+    view = next(iter(some_run.correct))
     covered = coverage(data.boxes, whole_image_boxes(data.image_sizes))
-    share = dict(zip(data.ids.tolist(), covered, strict=True))
-    test = [share[image_id] for image_id in next(iter(found.values())).ids]
-    edges = np.quantile(test, (1 / 3, 2 / 3))
-    ranges = (f"up to {edges[0]:.2f}", f"to {edges[1]:.2f}", "above")
-    heads = ["crops", *(f"{name} ({how})" for name, how in zip(THIRDS, ranges, strict=True))]
-    lines = [
-        f"By the share of the image that the object's true box covers, view {view}, difference to {control}:",
-        "",
-        f"| {' | '.join(heads)} |",
-        "|" + "---|" * len(heads),
-    ]
-    for row, cells in found.items():
-        third = np.digitize([share[image_id] for image_id in cells.ids], edges)
-        texts = []
-        for number in range(len(THIRDS)):
-            images = third == number
-            result = None if row == control else compared(cells, found.get(control), view, images)
-            texts.append(f"{spread(cells.correct[view][:, images].mean(1))} {difference_text(result)}".strip())
-        lines.append(f"| {row} | {' | '.join(texts)} |")
-    return ["\n".join([*lines, ""])]
+    share_of = dict(zip(data.ids.tolist(), covered, strict=True))
+    shares = [share_of[image_id] for image_id in some_run.ids]
+    small, large = np.quantile(shares, (1 / 3, 2 / 3))
+    third = np.digitize(shares, (small, large))
+    lines = []
+    for row, runs in rows.items():
+        line = [row]
+        for images in (third == number for number in range(3)):
+            result = None if row == control else compared(runs, rows.get(control, []), view, images)
+            line.append(top1_text(top1_of(runs, view, images), result))
+        lines.append(line)
+    heads = ["crops", f"smallest (up to {small:.2f})", f"middle (to {large:.2f})", "largest (above)"]
+    title = f"By the share of the image that the object's true box covers, view {view}, difference to {control}:\n"
+    return [title, markdown_table(heads, lines) + "\n"]
+
+
+def top1_of(runs: list[Run], view: str, images: np.ndarray | slice = slice(None)) -> list[float]:
+    """Return the test top-1 of each run in one view, of all images or of those that ``images`` (N,) bool selects."""
+    return [float(run.correct[view][images].mean()) for run in runs]
 
 
 def compared(
-    cells: Row, control: Row | None, view: str, images: np.ndarray | None = None, against: str | None = None
+    runs: list[Run],
+    control: list[Run],
+    view: str,
+    images: np.ndarray | slice = slice(None),
+    against: str | None = None,
 ) -> Comparison | None:
-    """Compare a row with the control over the seeds that both have.
+    """Compare a row with the control over the seeds that both have; None: they share none.
 
     Args:
-        cells, control: the rows.
+        runs, control: the rows.
         view: of the row.
-        images: (N,) bool, which test images; None: all.
+        images: (N,) bool, which test images; all unless given.
         against: view of the control; None: the same.
     """
-    shared = [seed for seed in cells.seeds if control and seed in control.seeds]
-    if not shared:
+    pairs = [(run, other) for run in runs for other in control if run.seed == other.seed]
+    if not pairs:
         return None
-    views = ((cells, view), (control, against or view))
-    a, b = (some.correct[name][[some.seeds.index(seed) for seed in shared]] for some, name in views)
-    return compare(a, b) if images is None else compare(a[:, images], b[:, images])
+    correct = [(run.correct[view][images], other.correct[against or view][images]) for run, other in pairs]
+    return compare(*map(np.array, zip(*correct, strict=True)))
 
 
-def spread(top1: np.ndarray) -> str:
+def spread(top1: Sequence[float]) -> str:
     """Return mean ± standard deviation over seeds, per cent."""
-    mean = f"{100 * top1.mean():.1f}"
-    return f"{mean} ± {100 * top1.std(ddof=1):.1f}" if len(top1) > 1 else mean
+    mean = f"{100 * np.mean(top1):.1f}"
+    return f"{mean} ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else mean
+
+
+def top1_text(top1: Sequence[float], result: Comparison | None) -> str:
+    """Return mean ± standard deviation with the difference to another row."""
+    return f"{spread(top1)} {difference_text(result)}".strip()
 
 
 def difference_text(result: Comparison | None) -> str:
     """Return the difference in points, with both tests."""
     if result is None:
         return ""
-    return f"{100 * result.difference:+.1f} (p {p_text(result.p_seeds)} seeds, {p_text(result.p_images)} McNemar)"
+    seeds, images = (
+        "n/a" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}" for p in (result.p_seeds, result.p_images)
+    )
+    return f"{100 * result.difference:+.1f} (p {seeds} seeds, {images} McNemar)"
 
 
 def detectable_text(result: Comparison | None) -> str:
@@ -244,11 +248,6 @@ def detectable_text(result: Comparison | None) -> str:
         return ""
     both = (result.detectable_seeds, result.detectable_images)
     return " / ".join("n/a" if np.isnan(difference) else f"{100 * difference:.1f}" for difference in both)
-
-
-def p_text(p: float) -> str:
-    """Return a p-value, shortened."""
-    return "n/a" if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def machine_line() -> str:
@@ -266,23 +265,26 @@ def machine_line() -> str:
 # --- numbers and picture ------------------------------------------------------------------------------------------
 
 
-def numbers_of(cells: Row) -> dict[str, Any]:
+def numbers_of(runs: list[Run]) -> dict[str, Any]:
     """Return what the JSON keeps of a row."""
-    top1 = {view: right.mean(1).tolist() for view, right in cells.correct.items()}
-    return {"seeds": cells.seeds, "maiou": cells.maiou, "validation": cells.validation, "top1": top1}
+    numbers = {
+        "seeds": [run.seed for run in runs],
+        "maiou": [run.maiou for run in runs],
+        "validation": [run.validation for run in runs],
+    }
+    return numbers | {"top1": {view: top1_of(runs, view) for view in runs[0].correct}}
 
 
-def points_of(blocks: dict[str, dict[str, Row]], order: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def points_of(blocks: dict[str, Rows], order: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     """Return the runs by row and budget as points of the picture of accuracy.
 
     Their x is the maIoU of the crops or, where ``order`` is given, the place of the row in it.
     """
     points = {}
-    for budget, found in blocks.items():
-        for row, cells in found.items():
-            top1 = next(iter(cells.correct.values())).mean(1).tolist()
-            x = cells.maiou if order is None else [order.index(row)] * len(top1)
-            label, family = (", ".join(filter(None, (name, budget))) for name in (row, cells.family))
-            runs = zip(x, top1, strict=True)
-            points[label] = [{"x": place, "top1": value, "family": family} for place, value in runs]
+    for budget, rows in blocks.items():
+        for row, runs in rows.items():
+            label, family = (", ".join(filter(None, (name, budget))) for name in (row, runs[0].family))
+            top1 = top1_of(runs, next(iter(runs[0].correct)))
+            x = [run.maiou if order is None else order.index(row) for run in runs]
+            points[label] = [{"x": a, "top1": b, "family": family} for a, b in zip(x, top1, strict=True)]
     return points
