@@ -15,13 +15,11 @@ import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 import contextlib
 import copy
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 import models
 from config import load_config
@@ -29,44 +27,30 @@ from datasets import stem_of
 from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import run_script, with_resume_hint
-from jobs.loader import end_workers
 from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
-from localized_crops.files import UserError, check_output, load_json, save_json, user_errors
-from localized_crops.map_file import MapCache
-from localizer.networks import as_localizer
+from localized_crops.files import UserError, check_output, load_json, user_errors
 from readers.data_set import DataSet
-from training.distributed import (
-    LostProcessError,
-    lost_process,
-    on_rank_0,
-    process_group,
-    rank,
-    require_single_process,
-    world_size,
-)
+from training.distributed import lost_process, on_rank_0, process_group, rank, require_single_process, world_size
 from training.fingerprints import fingerprints
 from training.head_start import start_head_as_probe
 from training.loop import out_of_patience, train_and_log_epoch
 from training.run import Run, build_run, load_run
-from training.self_distillation import maps_path, refresh_epoch, refresh_maps
+from training.self_distillation import with_own_maps
 from training.summary import finish
 from training.train_data import (
-    WORTH_A_WORKER,
-    boxes_from,
     build_crops,
     build_train_loader,
     build_view_loaders,
     crop_boxes,
     decoded_images,
-    how_boxes_are_found,
     load_data,
-    loading,
-    map_crops,
+    localizer_settings,
+    view_boxes,
 )
-from utils import locked, new_folder, precision_on, seed_everything, set_threads
+from utils import locked, new_folder, seed_everything, set_threads
 
 # What may change between a run and its continuation: it does not change the numbers.
 RESUME_MAY_CHANGE = {
@@ -166,7 +150,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
     device = choose_device(config["device"])
     with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
         folder = on_rank_0(lambda: claim_folder(config, held))
-        with with_resume_hint(lambda: resume_command(folder) if rank() == 0 else None), others_may_die(folder):
+        with with_resume_hint(lambda: resume_command(folder)), lost_process():
             return _train_in(folder, copy.deepcopy(config), device, wandb_run)
 
 
@@ -201,37 +185,28 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     train_loader = build_train_loader(config, data, crops, device, decoded)
     val_loader, test_loader = build_view_loaders(config, data, device, decoded)
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
-    views = boxes_from(config["eval_box"] or "image", config, data)[0]
-    made_from = fingerprints(data, boxes, views, getattr(crops, "maps", None))
+    made_from = fingerprints(data, boxes, view_boxes(config, data), getattr(crops, "maps", None))
     run = build_run(folder, config, data.class_names, made_from, device)
-    run.localizer = how_boxes_are_found(config, data)
-    print(describe(config, run, data, device))
+    run.localizer = localizer_settings(config, data)
+    print(describe(run, data))
     if config["resume"]:
-        load_run(run, config, RESUME_MAY_CHANGE, device)
+        load_run(run, RESUME_MAY_CHANGE)
     if config["model"]["head_start"] == "probe" and not (run.step or config["model"]["resumed_model"]):
-        start_head_as_probe(run, train_loader, device)
-    if rank() == 0:
-        run.begin = lambda: begin(run, config)
-    own_wandb = wandb_run is None and config["wandb"] and rank() == 0
-    if own_wandb:
-        wandb_run = start_wandb(config, folder)
+        start_head_as_probe(run, train_loader)
+    run.wandb = wandb_run
+    if wandb_run is None and config["wandb"] and rank() == 0:
+        run.wandb = start_wandb(config, folder)
     while run.epoch < config["num_epochs"] and not out_of_patience(run.records, config["patience"]):
-        train_loader = with_own_maps(train_loader, run, config, data, device)
-        train_and_log_epoch(run, config, train_loader, val_loader, device, wandb_run)
+        train_loader = with_own_maps(train_loader, run, data)
+        train_and_log_epoch(run, train_loader, val_loader)
     if run.epoch < config["num_epochs"]:
         print(f"stopped early after epoch {run.epoch}: patience={config['patience']}")
-    summary = finish(run, config, data, test_loader, device, notes)
-    if wandb_run is not None:
-        wandb_run.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
-    if own_wandb:
-        wandb_run.finish()
+    summary = finish(run, data, test_loader, notes)
+    if run.wandb is not None:
+        run.wandb.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
+        if wandb_run is None:
+            run.wandb.finish()
     return summary
-
-
-def begin(run: Run, config: dict) -> None:
-    """Write config.json after the first step: a start that fails leaves nothing behind."""
-    save_json(run.folder / "config.json", config)
-    run.begin = lambda: None
 
 
 def count_ratios_that_gave_way(config: dict, data: DataSet, boxes: np.ndarray) -> int:
@@ -239,28 +214,16 @@ def count_ratios_that_gave_way(config: dict, data: DataSet, boxes: np.ndarray) -
     crop, rows = config["crop"], data.rows("train")
     if not config["use_box"] or config["THR"] <= 0 or crop["mode"] != "exact":
         return 0
-    limits = {"scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
-    return int(ratio_gives_way(boxes[rows], data.image_sizes[rows], config["THR"], **limits).sum())
+    sizes = data.image_sizes[rows]
+    return int(ratio_gives_way(boxes[rows], sizes, config["THR"], scale=crop["scale"], ratio=crop["ratio"]).sum())
 
 
 def resume_command(folder: Path) -> str | None:
     """Return the command that goes on with the run in ``folder``, None before it has begun."""
-    many = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
-    begun = (folder / "config.json").exists()
-    return f"{many} train.py resume=true run_dir={shlex.quote(str(folder))}" if begun else None
-
-
-@contextlib.contextmanager
-def others_may_die(folder: Path) -> Iterator[None]:
-    """Say how to go on when another process of the run is gone."""
-    try:
-        with lost_process():
-            yield
-    except LostProcessError as error:
-        raise UserError(f"{error}; to go on with this run: {resume_command(folder)}") from error
-
-
-# --- config, own maps -------------------------------------------------------------------------------------------------
+    if not (folder / "config.json").exists():
+        return None
+    start = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    return f"{start} train.py resume=true run_dir={shlex.quote(str(folder))}"
 
 
 def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> None:
@@ -268,62 +231,19 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
     config["run_dir"] = str(folder)
     config["dataset"]["root"] = str(data.root)
     config["model"]["n_classes"] = config["model"]["n_classes"] or len(data.class_names)
-    about = models.input_config(config["model"]["type"])
+    network = models.input_config(config["model"]["type"])
     for section, key in (("model", "mean"), ("model", "std"), ("eval", "interpolation"), ("eval", "crop_pct")):
-        config[section][key] = config[section][key] or about[key]
+        config[section][key] = config[section][key] or network[key]
     if config["model"]["n_classes"] < len(data.class_names):
         raise UserError(f"model.n_classes={config['model']['n_classes']}: the data set has {len(data.class_names)}")
     if config["maiou"] is not None and config["use_box"]:
-        rows, crop = data.rows("train"), config["crop"]
-        config["THR"] = maiou_to_thr(
-            config["maiou"],
-            boxes[rows],
-            data.image_sizes[rows],
-            mode=crop["mode"],
-            scale=tuple(crop["scale"]),
-            ratio=tuple(crop["ratio"]),
-        )
+        rows, crop = data.rows("train"), {key: config["crop"][key] for key in ("mode", "scale", "ratio")}
+        config["THR"] = maiou_to_thr(config["maiou"], boxes[rows], data.image_sizes[rows], **crop)
 
 
-def with_own_maps(loader: DataLoader, run: Run, config: dict, data: DataSet, device: torch.device) -> DataLoader:
-    """Return the training loader of the next epoch: with self-distillation a new one where the maps are others."""
-    epoch = refresh_epoch(run.epoch, **config["self_distillation"])
-    if epoch is None:
-        return loader
-    path = maps_path(run.folder, epoch)
-    if getattr(loader.dataset.crops.maps, "path", None) == path:
-        return loader
-    end_workers(loader)
-    if epoch == run.epoch:
-        on_rank_0(lambda: make_own_maps(path, run, config, data, device))
-    return build_train_loader(
-        config, data, map_crops(config, data, MapCache.open(path)), device, loader.dataset.decoded
-    )
-
-
-def make_own_maps(path: Path, run: Run, config: dict, data: DataSet, device: torch.device) -> None:
-    """Write the maps of the training images that the EMA classifies rightly."""
-    ema = run.ema.module
-    about = {"image_size": config["image_size"], "mean": tuple(run.mean), "std": tuple(run.std)}
-    localizer = as_localizer(ema, config["model"]["type"], "EMA of this run", **about)
-    maps = refresh_maps(
-        path,
-        localizer,
-        data,
-        data.rows("train"),
-        device,
-        config["dino"],
-        precision=precision_on(device, config["amp"]),
-        num_workers=0 if len(data.rows("train")) < WORTH_A_WORKER else loading(config, device)["num_workers"],
-    )
-    print(f"own maps: the EMA classifies {len(maps)} of {len(data.rows('train'))} training images rightly", flush=True)
-
-
-# --- model, optimizer, schedule -----------------------------------------------------------------------------------
-
-
-def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str:
+def describe(run: Run, data: DataSet) -> str:
     """Return the lines that a run starts with."""
+    config = run.config
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
     crop = f"crops held to {config['source']}, {config['crop']['mode']}, THR={config['THR']:.3g}"
@@ -332,14 +252,14 @@ def describe(config: dict, run: Run, data: DataSet, device: torch.device) -> str
         crop = f"crops centred by the maps of {maps}, temperature {config['crop']['temperature']:g}"
     elif not config["use_box"] or config["THR"] < 0:
         crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
-    many = f" in {world_size()} processes" if world_size() > 1 else ""
+    processes = f" in {world_size()} processes" if world_size() > 1 else ""
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
     if not len(data.rows("test")):
         validated += "; there is no test part: the end reports on val again, which best.pt was chosen by"
     return "\n".join(
         [
             f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",
-            f"{config['model']['type']}: {parameters:,} parameters learn, on {device}{many}; {crop}",
+            f"{config['model']['type']}: {parameters:,} parameters learn, on {run.device}{processes}; {crop}",
             f"run folder: {run.folder}",
         ]
     )

@@ -9,7 +9,6 @@ by default.
 """
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from config import load_config
 from training import train_data
-from training.batches import Batch
 from training.loop import train_one_epoch
-from training.run import Run, build_run
+from training.run import build_run
 from utils import environment
 
 ROUNDS = 9
@@ -42,20 +40,20 @@ def main(words: list[str]) -> None:
     runs = {kind: prepare(load_config([*words, "num_workers=0"]), changes) for kind, changes in KINDS.items()}
     times = {kind: {"loading": [], "epoch": []} for kind in KINDS}
     for number in range(ROUNDS + 1):
-        for kind, (run, config, loader) in runs.items():
+        for kind, (run, loader) in runs.items():
             loader.sampler.epoch = number
             loading = timed(lambda loader=loader: [None for _ in loader])
-            epoch = timed(lambda run=run, config=config, loader=loader: one_epoch(run, config, loader))
+            epoch = timed(lambda run=run, loader=loader: train_one_epoch(run, loader))
             if number:  # the first round warms up
                 times[kind]["loading"].append(loading)
                 times[kind]["epoch"].append(epoch)
-    print(table(times, len(next(iter(runs.values()))[2].dataset)))
+    print(table(times, len(next(iter(runs.values()))[1].dataset)))
     about = environment()
     print(f"\n{about['processor']}, one thread; torch {about['torch']}; {ROUNDS} alternated rounds, median (quartiles)")
 
 
 def prepare(config: dict, changes: dict) -> tuple:
-    """Build the training of one kind of crop; return its run, config and loader."""
+    """Build the training of one kind of crop; return its run and loader."""
     crop = config["crop"] | changes.get("crop", {})
     config = config | changes | {"crop": crop}
     data = train_data.load_data(config)
@@ -63,12 +61,9 @@ def prepare(config: dict, changes: dict) -> tuple:
     train.resolve(config, Path("runs/crop_cost"), data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
-    return build_run(Path("runs/crop_cost"), config, data.class_names, {}, CPU), config, loader
-
-
-def one_epoch(run: Run, config: dict, loader: Iterable[Batch], device: torch.device = CPU) -> None:
-    """Train one epoch."""
-    train_one_epoch(run, config, loader, device)
+    run = build_run(Path("runs/crop_cost"), config, data.class_names, {}, CPU)
+    run.is_begun = True  # config.json is not written
+    return run, loader
 
 
 def table(times: dict, images: int) -> str:

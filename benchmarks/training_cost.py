@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from crop_cost import one_epoch
 from loader_cost import random_maps
 from measuring import ratio, timed_on
 
@@ -29,6 +28,7 @@ from config import load_config
 from dino_transform import MapCrops
 from training import train_data
 from training.batches import Batch
+from training.loop import train_one_epoch
 from training.optimization import build_optimizer
 from training.run import Run, build_run
 from utils import environment
@@ -90,23 +90,23 @@ def measure(
     torch.set_num_threads(1 if device.type == "cpu" else torch.get_num_threads())
     runs = {name: prepare(words, WAYS[name], device) for name in dict.fromkeys(["cache=disk", *names])}
     if DENSITY in runs:
-        use_maps(*runs[DENSITY][1:])
-    run, config, loader = runs["cache=disk"]
-    workers = train_data.loading(config, device)["num_workers"]
+        use_maps(*runs[DENSITY])
+    run, loader = runs["cache=disk"]
+    workers = run.config["num_workers"]
     clock = time.perf_counter if workers else time.process_time  # that of one process
     for name in set(OTHER_STEPS) & runs.keys():
-        runs[name] = (*runs[name][:2], loader)  # its processes serve all of them
+        runs[name] = (runs[name][0], loader)  # its processes serve all of them
     if FOREACH in runs:
-        use_foreach_kernels(*runs[FOREACH][:2])
+        use_foreach_kernels(runs[FOREACH][0])
     if CONTIGUOUS in runs:
         runs[CONTIGUOUS][0].model.to(memory_format=torch.contiguous_format)
     synthetic = [on_device(batch, device) for batch in loader]
     loader.images = sum(batch.real for batch in synthetic)
-    runs = {"synthetic": (run, config, synthetic)} | runs
+    runs = {"synthetic": (run, synthetic)} | runs
     times = {name: [] for name in runs}
     for number in range(rounds + 1):
-        for name, (run, config, loader_of_way) in runs.items():
-            seconds = timed_on(device, partial(one_epoch, run, config, loader_of_way, device), clock)
+        for name, (run, loader_of_way) in runs.items():
+            seconds = timed_on(device, partial(train_one_epoch, run, loader_of_way), clock)
             if number:  # the first round warms up
                 times[name].append(seconds)
     return times, loader, workers
@@ -125,7 +125,7 @@ def print_table(times: dict[str, list[float]], images: int) -> None:
 
 
 def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
-    """Build the training of one way; return its run, config and loader."""
+    """Build the training of one way; return its run and loader."""
     more = [f"{key}={str(value).lower()}" for key, value in changes.items()]
     config = load_config([*(["num_workers=0"] if device.type == "cpu" else []), *words, *more])
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
@@ -135,21 +135,24 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
     steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]
-    return build_run(folder, config, data.class_names, {}, device), config, Steps(loader, steps)
+    run = build_run(folder, config, data.class_names, {}, device)
+    run.is_begun = True  # config.json is not written
+    return run, Steps(loader, steps)
 
 
-def use_maps(config: dict, steps: Steps) -> None:
+def use_maps(run: Run, steps: Steps) -> None:
     """Crop by density maps, of random numbers: their cost does not depend on what they show."""
     images = steps.loader.dataset
     images.crops = MapCrops(
-        random_maps(images.ids), images.ids, images.crops.image_sizes, temperature=config["crop"]["temperature"]
+        random_maps(images.ids), images.ids, images.crops.image_sizes, temperature=run.config["crop"]["temperature"]
     )
 
 
-def use_foreach_kernels(run: Run, config: dict) -> None:
+def use_foreach_kernels(run: Run) -> None:
     """Step with torch's optimizer kernels for lists of weights in place of the fused one."""
-    groups = models.parameter_groups(run.model, lr=config["opt"]["lr"], weight_decay=config["opt"]["weight_decay"])
-    run.optimizer = build_optimizer(groups, config["opt"], fused=False)
+    opt = run.config["opt"]
+    groups = models.parameter_groups(run.model, lr=opt["lr"], weight_decay=opt["weight_decay"])
+    run.optimizer = build_optimizer(groups, opt, fused=False)
 
 
 def peak_memory(device: torch.device) -> str:
@@ -167,7 +170,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 def start_up(words: list[str], device: torch.device) -> float:
     """Return the seconds to the first batch of a loader with one process."""
-    _, _, loader = prepare([*words, "num_workers=1"], WAYS["files"], device)
+    _, loader = prepare([*words, "num_workers=1"], WAYS["files"], device)
     start = time.perf_counter()
     next(iter(loader))
     return time.perf_counter() - start

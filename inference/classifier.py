@@ -6,8 +6,10 @@ classifier = load_classifier("runs/photos_0/best.pt")
 predictions = classifier.predict(["a.jpg", "b.jpg"])  # each: path, classes, probabilities, box, error
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 import models
-from inference.photos import PhotoBatches, find_boxes
+from inference.photos import Photos, find_boxes
 from jobs.loader import build_loader
 from jobs.settings import DEFAULTS, nested
 from jobs.shared_work import choose_device
@@ -26,10 +28,10 @@ from localizer.object_head import ObjectHead, build_features, cell_features
 from readers.data_set import UprightPath
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
-from transforms import View
-from utils import autocast, load_tensors, precision_on
+from transforms import View, normalize
+from utils import load_tensors, precision_on
 
-# Sections of the config that evaluation and prediction take from the training, unless a word says otherwise.
+# Sections of the config that evaluation and prediction take from the training, unless the command line says otherwise.
 OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "boxes", "dino")
 
 
@@ -64,21 +66,6 @@ class Classifier:
         """The view whose probabilities are the answer: the average where there are several."""
         return AVERAGE if len(self.views) > 1 else next(iter(self.views))
 
-    @property
-    def needs_box(self) -> bool:
-        """Whether a view looks at the object's box."""
-        return any(view.kind == "box" for view in self.views.values())
-
-    @property
-    def autocast(self) -> torch.autocast:
-        """What forward passes are run under: bf16 or fp16 on CUDA, else nothing."""
-        return autocast(self.device, self.precision)
-
-    @property
-    def precision(self) -> str:
-        """float32 | bf16 | fp16, the latter two on CUDA alone."""
-        return precision_on(self.device, self.config["amp"])
-
     def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
         """Return the prediction for each image file, in order; options as of `stream`."""
         return list(self.stream(images, **options))
@@ -103,37 +90,53 @@ class Classifier:
             num_workers: processes that decode ahead; 0: this one decodes.
             progress: show bars.
         """
-        paths, boxes, failed = [UprightPath(path) for path in images], None, {}
-        if self.needs_box:
-            about = {"precision": self.precision, "num_workers": num_workers, "progress": progress}
-            about["head"] = self.object_head
-            boxes, failed = find_boxes(paths, self.localizer, self.config["dino"], self.device, **about)
-        batches = PhotoBatches(paths, list(self.views.values()), batch_size, boxes, failed)
-        loader = build_loader(batches, num_workers=num_workers, pin_memory=self.device.type == "cuda", batch_size=None)
+        paths, boxes, unreadable = [UprightPath(path) for path in images], None, {}
+        if self.localizer is not None:
+            boxes, unreadable = find_boxes(
+                paths,
+                self.localizer,
+                self.config["dino"],
+                self.device,
+                precision=precision_on(self.device, self.config["amp"]),
+                num_workers=num_workers,
+                progress=progress,
+                head=self.object_head,
+            )
+        loader = build_loader(
+            Photos(paths, list(self.views.values()), boxes, unreadable),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            pin_memory=self.device.type == "cuda",
+        )
+        files = zip(paths, repeat(None) if boxes is None else map(tuple, boxes.tolist()), strict=False)
         with tqdm(total=len(paths), desc="classes", unit=" images", disable=None if progress else True) as bar:
-            for number, (views, errors) in enumerate(loader):
+            for views, errors in loader:
                 best = self.log_probs(views)[self.answer].exp().topk(min(top_k, len(self.class_names)))
-                found = zip(batches.rows(number), best.values.tolist(), best.indices.tolist(), errors, strict=True)
-                for row, probabilities, classes, error in found:
-                    box = None if boxes is None else tuple(boxes[row].tolist())
-                    names = [self.class_names[k] for k in classes]
-                    yield Prediction(paths[row], *(([], [], None) if error else (names, probabilities, box)), error)
+                answers = zip(best.values.tolist(), best.indices.tolist(), errors, strict=True)
+                for (probabilities, classes, error), (path, box) in zip(answers, files, strict=False):
+                    if error:
+                        yield Prediction(path, [], [], None, error)
+                    else:
+                        yield Prediction(path, [self.class_names[k] for k in classes], probabilities, box, None)
                 bar.update(len(errors))
 
     def log_probs(self, views: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the log-probabilities (B, K) by view, on the CPU, of images (B, 3, size, size) uint8 in each view."""
-        labels = torch.zeros(len(views[0]), dtype=torch.int64)
-        statistics = {"mean": self.mean, "std": self.std}
-        networks, names = [self.model], list(self.views)
-        (found,), _ = predict(networks, [(views, labels)], names, self.device, self.autocast, **statistics)
-        self.check(found)
-        return found
+        return self.labelled_log_probs([(views, torch.zeros(len(views[0]), dtype=torch.int64))])[0]
 
-    def check(self, log_probs: Mapping[str, torch.Tensor]) -> None:
-        """Raise UserError if what the network answers in a view is no number."""
+    def labelled_log_probs(self, batches: Iterable[tuple]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return the log-probabilities (N, K) by view, and the labels (N,), of batches of (views, labels).
+
+        Raises:
+            UserError: if the network answers with NaN.
+        """
+        as_trained = partial(normalize, mean=self.mean, std=self.std)
+        amp, names = self.config["amp"], list(self.views)
+        (log_probs,), labels = predict([self.model], batches, names, self.device, amp, as_trained)
         for view, values in log_probs.items():
             if values.isnan().any():
                 raise UserError(f"{self.path}: its answers in view {view} are no numbers; try amp=none")
+        return log_probs, labels
 
 
 def load_classifier(
@@ -154,23 +157,27 @@ def load_classifier(
     Raises:
         UserError: if the file is no such checkpoint, or names no classes.
     """
-    content, where = load_checkpoint(path), choose_device(device)
-    config = config or content["config"]
+    content = load_checkpoint(path)
+    config, trained, class_names = config or content["config"], content["config"], content["class_names"]
     with user_errors((LookupError, TypeError, AttributeError), f"{path}: its config is of another version: "):
-        model, weights = build_trained(content["config"], path, len(content["class_names"]))
+        shape = {key: trained[key] for key in ("image_size", "patch_size")}
+        model = models.build_model(trained["model"]["type"], len(class_names), **shape)
+        weights = models.load_trained(model, path)
         views = test_views(config)
-        statistics = {key: tuple(map(float, content["config"]["model"][key])) for key in ("mean", "std")}
-    needs = localize and any(view.kind == "box" for view in views.values())
-    localizer, object_head = load_localizer(config, content, path) if needs else (None, None)
+        mean, std = (tuple(map(float, trained["model"][key])) for key in ("mean", "std"))
+    needs_box = localize and any(view.kind == "box" for view in views.values())
+    localizer, object_head = load_localizer(config, content, path) if needs_box else (None, None)
+    device = choose_device(device)
     return Classifier(
         path=str(path),
-        model=model.eval().to(where, memory_format=torch.channels_last),
+        model=model.eval().to(device, memory_format=torch.channels_last),
         weights=weights,
-        class_names=content["class_names"],
+        class_names=class_names,
         views=views,
         config=config,
-        device=where,
-        **statistics,
+        device=device,
+        mean=mean,
+        std=std,
         localizer=localizer,
         object_head=object_head,
     )
@@ -189,32 +196,25 @@ def load_localizer(
     Raises:
         UserError: if the checkpoint holds none, or a network cannot be had.
     """
-    wanted = config["dino"]
-    if wanted["method"] != "object_head":
+    settings = config["dino"]
+    if settings["method"] != "object_head":
         return configured_localizer(config), None
-    head = (content.get("localizer") or {}).get("object_head")
-    if head is None:
+    saved = (content.get("localizer") or {}).get("object_head")
+    if saved is None:
         raise UserError(
             f"{path}: holds no classifier for dino.method=object_head: eval_box of its training names no boxes found "
             "that way; give dino.method=component, or eval_box=none to leave the box out"
         )
-    network = build_features(wanted["object_model"], wanted["object_weights"])
+    network = build_features(settings["object_model"], settings["object_weights"])
     with user_errors((LookupError, TypeError, ValueError), f"{path}: its classifier of cells is damaged: "):
-        head = ObjectHead.of_plain(head)
-    found = cell_features(network, torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[-1:]
-    if head.weight.shape != found:
+        head = ObjectHead.of_plain(saved)
+    features = cell_features(network, torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[-1]
+    if head.weight.shape != (features,):
         raise UserError(
-            f"dino.object_model={wanted['object_model']}: its cells have {found[0]} numbers, those that the training's "
-            f"boxes were found by have {len(head.weight)}; leave it as it was"
+            f"dino.object_model={settings['object_model']}: gives {features} features a cell, the classifier of cells "
+            f"in {path} takes {len(head.weight)}; leave it as it was"
         )
     return network, head
-
-
-def build_trained(config: Mapping[str, Any], path: Path | str, n_classes: int) -> tuple[nn.Module, str]:
-    """Return the network of a checkpoint with its weights, and which they are: model or ema."""
-    wanted, shape = config["model"], {key: config[key] for key in ("image_size", "patch_size")}
-    model = models.build_model(wanted["type"], n_classes, **shape)
-    return model, models.load_trained(model, path)
 
 
 def load_checkpoint(path: Path | str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,7 @@ from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
-from training.evaluation import predict
-from training.train_data import boxes_from
+from training.train_data import view_boxes
 
 WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 MOST_IN_TABLE = 30  # classes, the worst first
@@ -47,15 +46,6 @@ class Evaluated(NamedTuple):
         return self.log_probs[view].argmax(1) == self.labels
 
 
-def check_classes(classifier: Classifier, data: DataSet) -> None:
-    """Raise UserError unless the classifier knows exactly the classes of the data set, in its order."""
-    known, there = classifier.class_names, data.class_names
-    if known != there:
-        first = next((pair for pair in zip(known, there, strict=False) if pair[0] != pair[1]), None)
-        how = f"{first[0]!r} there, {first[1]!r} here" if first else f"{len(known)} there, {len(there)} here"
-        raise UserError(f"{classifier.path}: trained on other classes than those of {data.root} (the first: {how})")
-
-
 def evaluate(
     classifier: Classifier, data: DataSet, rows: np.ndarray, *, batch_size: int, num_workers: int
 ) -> Evaluated:
@@ -68,20 +58,21 @@ def evaluate(
         batch_size: images that go through the network together.
         num_workers: processes that decode.
     """
-    check_classes(classifier, data)
-    boxes = boxes_from(classifier.config["eval_box"] or "image", classifier.config, data)[0]
+    if classifier.class_names != data.class_names:
+        pairs = zip_longest(classifier.class_names, data.class_names)
+        difference = next(f"{known} there, {given} here" for known, given in pairs if known != given)
+        raise UserError(
+            f"{classifier.path}: trained on other classes than those of {data.root} (the first: {difference})"
+        )
     loader = build_loader(
-        ViewImages(data, rows, boxes, list(classifier.views.values())),
+        ViewImages(data, rows, view_boxes(classifier.config, data), list(classifier.views.values())),
         batch_size=batch_size,
         num_workers=num_workers if len(rows) >= WORTH_A_WORKER else 0,
         pin_memory=classifier.device.type == "cuda",
     )
     bar = tqdm(loader, desc=Path(classifier.path).parent.name, unit=" batches", disable=None)
-    statistics = {"mean": classifier.mean, "std": classifier.std}
-    networks, views = [classifier.model], list(classifier.views)
-    (found,), labels = predict(networks, bar, views, classifier.device, classifier.autocast, **statistics)
-    classifier.check(found)
-    return Evaluated(classifier, labels.numpy(), {view: one.numpy() for view, one in found.items()})
+    log_probs, labels = classifier.labelled_log_probs(bar)
+    return Evaluated(classifier, labels.numpy(), {view: values.numpy() for view, values in log_probs.items()})
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
-"""Image files without labels: finding them, the object's box in each, and batches of their views."""
+"""Image files without labels: finding them, the object's box in each, and their views."""
 
 import glob
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,6 @@ from localizer.networks import Localizer
 from localizer.object_head import ObjectHead, find_objects
 from readers.data_set import UprightPath
 from readers.images import SUFFIXES, image_sizes, read_image
-from training.batches import stack_images
 
 
 def find_images(images: str, lines: Iterable[str] | None = None) -> list[UprightPath]:
@@ -34,17 +34,16 @@ def find_images(images: str, lines: Iterable[str] | None = None) -> list[Upright
         UserError: if that is no file at all.
     """
     if images == "-":
-        found = [Path(line.rstrip("\r\n")) for line in lines or sys.stdin if line.strip()]
+        paths = [line.rstrip("\r\n") for line in lines or sys.stdin if line.strip()]
     elif Path(images).is_dir():
         files = (path for path in Path(images).rglob("*") if path.is_file())
-        found = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
-    elif Path(images).exists():
-        found = [Path(images)]
+        paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     else:
-        found = sorted(Path(path) for path in glob.glob(images, recursive=True) if Path(path).is_file())
-    if not found:
+        is_file = Path(images).exists()
+        paths = [images] if is_file else sorted(filter(os.path.isfile, glob.glob(images, recursive=True)))
+    if not paths:
         raise UserError(f"images={images}: no image there; give a file, a folder, a pattern in quotes, or - for stdin")
-    return [UprightPath(path) for path in found]
+    return [UprightPath(path) for path in paths]
 
 
 def reason(error: Exception | str, path: Path) -> str:
@@ -59,7 +58,7 @@ def reason(error: Exception | str, path: Path) -> str:
 def find_boxes(
     paths: Sequence[Path],
     localizer: Localizer,
-    wanted: Mapping[str, Any],
+    settings: Mapping[str, Any],
     device: torch.device,
     *,
     precision: str = "float32",
@@ -74,7 +73,7 @@ def find_boxes(
     Args:
         paths: of the images.
         localizer: the Vision Transformer whose attention is followed, or the network whose cells ``head`` classifies.
-        wanted: the section ``dino`` of the config.
+        settings: the section ``dino`` of the config.
         device: where the localizer works.
         precision: float32 | bf16 | fp16 (on CUDA).
         num_workers: processes that decode ahead.
@@ -86,11 +85,11 @@ def find_boxes(
     boxes, files = np.zeros((len(paths), 4)), [paths[row] for row in rows]
     localizer.model.to(device)
     if head is None:
-        found = _boxes_of_maps(files, sizes[rows], localizer, wanted, device, precision, num_workers)
+        results = _boxes_of_maps(files, sizes[rows], localizer, settings, device, precision, num_workers)
     else:
-        how = {"side": wanted["object_image_size"], "upsample": wanted["upsample"], "num_workers": num_workers}
-        found = find_objects(localizer, head, files, sizes[rows], device=device, progress=False, **how)
-    bar = tqdm(found, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
+        options = {"side": settings["object_image_size"], "upsample": settings["upsample"], "num_workers": num_workers}
+        results = find_objects(localizer, head, files, sizes[rows], device=device, progress=False, **options)
+    bar = tqdm(results, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
     for number, box, error in bar:
         row = int(rows[number])
         boxes[row] = box.xywh
@@ -103,68 +102,50 @@ def _boxes_of_maps(
     files: Sequence[Path],
     sizes: np.ndarray,
     localizer: Localizer,
-    wanted: Mapping[str, Any],
+    settings: Mapping[str, Any],
     device: torch.device,
     precision: str,
     num_workers: int,
 ) -> Iterator[tuple[int, MapBox, str | None]]:
-    """Yield row, box and fault of each image, as `find_objects` does, from a Vision Transformer's attention."""
-    batches = plan_batches(sizes, wanted["image_size"] or localizer.image_size, localizer.patch, wanted["batch_size"])
-    how = {"autocontrast": wanted["autocontrast"], "precision": precision, "num_workers": num_workers}
-    for one in attend_batches(localizer, batches, files, device, **how):
-        for row, attention_map, error in zip(one.batch.rows, clean_batch(one, wanted), one.errors, strict=True):
-            yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), wanted), error
+    """Yield row, box and error of each image, as `find_objects` does, from a Vision Transformer's attention."""
+    side = settings["image_size"] or localizer.image_size
+    batches = plan_batches(sizes, side, localizer.patch, settings["batch_size"])
+    options = {"autocontrast": settings["autocontrast"], "precision": precision, "num_workers": num_workers}
+    for part in attend_batches(localizer, batches, files, device, **options):
+        for row, attention_map, error in zip(part.batch.rows, clean_batch(part, settings), part.errors, strict=True):
+            yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), settings), error
 
 
-# --- batches ------------------------------------------------------------------------------------------------------
+# --- views --------------------------------------------------------------------------------------------------------
 
 
-class PhotoBatches(Dataset):
-    """Batches of image files, each image in several views; a file that cannot be read costs no other its place."""
+class Photos(Dataset):
+    """Image files, each in several views; a file that cannot be read gives zeros and the reason."""
 
     def __init__(
-        self,
-        paths: Sequence[Path],
-        views: Sequence[Callable],
-        batch_size: int,
-        boxes: np.ndarray | None = None,
-        failed: Mapping[int, str] | None = None,
+        self, paths: Sequence[Path], views: Sequence[Callable], boxes: np.ndarray | None, unreadable: Mapping[int, str]
     ) -> None:
         """Keep what is to be shown.
 
         Args:
             paths: of the images.
             views: (image, box) -> (3, size, size) uint8.
-            batch_size: images of a batch.
             boxes: (N, 4) x y width height, for the views that look at one; None: the whole image.
-            failed: row -> why it is not to be tried again.
+            unreadable: row -> why it is not to be tried again.
         """
-        self.paths, self.views, self.batch_size, self.boxes = paths, views, batch_size, boxes
-        self.failed = failed or {}
+        self.paths, self.views, self.boxes, self.unreadable = paths, views, boxes, unreadable
 
     def __len__(self) -> int:
-        return -(-len(self.paths) // self.batch_size)
+        return len(self.paths)
 
-    def rows(self, number: int) -> range:
-        """Return the rows of a batch."""
-        return range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.paths)))
-
-    def __getitem__(self, number: int) -> tuple[tuple[torch.Tensor, ...], list[str | None]]:
-        """Return the views, each (B, 3, size, size) uint8, zeros where a file failed, and why (None: it did not)."""
-        shown, errors = [], []
-        for row in self.rows(number):
-            views, error = self._load(row)
-            shown.append(views)
-            errors.append(error)
-        return tuple(stack_images(list(images)) for images in zip(*shown, strict=True)), errors
-
-    def _load(self, row: int) -> tuple[list[torch.Tensor], str | None]:
-        error = self.failed.get(row)
-        if error is None:
+    def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], str]:
+        """Return the views, each (3, size, size) uint8, zeros where the file cannot be read, and why, "" if it can."""
+        error = self.unreadable.get(row, "")
+        if not error:
             try:
                 image = pil_to_tensor(read_image(self.paths[row]))
                 box = np.array([0, 0, *image.shape[:0:-1]]) if self.boxes is None else self.boxes[row]
-                return [view(image, box) for view in self.views], None
+                return tuple(view(image, box) for view in self.views), ""
             except Exception as fault:  # whatever one file does, the others go on; decoders raise many kinds
                 error = reason(fault, self.paths[row])
-        return [torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views], error
+        return tuple(torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views), error

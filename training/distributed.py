@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from jobs.guard import DeadWorkerError
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError
 
@@ -23,7 +24,7 @@ TIMEOUT = timedelta(hours=2)  # rank 0 may make attention maps of all training i
 Answer = TypeVar("Answer")
 
 
-class LostProcessError(UserError):
+class LostProcessError(DeadWorkerError):
     """Another process of the run is gone."""
 
 

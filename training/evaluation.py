@@ -1,17 +1,15 @@
 """Accuracy of a classifier: log-probabilities in several test views and their average."""
 
 import math
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 from torch.utils.data import DataLoader
 
 from training.distributed import all_rows
 from transforms import normalize
-from utils import memory_errors
+from utils import autocast, memory_errors
 
 AVERAGE = "average"  # of the softmax over all views
 
@@ -22,10 +20,8 @@ def predict(
     loader: DataLoader,
     view_names: Sequence[str],
     device: torch.device,
-    autocast: AbstractContextManager | None = None,
-    *,
-    mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
-    std: Sequence[float] = IMAGENET_DEFAULT_STD,
+    amp: str = "none",
+    normalize: Callable[[torch.Tensor], torch.Tensor] = normalize,
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """Return for each model the log-probabilities by view, each (N, K) on the CPU, and the labels (N,).
 
@@ -37,23 +33,23 @@ def predict(
         loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
         view_names: of the tuple's members.
         device: where the models are.
-        autocast: entered around each forward pass; None: the models' own precision.
-        mean, std: of the models' input, by which the images are normalised.
+        amp: precision of the forward passes on CUDA: none | bf16 | fp16.
+        normalize: turns images into what the models take.
     """
     for model in models:
         model.eval()
-    found, labels = [[[] for _ in view_names] for _ in models], []
+    log_probs, labels = [[[] for _ in view_names] for _ in models], []
     for batch, batch_labels in loader:
         for number, images in enumerate(batch):
             what = f"view {view_names[number]}, {len(images)} images of {images.shape[-1]} pixels"
             with memory_errors(what, "lower eval.batch_size or eval.size"):
-                pixels = normalize(images.to(device, non_blocking=True), mean, std)
-                for model, views in zip(models, found, strict=True):
-                    with autocast or nullcontext():
+                pixels = normalize(images.to(device, non_blocking=True))
+                for model, views in zip(models, log_probs, strict=True):
+                    with autocast(device, amp):
                         logits = model(pixels)
                     views[number].append(logits.float().log_softmax(1))
         labels.append(batch_labels)
-    return [_by_view(views, view_names) for views in found], all_rows(torch.cat(labels))
+    return [_by_view(views, view_names) for views in log_probs], all_rows(torch.cat(labels))
 
 
 def _by_view(views: list[list[torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:

@@ -39,53 +39,41 @@ def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str |
     return next((key for key in now if before.get(key) != now[key]), None)
 
 
-def misfit(own: Mapping[str, torch.Tensor], saved: Mapping[str, torch.Tensor]) -> str | None:
-    """Return the first difference in names, shapes and dtypes between two dicts of tensors, None if they agree."""
-    if own.keys() != saved.keys():
-        return f"{min(own.keys() ^ saved.keys())} is there in one of them alone"
-    for name, value in own.items():
-        found = saved[name]
-        if not torch.is_tensor(found) or (found.shape, found.dtype) != (value.shape, value.dtype):
-            what = f"{found.dtype} {tuple(found.shape)}" if torch.is_tensor(found) else type(found).__name__
-            return f"{name} is {what}, not {value.dtype} {tuple(value.shape)}"
-    return None
+def structure(value: Any, path: str = "") -> dict[str, str]:
+    """Return dtype and shape of each tensor in nested dicts and lists, the type of other values, by path."""
+    if torch.is_tensor(value):
+        return {path: f"{value.dtype} {tuple(value.shape)}"}
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {path: type(value).__name__}
+    return {
+        name: kind
+        for key, child in value.items()
+        for name, kind in structure(child, f"{path}.{key}" if path else str(key)).items()
+    }
 
 
-def optimizer_fault(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], opt: dict[str, Any]) -> str | None:
-    """Return why a saved state is not of this optimizer after a step, None if it fits.
+def optimizer_state(optimizer: torch.optim.Optimizer, opt: dict[str, Any]) -> dict[str, Any]:
+    """Return what the state dict of an optimizer holds after a step, with tensors that have no values.
 
-    Another state would only be noticed inside the fused kernels, which do not check.
+    A saved state is compared with it before it is loaded: fused kernels do not check the shapes of what they are given.
 
     Args:
         optimizer: of the run.
-        state: what was saved.
-        opt: the section of the config that the optimizer is of.
+        opt: the section of the config that it was built from.
     """
-    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if len(state["param_groups"]) != len(optimizer.param_groups):
-        return "its optimizer has another number of groups of weights"
-    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
-        if group.keys() - saved.keys():  # the schedule adds some
-            return f"its optimizer lacks {min(group.keys() - saved.keys())}"
-    saved = [number for group in state["param_groups"] for number in group["params"]]
-    if len(own) != len(saved):
-        return f"it holds the optimizer of {len(saved)} weights, this run has {len(own)}"
-    sample = _state_after_a_step(opt)
-    for parameter, number in zip(own, saved, strict=True):
-        like = torch.empty_like(parameter, device="meta")
-        expected = {name: like if value.ndim else value for name, value in sample.items()}
-        if fault := misfit(expected, state["state"].get(number, {})):
-            return f"its optimizer, weight {number}: {fault}"
-    return None
-
-
-def _state_after_a_step(opt: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Return what an optimizer knows of a weight (2,) after its first step."""
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.zeros(2)
-    optimizer = build_optimizer([{"params": [weight]}], opt)
-    optimizer.step()
-    return {name: value for name, value in optimizer.state[weight].items() if torch.is_tensor(value)}
+    sample = build_optimizer([{"params": [weight]}], opt)
+    sample.step()
+    tensors = {name: value for name, value in sample.state[weight].items() if torch.is_tensor(value)}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = [
+        {name: torch.empty_like(parameter, device="meta") if value.ndim else value for name, value in tensors.items()}
+        for parameter in parameters
+    ]
+    return {"state": dict(enumerate(state)), "param_groups": optimizer.state_dict()["param_groups"]}
 
 
 def _hash(values: np.ndarray) -> str:

@@ -7,12 +7,12 @@ from tqdm import tqdm
 import models
 from training.distributed import rank, shares_of_all
 from training.run import Run
-from transforms import flip_images, normalize
+from transforms import flip_images
 
 PENALTY = 0.03  # of the weights on standardised features: from 0.003 to 0.1 photographs validate alike
 
 
-def start_head_as_probe(run: Run, loader: DataLoader, device: torch.device) -> None:
+def start_head_as_probe(run: Run, loader: DataLoader) -> None:
     """Set model's and EMA's classifier layer to a linear classifier of the features of the first epoch's crops.
 
     Linear probing before fine-tuning (LP-FT: Kumar et al., "Fine-Tuning can Distort Pretrained Features and
@@ -21,18 +21,17 @@ def start_head_as_probe(run: Run, loader: DataLoader, device: torch.device) -> N
     Args:
         run: a training that has not begun.
         loader: its training batches.
-        device: where its model is.
     """
     run.model.eval()
     features, labels = [], []
     for batch in tqdm(loader, desc="linear probe", leave=False, disable=True if rank() else None):
-        images, flips = batch.images[: batch.real].to(device), batch.flips[: batch.real].to(device)
-        pixels = normalize(flip_images(images, flips), run.mean, run.std)
+        images, flips = (values[: batch.real].to(run.device) for values in (batch.images, batch.flips))
         with torch.no_grad():
+            pixels = run.normalize(flip_images(images, flips))
             features.append(models.features_of(run.model, pixels)[0].float().cpu())
         labels.append(batch.labels[: batch.real])
-    known, classes = (torch.cat(shares_of_all(torch.cat(mine))).numpy() for mine in (features, labels))
-    weights, biases = models.fit_linear(known, classes, len(run.class_names), PENALTY)
+    features, labels = (torch.cat(shares_of_all(torch.cat(mine))).numpy() for mine in (features, labels))
+    weights, biases = models.fit_linear(features, labels, len(run.class_names), PENALTY)
     for network in (run.model, run.ema.module):
         head = models.head_of(network)
         with torch.no_grad():

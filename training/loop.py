@@ -3,7 +3,6 @@
 import contextlib
 import math
 import time
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,36 +15,29 @@ from figures.plots import draw_curves
 from localized_crops.files import UserError
 from training.batches import Batch
 from training.distributed import copy_buffers_of_rank_0, rank, seed_rank, sum_over_ranks, world_size
-from training.evaluation import loss_and_top1, predict
+from training.evaluation import loss_and_top1
 from training.run import Run, save_run
-from transforms import flip_images, normalize
+from transforms import flip_images
 from utils import autocast, memory_errors, save_log
 
 LESS_MEMORY = "lower image_size or batch_size, or raise opt.accumulate"
 
 
-def train_and_log_epoch(
-    run: Run,
-    config: dict,
-    train_loader: DataLoader,
-    val_loader: DataLoader,
-    device: torch.device,
-    wandb_run: Any,
-) -> None:
+def train_and_log_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader) -> None:
     """Train one epoch; every ``log_interval`` epochs validate, log and draw; save."""
     train_loader.sampler.epoch = run.epoch
     lr, start = run.scheduler.get_last_lr()[0], time.perf_counter()
-    record = {"epoch": run.epoch + 1, **train_one_epoch(run, config, train_loader, device), "lr": lr}
+    record = {"epoch": run.epoch + 1, **train_one_epoch(run, train_loader), "lr": lr}
     record["seconds"] = time.perf_counter() - start
     record["images_per_second"] = len(train_loader.dataset) / record["seconds"]
     check_finite(record, "train_loss")
     run.scheduler.step()
     run.epoch += 1
     is_best = False
-    if run.epoch % config["log_interval"] == 0 or run.epoch == config["num_epochs"]:
-        is_best = validate_and_log(run, record, val_loader, config, device, wandb_run)
-    if config["save"] and rank() == 0:
-        save_run(run, config, is_best, device)
+    if run.epoch % run.config["log_interval"] == 0 or run.epoch == run.config["num_epochs"]:
+        is_best = validate_and_log(run, record, val_loader)
+    if run.config["save"] and rank() == 0:
+        save_run(run, is_best)
 
 
 def out_of_patience(records: list[dict], patience: int | None) -> bool:
@@ -67,56 +59,54 @@ def check_finite(record: dict, key: str) -> None:
         raise UserError(f"epoch {record['epoch']}: {key} is {record[key]}; lower opt.lr (now {record['lr']:.3g})")
 
 
-def train_one_epoch(run: Run, config: dict, loader: DataLoader, device: torch.device) -> dict[str, float]:
+def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
     """Update the model once over ``loader``; return loss, accuracy and maIoU as means over images."""
-    freeze_from = config["model"]["freeze_bn_from"]
+    config, freeze_from = run.config, run.config["model"]["freeze_bn_from"]
     models.train_mode(run.model, freeze_bn=freeze_from is not None and run.epoch >= freeze_from)
     seed_rank(config["seed"], run.epoch)
-    criterion = nn.CrossEntropyLoss(label_smoothing=config["other"]["label_smoothing"], reduction="sum")
-    precision, parts = autocast(device, config["amp"]), config["opt"]["accumulate"]
-    sums, seen, kept, boxed = torch.zeros(2, device=device), 0, 0.0, 0  # loss, right answers: stay on the device
-    # None: no bar where nobody watches, such as in a log file
-    hidden = True if rank() else None
-    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=hidden)
+    # sums stay on the device: summed loss, right answers
+    sums, seen, kept, boxed = torch.zeros(2, device=run.device), 0, 0.0, 0
+    disable = True if rank() else None  # None: the bar is shown on a terminal only
+    bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=disable)
     for number, batch in enumerate(bar, 1):
-        is_last_part = number % parts == 0
+        is_last_part = number % config["opt"]["accumulate"] == 0
         with memory_errors(f"training, {len(batch.images)} images of image_size={config['image_size']}", LESS_MEMORY):
-            sums += backward(run, batch, criterion, precision, device, is_last_part)
+            sums += backward(run, batch, is_last_part)
         covered = batch.coverage[: batch.real]
         seen, kept, boxed = seen + batch.real, kept + float(covered.nansum()), boxed + int((~covered.isnan()).sum())
         if is_last_part:
-            update(run, config["model"]["ema_step"], config["opt"]["clip"])
+            update(run)
             run.begin()
         if number % 20 == 0 and not bar.disable:  # reading the sums waits for the device
             rate = seen / max(bar.format_dict["elapsed"], 1e-9)
             bar.set_postfix_str(f"loss {sums[0] / seen:.3f}, top-1 {sums[1] / seen:.1%}, {rate:.0f} images/s")
-    counts = torch.tensor([seen, kept, boxed], device=device)
+    counts = torch.tensor([seen, kept, boxed], device=run.device)
     loss, right, seen, kept, boxed = sum_over_ranks(torch.cat([sums, counts]).double()).tolist()
     return {"train_loss": loss / seen, "train_top1": right / seen, "maiou": kept / boxed}
 
 
-def backward(
-    run: Run, batch: Batch, criterion: nn.Module, precision: torch.autocast, device: torch.device, is_last_part: bool
-) -> torch.Tensor:
+def backward(run: Run, batch: Batch, is_last_part: bool) -> torch.Tensor:
     """Add the gradient of the batch's share of the mean loss of the step; return (summed loss, right answers).
 
     Processes exchange their gradients with the last part of a step only.
     """
     parts = (batch.images, batch.labels, batch.flips)
-    images, labels, flips = (part.to(device, non_blocking=True) for part in parts)
+    images, labels, flips = (part.to(run.device, non_blocking=True) for part in parts)
     labels = labels[: batch.real]
-    keeps_to_itself = isinstance(run.net, DistributedDataParallel) and not is_last_part
-    with run.net.no_sync() if keeps_to_itself else contextlib.nullcontext():
-        with precision:
-            logits = run.net(normalize(flip_images(images, flips), run.mean, run.std))[: batch.real]
-            loss = criterion(logits, labels)  # summed over images
+    keeps_gradients = isinstance(run.net, DistributedDataParallel) and not is_last_part
+    with run.net.no_sync() if keeps_gradients else contextlib.nullcontext():
+        with autocast(run.device, run.config["amp"]):
+            logits = run.net(run.normalize(flip_images(images, flips)))[: batch.real]
+            smoothing = run.config["other"]["label_smoothing"]
+            loss = nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
         # DistributedDataParallel takes the mean of the processes' gradients
         run.scaler.scale(loss * (world_size() / batch.whole)).backward()
     return torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).sum()])
 
 
-def update(run: Run, ema_step: int, clip: float | None) -> None:
-    """Take one optimizer step and, every ``ema_step`` of them, update the EMA."""
+def update(run: Run) -> None:
+    """Take one optimizer step and, every ``model.ema_step`` of them, update the EMA."""
+    clip = run.config["opt"]["clip"]
     if clip is not None:
         run.scaler.unscale_(run.optimizer)
         nn.utils.clip_grad_norm_(run.model.parameters(), clip)
@@ -124,28 +114,25 @@ def update(run: Run, ema_step: int, clip: float | None) -> None:
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
-    if run.step % ema_step == 0:
+    if run.step % run.config["model"]["ema_step"] == 0:
         run.ema.update_parameters(run.model)
 
 
-def validate_and_log(
-    run: Run, record: dict, loader: DataLoader, config: dict, device: torch.device, wandb_run: Any
-) -> bool:
+def validate_and_log(run: Run, record: dict, loader: DataLoader) -> bool:
     """Validate model and EMA, log and draw; return whether the better of the two is the best so far."""
     copy_buffers_of_rank_0(run.model, run.ema.module)
-    networks, statistics = [run.model, run.ema], {"mean": run.mean, "std": run.std}
-    found, labels = predict(networks, loader, ["first"], device, autocast(device, config["amp"]), **statistics)
-    for prefix, log_probs in zip(("", "ema_"), found, strict=True):
-        record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs["first"], labels)
+    log_probs, labels = run.predict(loader, ["first"])
+    for which, prefix in (("model", ""), ("ema", "ema_")):
+        record[f"{prefix}loss"], record[f"{prefix}top1"] = loss_and_top1(log_probs[which]["first"], labels)
         check_finite(record, f"{prefix}loss")
     run.records.append(record)
     if rank() == 0:
         save_log(run.folder / "log.jsonl", run.records)
         draw_curves(run.records, run.folder / "curves.png")
-    if wandb_run is not None:
-        wandb_run.log(record, step=record["epoch"])
+    if run.wandb is not None:
+        run.wandb.log(record, step=record["epoch"])
     print(
-        f"epoch {record['epoch']:3d}/{config['num_epochs']}  train {record['train_loss']:.3f}  "
+        f"epoch {record['epoch']:3d}/{run.config['num_epochs']}  train {record['train_loss']:.3f}  "
         f"val {record['loss']:.3f} top-1 {record['top1']:.1%}  EMA {record['ema_loss']:.3f} "
         f"top-1 {record['ema_top1']:.1%}  maIoU {record['maiou']:.3f}  {record['images_per_second']:.0f} images/s",
         flush=True,

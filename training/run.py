@@ -1,22 +1,26 @@
 """A training in progress: building it, its checkpoints, going on from them."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader
 
 import models
 from jobs.settings import leaves
 from localized_crops.attention import last_attention
-from localized_crops.files import UserError, user_errors
+from localized_crops.files import UserError, save_json, user_errors
 from training.distributed import rank, world_size
-from training.fingerprints import first_difference, misfit, optimizer_fault
+from training.evaluation import predict
+from training.fingerprints import first_difference, optimizer_state, structure
 from training.optimization import build_optimizer, build_scheduler
 from training.train_data import test_views
+from transforms import normalize
 from utils import UNREADABLE, environment, load_log, load_tensors, save_tensors
 
 # The numbers that log.jsonl holds of every epoch that was validated.
@@ -31,117 +35,133 @@ class Run:
     """A training in progress: what is saved, and how far it is."""
 
     folder: Path
+    config: dict  # with all that was to be derived
+    device: torch.device
     model: nn.Module
     net: nn.Module  # the model as the training step calls it: compiled, and wrapped for several processes
     ema: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler
-    mean: list[float]  # of the network's input, by which images are normalised
-    std: list[float]
     class_names: list[str]
     made_from: dict[str, str]  # fingerprints of data, boxes and maps
-    localizer: dict | None = None  # of `how_boxes_are_found`
-    begin: Callable[[], None] = lambda: None  # called after every optimizer step
+    localizer: dict | None = None  # of `localizer_settings`
+    wandb: Any = None  # the wandb run to log to
+    is_begun: bool = False  # config.json is written
     epoch: int = 0  # epochs done
     step: int = 0  # optimizer steps done
     best_top1: float = -1.0  # of the model or the EMA on the validation images
-    chosen: str = "ema"  # which of the two validated better when they were last looked at: model | ema
+    chosen: str = "ema"  # which of the two had the higher top-1 at the last validation: model | ema
     records: list[dict] = field(default_factory=list)  # log.jsonl
+
+    def begin(self) -> None:
+        """Write config.json, once: after the first step, so that a start that fails leaves nothing behind."""
+        if not self.is_begun and rank() == 0:
+            save_json(self.folder / "config.json", self.config)
+        self.is_begun = True
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        """Return images (B, 3, H, W) uint8 as the network takes them."""
+        return normalize(images, self.config["model"]["mean"], self.config["model"]["std"])
+
+    def predict(
+        self, loader: DataLoader, view_names: Sequence[str]
+    ) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
+        """Return the log-probabilities (N, K) of "model" and "ema" by view, and the labels (N,)."""
+        networks = [self.model, self.ema]
+        both, labels = predict(networks, loader, view_names, self.device, self.config["amp"], self.normalize)
+        return dict(zip(("model", "ema"), both, strict=True)), labels
 
 
 def build_run(
     folder: Path, config: dict, class_names: list[str], made_from: dict[str, str], device: torch.device
 ) -> Run:
     """Build model, EMA, optimizer, schedule and scaler."""
-    wanted = config["model"]
-    model = models.build_model(
-        wanted["type"],
-        wanted["n_classes"],
-        image_size=config["image_size"],
-        patch_size=config["patch_size"],
-        weights=wanted["weights"],
-        drop_path=wanted["drop_path"],
-    )
-    for name, view in test_views(config).items():
-        models.check_patches(f"eval.views={name}: size", view.size, models.patch_of(model))
-    if wanted["resumed_model"]:
-        which = models.load_trained(model, wanted["resumed_model"], ema=wanted["resumed_ema"])
-        if rank() == 0:
-            print(f"starting from {wanted['resumed_model']}, {'its EMA' if which == 'ema' else 'the model'}")
-    if config["self_distillation"]["every"]:
-        with user_errors(ValueError, f"self_distillation.every: model.type={wanted['type']} gives no maps: "):
-            last_attention(model)
-    learning = {key: wanted[key] for key in ("freeze_backbone", "train_cls", "freeze_layers")}
-    models.set_trainable(model, **learning)
-    if wanted["sync_bn"]:
-        model = models.sync_bn(model, device)
-    model = model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)
+    model = _build_model(config, device)
     rates = {key: config["opt"][key] for key in ("lr", "weight_decay", "head_lr", "layer_decay")}
-    groups = models.parameter_groups(model, **rates)
-    optimizer = build_optimizer(groups, config["opt"])
+    optimizer = build_optimizer(models.parameter_groups(model, **rates), config["opt"])
     net = models.compiled(model, device) if config["compile"] else model
+    if world_size() > 1:
+        net = DistributedDataParallel(net, device_ids=[device] if device.index is not None else None)
     return Run(
         folder=folder,
+        config=config,
+        device=device,
         model=model,
-        net=DistributedDataParallel(net, device_ids=[device] if device.index is not None else None)
-        if world_size() > 1
-        else net,
+        net=net,
         ema=models.build_ema(model, config["other"]["ema_decay"]),
         optimizer=optimizer,
         scheduler=build_scheduler(optimizer, config["opt"], config["num_epochs"]),
         scaler=torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and config["amp"] == "fp16"),
-        mean=wanted["mean"],
-        std=wanted["std"],
         class_names=class_names,
         made_from=made_from,
     )
 
 
-def save_run(run: Run, config: dict, is_best: bool, device: torch.device) -> None:
+def _build_model(config: dict, device: torch.device) -> nn.Module:
+    """Return the network on its device, with the weights that the training starts from and those that learn marked."""
+    settings = config["model"]
+    shape = {"image_size": config["image_size"], "patch_size": config["patch_size"]}
+    more = {"weights": settings["weights"], "drop_path": settings["drop_path"]}
+    model = models.build_model(settings["type"], settings["n_classes"], **shape, **more)
+    for name, view in test_views(config).items():
+        models.check_patches(f"eval.views={name}: size", view.size, models.patch_of(model))
+    if settings["resumed_model"]:
+        which = models.load_trained(model, settings["resumed_model"], ema=settings["resumed_ema"])
+        print(f"starting from {settings['resumed_model']}, {'its EMA' if which == 'ema' else 'the model'}")
+    if config["self_distillation"]["every"]:
+        with user_errors(ValueError, f"self_distillation.every: model.type={settings['type']} gives no maps: "):
+            last_attention(model)
+    models.set_trainable(model, **{key: settings[key] for key in ("freeze_backbone", "train_cls", "freeze_layers")})
+    if settings["sync_bn"]:
+        model = models.sync_bn(model, device)
+    return model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)
+
+
+def save_run(run: Run, is_best: bool) -> None:
     """Write best.pt if this epoch is the best so far, then last.pt, from which the run can go on.
 
-    Both hold all that prediction needs. What timm loads of them, ``state_dict``, are the weights that validated better.
+    Both hold all that prediction needs. What timm loads of them, ``state_dict``, are the weights with the higher top-1.
     """
     weights = {"model": run.model.state_dict(), "ema": run.ema.module.state_dict()}
-    about = {
+    checkpoint = {
+        **weights,
         "state_dict": weights[run.chosen],  # the same tensors, stored once
         "chosen": run.chosen,
         "class_names": run.class_names,
         "epoch": run.epoch,
         "step": run.step,
         "best_top1": run.best_top1,
-        "config": config,
+        "config": run.config,
         "made_from": run.made_from,
         "localizer": run.localizer,
         "versions": environment(),
     }
     if is_best:
-        save_tensors(run.folder / "best.pt", weights | about)
+        save_tensors(run.folder / "best.pt", checkpoint)
     state = {
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "ema_updates": run.ema.n_averaged,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "cuda_rng": torch.cuda.get_rng_state(run.device) if run.device.type == "cuda" else None,
     }
-    save_tensors(run.folder / "last.pt", weights | about | state)
+    save_tensors(run.folder / "last.pt", checkpoint | state)
 
 
-def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.device) -> None:
+def load_run(run: Run, may_change: Collection[str]) -> None:
     """Go on from last.pt where there is one; epochs logged after it are done again.
 
     Raises:
         UserError: if it is of another run: of other data, boxes, maps, or settings other than ``may_change``.
     """
-    if not (run.folder / "last.pt").exists():
+    path, config = run.folder / "last.pt", run.config
+    if not path.exists():
         print("no last.pt yet: starting from the first epoch")
         return
-    state = load_tensors(run.folder / "last.pt")
-    with user_errors(UNREADABLE, f"{run.folder / 'last.pt'}: not of this run: "):
-        if not isinstance(state, dict):
-            raise TypeError("it holds no dict")
-        check_origin(run, state, config, may_change)
+    state = load_tensors(path)
+    with user_errors(UNREADABLE, f"{path}: not of this run: "):
+        check_origin(run, state, may_change)
         run.model.load_state_dict(state["model"])
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.copy_(state["ema_updates"])
@@ -151,8 +171,8 @@ def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.
         run.chosen = str(state["chosen"])
         run.scheduler = build_scheduler(run.optimizer, config["opt"], config["num_epochs"], done=run.epoch)
         torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
+        if run.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], run.device)
     records = load_log(run.folder / "log.jsonl", LOGGED)
     run.records = [record for record in records if record["epoch"] <= run.epoch]
     if run.epoch >= config["log_interval"] and not run.records:
@@ -160,21 +180,23 @@ def load_run(run: Run, config: dict, may_change: Collection[str], device: torch.
     print(f"going on after epoch {run.epoch}")
 
 
-def check_origin(run: Run, state: dict, config: dict, may_change: Collection[str]) -> None:
+def check_origin(run: Run, state: dict, may_change: Collection[str]) -> None:
     """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
     known = {"images", *state["made_from"]}  # an earlier version wrote fewer
     changed = first_difference(state["made_from"], {key: run.made_from[key] for key in known & run.made_from.keys()})
     if changed:
         raise ValueError(f"{changed}: not what they were when it was written; start a new run")
     free = {*may_change, "num_epochs", "dataset.root"}  # a training may be extended; the images are compared themselves
-    kept = {key: value for key, value in leaves(config).items() if key not in free}
-    changed = first_difference(leaves(state["config"]), kept)
+    before, now = leaves(state["config"]), leaves(run.config)
+    changed = first_difference(before, {key: value for key, value in now.items() if key not in free})
     if changed:
-        raise ValueError(f"it was trained with {changed}={leaves(state['config']).get(changed)}, now {kept[changed]}")
-    fault = (
-        misfit(run.model.state_dict(), state["model"])
-        or misfit(run.ema.module.state_dict(), state["ema"])
-        or optimizer_fault(run.optimizer, state["optimizer"], config["opt"])
-    )
-    if fault:
-        raise ValueError(fault)
+        raise ValueError(f"it was trained with {changed}={before.get(changed)}, now {now[changed]}")
+    expected = {
+        "model": run.model.state_dict(),
+        "ema": run.ema.module.state_dict(),
+        "optimizer": optimizer_state(run.optimizer, run.config["opt"]),
+    }
+    before, now = structure({key: state[key] for key in expected}), structure(expected)
+    changed = first_difference(before, now)
+    if changed:
+        raise ValueError(f"{changed} is {before.get(changed)}, not {now[changed]}")

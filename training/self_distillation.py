@@ -1,20 +1,24 @@
 """Self-distillation: a ViT in training makes the maps that centre its own crops, from its EMA.
 
-Every few epochs the EMA looks at all training images, whole. Those that it classifies rightly get its attention map;
-the others keep a plain crop, since attention that led to a wrong answer is no word on where the object is.
+Every few epochs the EMA classifies all training images, whole. Those that it classifies correctly get its attention
+map; the others keep a plain crop, since attention that led to a wrong answer does not show where the object is.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from jobs.loader import end_workers
 from localized_crops.map_file import MapCache, save_map_cache
 from localizer.attention_maps import attend_batches, clean_batch, plan_batches
-from localizer.networks import Localizer
+from localizer.networks import as_localizer
 from readers.data_set import DataSet
+from training.distributed import on_rank_0
+from training.run import Run
+from training.train_data import build_train_loader, map_crops, workers_for
+from utils import precision_on
 
 
 def refresh_epoch(epoch: int, every: int, start: int) -> int | None:
@@ -33,63 +37,53 @@ def maps_path(folder: Path, epoch: int) -> Path:
     return folder / f"own_epoch_{epoch}.maps.safetensors"
 
 
-def refresh_maps(
-    path: Path,
-    localizer: Localizer,
-    data: DataSet,
-    rows: np.ndarray,
-    device: torch.device,
-    wanted: dict[str, Any],
-    *,
-    precision: str = "float32",
-    num_workers: int = 0,
-) -> MapCache:
-    """Write and return the cache of maps of the images among ``rows`` that the network classifies rightly.
+def with_own_maps(loader: DataLoader, run: Run, data: DataSet) -> DataLoader:
+    """Return the training loader of the next epoch: a new one where self-distillation asks for other maps."""
+    epoch = refresh_epoch(run.epoch, **run.config["self_distillation"])
+    if epoch is None:
+        return loader
+    path = maps_path(run.folder, epoch)
+    if getattr(loader.dataset.crops.maps, "path", None) == path:
+        return loader
+    end_workers(loader)
+    if epoch == run.epoch:
+        on_rank_0(lambda: make_own_maps(path, run, data))
+    crops = map_crops(run.config, data, MapCache.open(path))
+    return build_train_loader(run.config, data, crops, run.device, loader.dataset.decoded)
 
-    Args:
-        path: the file to write; older maps of the run beside it are removed.
-        localizer: the EMA, with its head, on ``device``.
-        data: the data set.
-        rows: its training images.
-        device: of the network.
-        wanted: image_size, batch_size, autocontrast, heads, steps, filter_size: the section ``dino`` of the config.
-        precision, num_workers: see ``attention_maps.attend_batches``.
-    """
-    side = wanted["image_size"] or localizer.image_size
-    batches = plan_batches(data.image_sizes[rows], side, localizer.patch, wanted["batch_size"])
+
+def make_own_maps(path: Path, run: Run, data: DataSet) -> None:
+    """Write the maps of the training images that the EMA classifies correctly; remove older maps of the run."""
+    config, settings, rows = run.config, run.config["dino"], data.rows("train")
+    network = {"image_size": config["image_size"], **{key: tuple(config["model"][key]) for key in ("mean", "std")}}
+    localizer = as_localizer(run.ema.module, config["model"]["type"], "EMA of this run", **network)
+    side = settings["image_size"] or localizer.image_size
+    batches = plan_batches(data.image_sizes[rows], side, localizer.patch, settings["batch_size"])
     attended = attend_batches(
         localizer,
         batches,
-        [data.paths[row] for row in rows],
-        device,
-        autocontrast=wanted["autocontrast"],
-        precision=precision,
-        num_workers=num_workers,
+        data.paths[rows],
+        run.device,
+        autocontrast=settings["autocontrast"],
+        precision=precision_on(run.device, config["amp"]),
+        num_workers=workers_for(len(rows), config),
         with_logits=True,
     )
     maps: dict[int | str, np.ndarray] = {}
-    for one in tqdm(attended, total=len(batches), desc="own maps", unit=" batches", leave=False, disable=None):
-        places = rows[one.batch.rows]
-        right = one.logits.argmax(1).cpu().numpy() == data.labels[places]
-        right &= np.array([error is None for error in one.errors])
-        maps |= dict(zip(data.ids[places][right].tolist(), clean_batch(one, wanted)[right], strict=True))
-    settings = {key: wanted[key] for key in ("autocontrast", "heads", "steps", "filter_size")} | {"image_size": side}
-    save_map_cache(
-        path,
-        maps.items(),
-        {
-            "dataset": data.fingerprint(),
-            "model": localizer.name,
-            "weights_sha256": localizer.weights_sha256,
-            "settings": settings,
-            "made_by": "train.py, self_distillation",
-        },
-    )
-    _remove_older(path)
-    return MapCache.open(path)
-
-
-def _remove_older(path: Path) -> None:
-    for index in path.parent.glob("own_epoch_*.maps.safetensors"):
-        if index != path:
-            index.unlink(missing_ok=True)
+    for part in tqdm(attended, total=len(batches), desc="own maps", unit=" batches", leave=False, disable=None):
+        places = rows[part.batch.rows]
+        correct = part.logits.argmax(1).cpu().numpy() == data.labels[places]
+        correct &= np.array([error is None for error in part.errors])
+        maps |= dict(zip(data.ids[places][correct].tolist(), clean_batch(part, settings)[correct], strict=True))
+    cleaning = {key: settings[key] for key in ("autocontrast", "heads", "steps", "filter_size")}
+    header = {
+        "dataset": data.fingerprint(),
+        "model": localizer.name,
+        "weights_sha256": localizer.weights_sha256,
+        "settings": cleaning | {"image_size": side},
+        "made_by": "train.py, self_distillation",
+    }
+    save_map_cache(path, maps.items(), header)
+    for older in set(path.parent.glob("own_epoch_*.maps.safetensors")) - {path}:
+        older.unlink(missing_ok=True)
+    print(f"own maps: the EMA classifies {len(maps)} of {len(rows)} training images rightly", flush=True)

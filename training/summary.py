@@ -3,65 +3,52 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 
 from localized_crops.files import save_json
 from readers.data_set import DataSet
 from training.distributed import rank
-from training.evaluation import loss_and_top1, predict
+from training.evaluation import loss_and_top1
 from training.run import Run
 from training.train_data import report_rows, test_views
-from utils import autocast, environment
+from utils import environment
 
 
-def finish(
-    run: Run, config: dict, data: DataSet, loader: DataLoader, device: torch.device, notes: dict
-) -> dict[str, Any]:
+def finish(run: Run, data: DataSet, loader: DataLoader, notes: dict) -> dict[str, Any]:
     """Test the final model and its EMA in every view; write predictions.json and summary.json."""
-    names, rows = list(test_views(config)), report_rows(data)
-    top1, classes = {}, {}
-    networks, statistics = [run.model, run.ema], {"mean": run.mean, "std": run.std}
-    found, labels = predict(networks, loader, names, device, autocast(device, config["amp"]), **statistics)
-    for which, log_probs in zip(("model", "ema"), found, strict=True):
-        for view, values in log_probs.items():
-            top1.setdefault(view, {})[which] = loss_and_top1(values, labels)[1]
-            classes.setdefault(view, {})[which] = values.argmax(1).tolist()
-    predictions = {
-        str(image_id): {
-            "label": int(data.labels[row]),
-            "model": classes[names[0]]["model"][n],
-            "ema": classes[names[0]]["ema"][n],
-            "views": {view: {which: found[n] for which, found in both.items()} for view, both in classes.items()},
-        }
-        for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True))
-    }
-    notes = notes | {"tested_on": "test" if len(data.rows("test")) else "val"}
-    summary = summarize(run, config, len(rows), top1) | notes
+    names, rows = list(test_views(run.config)), report_rows(data)
+    log_probs, labels = run.predict(loader, names)
+    views = list(log_probs["model"])  # with several their average too
+    top1 = {view: {which: loss_and_top1(log_probs[which][view], labels)[1] for which in log_probs} for view in views}
+    classes = {view: {which: log_probs[which][view].argmax(1).tolist() for which in log_probs} for view in views}
+    predictions = {}
+    for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True)):
+        answers = {view: {which: found[n] for which, found in classes[view].items()} for view in views}
+        predictions[str(image_id)] = {"label": int(data.labels[row]), **answers[names[0]], "views": answers}
+    has_test = len(data.rows("test")) > 0
+    summary = summarize(run, len(rows), top1) | notes | {"tested_on": "test" if has_test else "val"}
     if rank() == 0:
         save_json(run.folder / "predictions.json", predictions)
         save_json(run.folder / "summary.json", summary)
-    tested = "test" if len(data.rows("test")) else "validation (there is no test part)"
+    split = "test" if has_test else "validation (there is no test part)"
     for view, both in top1.items():
-        oracle = " (oracle: true boxes at test)" if view.startswith("box") and config["eval_box"] == "gt" else ""
-        shares = f"model {both['model']:.1%}, EMA {both['ema']:.1%}"
-        print(f"{tested} after epoch {run.epoch}, view {view}: {shares}{oracle}")
+        is_oracle = view.startswith("box") and run.config["eval_box"] == "gt"
+        shares = f"model {both['model']:.1%}, EMA {both['ema']:.1%}{' (oracle: true boxes at test)' * is_oracle}"
+        print(f"{split} after epoch {run.epoch}, view {view}: {shares}")
     return summary
 
 
-def summarize(run: Run, config: dict, n_test: int, top1: dict) -> dict[str, Any]:
+def summarize(run: Run, n_test: int, top1: dict) -> dict[str, Any]:
     """Return what a table needs to know of a finished run."""
-    thr = config["THR"] if config["use_box"] else -1.0
-    seconds = sum(record["seconds"] for record in run.records)
     return {
         "top1": top1,  # view -> model, ema: fractions of the test images
         "n_test": n_test,
         "best_validation_top1": run.best_top1,
         "validation_of_last_100_epochs": last_epochs(run.records, run.epoch),
         "epochs": run.epoch,
-        "THR": thr,
+        "THR": run.config["THR"] if run.config["use_box"] else -1.0,
         "maiou": float(np.mean([record["maiou"] for record in run.records])),
-        "training_seconds_of_logged_epochs": seconds,
+        "training_seconds_of_logged_epochs": sum(record["seconds"] for record in run.records),
         "images_per_second": float(np.median([record["images_per_second"] for record in run.records])),
         "environment": environment(),
     }

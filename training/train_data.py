@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
 from transforms import BoxCrops, build_train_transform, build_views
 
-WORTH_A_WORKER = 2000  # images: fewer are read sooner than a spawn worker starts, some seconds
+WORTH_A_WORKER = 2000  # images: reading fewer takes less time than starting a worker, some seconds
 
 
 def load_data(config: dict) -> DataSet:
@@ -48,13 +47,13 @@ def report_rows(data: DataSet) -> np.ndarray:
     return rows if len(rows) else data.rows("val")
 
 
-def boxes_from(source: str, config: dict, data: DataSet) -> tuple[np.ndarray, int]:
-    """Return the boxes (N, 4) of a source, as the section ``boxes`` says, and for how many images it has none."""
-    return source_boxes(source, data, **config["boxes"])
+def view_boxes(config: dict, data: DataSet) -> np.ndarray:
+    """Return the boxes (N, 4) that test views look at, x y width height; whole images where ``eval_box`` is None."""
+    return source_boxes(config["eval_box"] or "image", data, **config["boxes"])[0]
 
 
-def how_boxes_are_found(config: dict, data: DataSet) -> dict | None:
-    """Return how the boxes of ``eval_box`` were found, so that prediction finds those of other images likewise.
+def localizer_settings(config: dict, data: DataSet) -> dict | None:
+    """Return how the boxes of ``eval_box`` were made, so that prediction makes those of other images the same way.
 
     Returns:
         ``dino``, that section of the config, and ``object_head``, the classifier of cells (None: its method has none);
@@ -68,8 +67,8 @@ def how_boxes_are_found(config: dict, data: DataSet) -> dict | None:
 
 
 def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
-    """Return the boxes that training crops are held to, (N, 4), and what is worth telling about them."""
-    boxes, missing = boxes_from(config["source"] if config["use_box"] else "image", config, data)
+    """Return the boxes that training crops are held to, (N, 4), and what summary.json tells of them."""
+    boxes, missing = source_boxes(config["source"] if config["use_box"] else "image", data, **config["boxes"])
     if missing:
         print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
     return boxes, {"images_without_box": missing, "boxes_clipped": data.clipped, "maiou_of": reference(config, data)}
@@ -100,20 +99,18 @@ def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
             "set that, or none"
         )
     folder = Path(config["cache_folder"] or data.root)
-    about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    return cached_images(folder, *about, read_image, side=config["cache_side"])
+    images = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
+    return cached_images(folder, *images, read_image, side=config["cache_side"])
 
 
 def needed_side(config: dict, data: DataSet) -> int:
     """Return the short side in pixels of which the smallest crop and view have as many pixels as the network sees."""
     scale, ratio = config["crop"]["scale"][0], config["crop"]["ratio"]
     crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
-    shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": 1.0}
-    if config["eval_box"] is not None:
-        rows = np.concatenate([report_rows(data), validation_rows(data)])
-        boxes = boxes_from(config["eval_box"], config, data)[0][rows]
-        sides = boxes[:, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"]) / data.image_sizes[rows].min(1)
-        shares["box"] = min(1.0, float(sides.min()))
+    rows = np.concatenate([report_rows(data), validation_rows(data)])
+    sides = view_boxes(config, data)[rows, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"])
+    smallest_box = min(1.0, float((sides / data.image_sizes[rows].min(1)).min()))
+    shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": smallest_box}
     views = [view.size / shares[view.kind] for view in test_views(config).values()]
     return math.ceil(max(config["image_size"] / crop_side, *views))
 
@@ -130,41 +127,49 @@ def build_train_loader(
         augment_strength=config["augment_strength"],
         use_augment_mix=config["use_augment_mix"],
     )
-    drawn = {"flip": config["flip"], "seed": config["seed"]}
-    rows, source = data.rows("train"), reference(config, data)
-    measured = (data.boxes if source == "gt" else boxes_from(source, config, data)[0])[rows]
+    rows, source, seed = data.rows("train"), reference(config, data), config["seed"]
+    measured = (data.boxes if source == "gt" else source_boxes(source, data, **config["boxes"])[0])[rows]
     if isinstance(crops, BoxCrops) and np.array_equal(measured, crops.boxes):
         measured = crops.boxes  # one array for a loader process, not two
-    images = TrainImages(data, rows, crops, transform, **drawn, decoded=decoded, reference=measured)
+    images = TrainImages(
+        data, rows, crops, transform, flip=config["flip"], seed=seed, decoded=decoded, reference=measured
+    )
     shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
-    batches = EpochBatches(len(images), config["batch_size"], config["seed"], **shares)
-    return build_loader(images, batch_size=None, sampler=batches, **loading(config, device))
+    return build_loader(
+        images,
+        batch_size=None,
+        sampler=EpochBatches(len(images), config["batch_size"], seed, **shares),
+        num_workers=config["num_workers"],
+        pin_memory=device.type == "cuda",
+    )
 
 
 def build_view_loaders(
     config: dict, data: DataSet, device: torch.device, decoded: ImageCache | None
 ) -> tuple[DataLoader, DataLoader]:
     """Build the loaders of validation (first view only) and test (all views)."""
-    views, boxes = test_views(config), boxes_from(config["eval_box"] or "image", config, data)[0]
-    first = dict(list(views.items())[:1])
-    machine = loading(config, device)
-    images = (
-        ViewImages(data, my_rows(validation_rows(data)), boxes, list(first.values()), decoded),
-        ViewImages(data, my_rows(report_rows(data)), boxes, list(views.values()), decoded),
+    views, boxes = list(test_views(config).values()), view_boxes(config, data)
+    return tuple(
+        build_loader(
+            ViewImages(data, rows, boxes, shown, decoded),
+            batch_size=config["eval"]["batch_size"],
+            num_workers=workers_for(len(rows), config),
+            pin_memory=device.type == "cuda",
+        )
+        for rows, shown in ((my_rows(validation_rows(data)), views[:1]), (my_rows(report_rows(data)), views))
     )
-    return tuple(_view_loader(config, one, machine) for one in images)
 
 
-def loading(config: dict, device: torch.device) -> dict[str, Any]:
-    """Return what every loader is told of the machine."""
-    return {"num_workers": config["num_workers"], "pin_memory": device.type == "cuda"}
+def workers_for(images: int, config: dict) -> int:
+    """Return how many processes load so many images once: none for few, which this process reads sooner."""
+    return config["num_workers"] if images >= WORTH_A_WORKER else 0
 
 
 def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | MapCrops:
     """Build what draws the training crops: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
         return map_crops(config, data, open_maps(config, data))
-    crop, rows, pool = config["crop"], data.rows("train"), None
+    rows, pool = data.rows("train"), None
     if config["use_box"] and config["boxes"]["several"] == "random":
         pool = source_set(config["source"], data, config["boxes"]["allow_missing"])
     return BoxCrops(
@@ -172,17 +177,14 @@ def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | Ma
         data.image_sizes[rows],
         redraw=None if pool is None else pool.of(rows).drawn,
         thr=config["THR"] if config["use_box"] else -1.0,
-        mode=crop["mode"],
-        scale=crop["scale"],
-        ratio=crop["ratio"],
+        **{key: config["crop"][key] for key in ("mode", "scale", "ratio")},
     )
 
 
 def map_crops(config: dict, data: DataSet, maps: Mapping[int, np.ndarray]) -> MapCrops:
     """Build the density-map crops of the training images; ``maps``: image id -> attention map."""
-    crop, rows = config["crop"], data.rows("train")
-    how = {"temperature": crop["temperature"], "scale": tuple(crop["scale"]), "ratio": tuple(crop["ratio"])}
-    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], **how)
+    rows, settings = data.rows("train"), {key: config["crop"][key] for key in ("temperature", "scale", "ratio")}
+    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], **settings)
 
 
 def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
@@ -201,12 +203,6 @@ def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
     return maps
 
 
-def _view_loader(config: dict, images: ViewImages, machine: dict[str, Any]) -> DataLoader:
-    if len(images) < WORTH_A_WORKER:
-        machine = machine | {"num_workers": 0}
-    return build_loader(images, batch_size=config["eval"]["batch_size"], **machine)
-
-
 def validation_rows(data: DataSet) -> np.ndarray:
     """Return the rows to validate on: the split "val", or the test images where there is none (as published)."""
     rows = data.rows("val")
@@ -215,12 +211,12 @@ def validation_rows(data: DataSet) -> np.ndarray:
 
 def test_views(config: dict) -> dict:
     """Return the test views by name, in order; ``eval_box`` adds the view box."""
-    names = list(config["eval"]["views"])
-    asks_box = any(name.startswith("box") for name in names)
-    if asks_box and config["eval_box"] is None:
+    settings = config["eval"]
+    names, size = list(settings["views"]), settings["size"] or config["image_size"]
+    has_box = any(name.startswith("box") for name in names)
+    if has_box and config["eval_box"] is None:
         raise UserError("eval.views asks for the view box, but eval_box is None: give gt, center or a box JSON")
-    if config["eval_box"] is not None and not asks_box:
+    if config["eval_box"] is not None and not has_box:
         names.append("box")
-    size = config["eval"]["size"] or config["image_size"]
-    about = config["eval"]
-    return build_views(names, size, about["crop_pct"], about["box_margin"], about.get("interpolation") or "bilinear")
+    interpolation = settings.get("interpolation") or "bilinear"
+    return build_views(names, size, settings["crop_pct"], settings["box_margin"], interpolation)
