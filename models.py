@@ -1,6 +1,7 @@
 """Networks by name, which of their weights learn, their EMA, and reading checkpoints into them."""
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ from timm.models import group_parameters
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localized_crops.files import UserError, user_errors
+from localized_crops.files import UserError
 from utils import UNREADABLE, load_tensors
 
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
-_SIZES = {"s": "small", "b": "base", "l": "large", "g": "giant"}
-_WORDS = {"small": "s", "base": "b", "large": "l", "huge": "g", "giant": "g"}
+DINOV2 = {"s": "small", "b": "base", "l": "large", "g": "giant", "huge": "giant"}
+DINOV2 |= {size: size for size in DINOV2.values()}
+PLAIN_VITS = ("timm.models.vision_transformer", "timm.models.eva")  # modules of timm
 TORCHVISION_RESNET = {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)", "head": r"^fc"}  # as timm groups its own
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 
 
 def timm_name(model_type: str) -> str:
@@ -29,11 +30,9 @@ def timm_name(model_type: str) -> str:
 
     DINOv2's: dinov2_vit{s,b,l,g}14, dinov2_vit{small,base,large,huge,giant}14 or the bare words.
     """
-    size = model_type.removeprefix("dinov2_vit").removesuffix("14")
-    letter = _WORDS.get(size, size)
-    if letter in _SIZES and model_type in (*_WORDS, f"dinov2_vit{size}14"):
-        return f"vit_{_SIZES[letter]}_patch14_dinov2.lvd142m"
-    return model_type
+    size = re.fullmatch(r"dinov2_vit(.+)14|(small|base|large|huge|giant)", model_type)
+    size = size and DINOV2.get(size[1] or size[2])
+    return f"vit_{size}_patch14_dinov2.lvd142m" if size else model_type
 
 
 def build_model(
@@ -60,37 +59,72 @@ def build_model(
         UserError: on an unknown name, weights that do not fit or cannot be had, an image size that is no multiple
             of the patch.
     """
-    from_hub, more = weights == "hub", {"drop_path_rate": drop_path} if drop_path else {}
-    if more and model_type == "resnet50":
+    options = {"drop_path_rate": drop_path} if drop_path else {}
+    if options and model_type == "resnet50":
         raise UserError("model.drop_path: torchvision's resnet50 has none; set model.type=resnet50.a1_in1k, timm's")
-    with user_errors(TypeError, f"model.type={model_type}, model.drop_path={drop_path}: "):
-        model = _create(model_type, n_classes, image_size, patch_size, from_hub, more)
+    try:
+        model = _create(model_type, n_classes, image_size, patch_size, pretrained=weights == "hub", **options)
+    except TypeError as error:
+        raise UserError(f"model.type={model_type}, model.drop_path={drop_path}: {error}") from error
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        if weights != "hub":
+            raise
+        raise UserError(
+            f"model.weights=hub: the weights of {model_type} cannot be fetched ({str(error).splitlines()[0][:80]}); "
+            f"fetch {weights_address(model_type)} on a machine with a network and give model.weights=FILE"
+        ) from None
     if weights not in (None, "hub"):
         load_backbone(model, weights)
     return model
 
 
 def _create(
-    model_type: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool, more: dict[str, Any]
+    model_type: str, n_classes: int, image_size: int, patch_size: int, *, pretrained: bool, **options: Any
 ) -> nn.Module:
+    if model_type == "resnet50":
+        model = torchvision.models.resnet50()
+        if pretrained:  # torchvision's own way runs whatever code a pickle in the hub's cache holds
+            published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
+            model.load_state_dict(published.get_state_dict(check_hash=True, weights_only=True))
+        model.fc = nn.Linear(model.fc.in_features, n_classes)
+        return model
+    if model_type == "toyresnet":
+        return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes, **options)
+    name, options = timm_name(model_type), options | {"num_classes": n_classes}
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
+        hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
+        raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
+    if timm.models.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN_VITS:
+        return _create_for_size(name, image_size, pretrained=pretrained, **options)
+    patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
+    if patch_size != patch:
+        raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
+    check_patches("image_size", image_size, patch)
+    return timm.create_model(name, pretrained=pretrained, img_size=image_size, dynamic_img_size=True, **options)
+
+
+def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
+    """Create a timm model with its input size as an argument, if it has such an argument, and try the size."""
+    for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+        try:
+            model = timm.create_model(name, **size, **options)
+            break
+        except TypeError:  # it has no such argument
+            if not size:
+                raise
+        except (AssertionError, ValueError, RuntimeError, ZeroDivisionError):  # it has, and refuses this size
+            model = timm.create_model(name, **options)
+            break
     try:
-        if model_type == "resnet50":
-            model = torchvision.models.resnet50()
-            if from_hub:  # torchvision's own way runs whatever code a pickle in the hub's cache holds
-                published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
-                model.load_state_dict(published.get_state_dict(check_hash=True, weights_only=True))
-            model.fc = nn.Linear(model.fc.in_features, n_classes)
-            return model
-        if model_type == "toyresnet":
-            return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes, **more)
-        return _create_timm(timm_name(model_type), n_classes, image_size, patch_size, from_hub, more)
-    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        if not from_hub:
-            raise
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except Exception:  # each network has its own way of failing
+        published = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
         raise UserError(
-            f"model.weights=hub: the weights of {model_type} cannot be fetched ({str(error).splitlines()[0][:80]}); "
-            f"fetch {weights_address(model_type)} on a machine with a network and give model.weights=FILE"
+            f"image_size={image_size}: {name} cannot take it; set image_size={published[-1]}, as published"
         ) from None
+    return model.train()
 
 
 def weights_address(model_type: str) -> str:
@@ -103,90 +137,19 @@ def weights_address(model_type: str) -> str:
     return f"huggingface.co/{published.hf_hub_id}/model.safetensors" if published.hf_hub_id else published.url
 
 
-def _create_timm(
-    name: str, n_classes: int, image_size: int, patch_size: int, from_hub: bool, more: dict[str, Any]
-) -> nn.Module:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
-        raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
-    if not _is_vit(name):
-        model = _create_for_size(name, image_size, num_classes=n_classes, pretrained=from_hub, **more)
-        if not _takes(model, image_size):
-            good = ", ".join(map(str, _sizes_that_work(name, image_size)))
-            raise UserError(f"image_size={image_size}: {name} cannot take it; sizes that work: {good or 'none found'}")
-        return model
-    patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
-    if patch_size != patch:
-        raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
-    check_patches("image_size", image_size, patch)
-    return timm.create_model(
-        name, num_classes=n_classes, pretrained=from_hub, img_size=image_size, dynamic_img_size=True, **more
-    )
-
-
-def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
-    """Create a timm model that is told its input size, where it has to be told; others find it out by themselves."""
-    for told in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
-        try:
-            return timm.create_model(name, **told, **options)
-        except TypeError:  # it has no such argument
-            continue
-        except (AssertionError, ValueError, RuntimeError, ZeroDivisionError):  # it has, and refuses this size
-            break
-    return timm.create_model(name, **options)
-
-
-def _takes(model: nn.Module, image_size: int) -> bool:
-    """Tell whether a network answers an image of this side; its mode and buffers stay as they are."""
-    was_training = model.training
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    except Exception:  # each network has its own way of failing
-        return False
-    finally:
-        model.train(was_training)
-    return True
-
-
-def _sizes_that_work(name: str, image_size: int, count: int = 3) -> list[int]:
-    """Return the nearest image sides that a timm model takes, tried on its shapes alone."""
-    found = []
-    own = (timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224))[-1]
-    for size in sorted({*range(32, 513, 32), own},
-                       key=lambda size: abs(size - image_size)):  # fmt: skip
-        with torch.device("meta"):
-            try:
-                if _takes(_create_for_size(name, size, num_classes=2), size):
-                    found.append(size)
-            except Exception:  # it cannot even be built for this size, or not without memory
-                continue
-        if len(found) == count:
-            break
-    return sorted(found)
-
-
 def input_config(model_type: str) -> dict[str, Any]:
     """Return what timm says of a network's input: ``mean``, ``std`` (in [0, 1]), ``interpolation`` and ``crop_pct``.
 
     The built-in networks and those that timm knows no weights of take ImageNet's statistics.
     """
     published = None if model_type in ("toyresnet", "resnet50") else timm.get_pretrained_cfg(timm_name(model_type))
-    about = published.to_dict() if published else {}
+    settings = published.to_dict() if published else {}
     return {
-        "mean": list(about.get("mean") or IMAGENET_DEFAULT_MEAN),
-        "std": list(about.get("std") or IMAGENET_DEFAULT_STD),
-        "interpolation": "bicubic" if about.get("interpolation") == "bicubic" else "bilinear",
-        "crop_pct": about.get("crop_pct") or 0.875,
+        "mean": list(settings.get("mean") or IMAGENET_DEFAULT_MEAN),
+        "std": list(settings.get("std") or IMAGENET_DEFAULT_STD),
+        "interpolation": "bicubic" if settings.get("interpolation") == "bicubic" else "bilinear",
+        "crop_pct": settings.get("crop_pct") or 0.875,
     }
-
-
-def _is_vit(name: str) -> bool:
-    """Tell whether timm builds a plain ViT for this name, from the module that defines it."""
-    module = timm.models.model_entrypoint(name.split(".")[0]).__module__
-    return module in ("timm.models.vision_transformer", "timm.models.eva")
 
 
 def check_patches(key: str, image_size: int, patch: int | None) -> None:
@@ -384,12 +347,9 @@ def load_backbone(model: nn.Module, path: Path | str) -> None:
     Raises:
         UserError: if it is not a state dict of this architecture.
     """
-    head = _head_prefix(model)
-    content = load_tensors(path)
-    state = _state_dict(content, path, _chosen(content))
+    head, (state, _) = _head_prefix(model), _load_state_dict(path)
     state = {key: value for key, value in state.items() if not key.startswith(head)}
-    own = {key: value for key, value in model.state_dict().items() if key.startswith(head)}
-    _load_strictly(model, state, path, kept=own)
+    _load_strictly(model, state, path, kept=head)
 
 
 def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
@@ -406,20 +366,13 @@ def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None)
     Raises:
         UserError: if it is of another architecture or has another number of classes.
     """
-    content = load_tensors(path)
-    which = _chosen(content) if ema is None else "ema" if ema else "model"
-    state = _state_dict(content, path, which)
-    weight = f"{_head_prefix(model)}weight"
-    own, found = model.state_dict().get(weight), state.get(weight)
-    if own is not None and found is not None and found.ndim == own.ndim and len(own) != len(found):
-        raise UserError(f"{path}: trained on {len(found)} classes, the data set has {len(own)}")
+    state, which = _load_state_dict(path, ema)
+    name = f"{_head_prefix(model)}weight"
+    expected, saved = model.state_dict().get(name), state.get(name)
+    if expected is not None and saved is not None and saved.ndim == expected.ndim and len(saved) != len(expected):
+        raise UserError(f"{path}: trained on {len(saved)} classes, the data set has {len(expected)}")
     _load_strictly(model, state, path)
-    return which if isinstance(content.get(which), dict) else "model"
-
-
-def _chosen(content: Any) -> str:
-    """Return which weights of a checkpoint validated better: model or ema; older checkpoints were chosen by the EMA."""
-    return "model" if isinstance(content, dict) and content.get("chosen") == "model" else "ema"
+    return which
 
 
 def _head_prefix(model: nn.Module) -> str:
@@ -427,59 +380,41 @@ def _head_prefix(model: nn.Module) -> str:
     return next(name for name, module in model.named_modules() if module is head) + "."
 
 
-def _state_dict(content: Any, path: Path | str, which: str) -> dict[str, torch.Tensor]:
-    """Find the state dict in a checkpoint of ours, or in the wrappings that torchvision and timm use."""
-    for key in (which, "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
-    if not named or not content or not all(torch.is_tensor(value) for value in content.values()):
+def _load_state_dict(path: Path | str, ema: bool | None = None) -> tuple[dict[str, torch.Tensor], str]:
+    """Return the state dict in a checkpoint of ours, torchvision's or timm's, and which weights it is: model or ema."""
+    content, which = load_tensors(path), "model"
+    if isinstance(content, dict):
+        if ema is None:
+            ema = content.get("chosen") != "model"  # older checkpoints were chosen by the EMA
+        for key in ("ema" if ema else "model", "state_dict", "model"):
+            if isinstance(content.get(key), dict):
+                content, which = content[key], "ema" if key == "ema" else "model"
+                break
+    is_named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not is_named or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise UserError(f"{path}: holds no state dict (names and tensors); give a checkpoint of train.py or of timm")
-    return _without_prefixes(content)
-
-
-def _without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the weights without what wrappers put before all their names."""
-    for prefix in 2 * ("module.", "_orig_mod.", "backbone."):  # twice: in either order
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _fit_vit(model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename and resample a ViT's official weights by timm's own filter; others pass unchanged."""
-    if not isinstance(model, timm.models.VisionTransformer):
-        return state
-    if not any(key in state for key in ("mask_token", "register_tokens")) and _same_shapes(model, state):
-        return state
-    return timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
-
-
-def _same_shapes(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    own = model.state_dict()
-    return all(key in own and own[key].shape == value.shape for key, value in state.items())
+    for prefix in 2 * ("module.", "_orig_mod.", "backbone."):  # of wrappers; twice: in either order
+        if all(key.startswith(prefix) for key in content):
+            content = {key.removeprefix(prefix): value for key, value in content.items()}
+    return content, which
 
 
 def _load_strictly(
-    model: nn.Module, state: dict[str, torch.Tensor], path: Path | str, kept: dict[str, torch.Tensor] | None = None
+    model: nn.Module, state: dict[str, torch.Tensor], path: Path | str, kept: str | tuple[()] = ()
 ) -> None:
-    """Load a state dict that leaves nothing out but ``kept``, the model's own values."""
+    """Load a state dict that may lack only the names with prefix ``kept`` and BatchNorm's counters, as old ones do."""
+    optional = {
+        key: value
+        for key, value in model.state_dict().items()
+        if key.startswith(kept) or key.endswith(".num_batches_tracked")
+    }
     try:
-        fitting = _fit_vit(model, state) | (kept or {})
-        missing, unexpected = model.state_dict().keys() - fitting.keys(), fitting.keys() - model.state_dict().keys()
-        missing = {
-            key for key in missing if key.split(".")[-1] != "num_batches_tracked"
-        }  # old weights count no batches
-        if missing or unexpected:
-            first = [f"{len(keys)} {word}, such as {min(keys)}" for word, keys in
-                     (("missing", missing), ("unexpected", unexpected)) if keys]  # fmt: skip
-            raise ValueError("weights by name: " + "; ".join(first))
-        counters = {key: value for key, value in model.state_dict().items() if key.endswith(".num_batches_tracked")}
-        model.load_state_dict(counters | fitting, strict=True)
-        if not all(bool(value.isfinite().all()) for value in fitting.values()):
+        if isinstance(model, timm.models.VisionTransformer):  # official names, other image sizes
+            state = timm.models.vision_transformer.checkpoint_filter_fn(dict(state), model)
+        model.load_state_dict(optional | state)
+        if not all(bool(value.isfinite().all()) for value in state.values()):
             raise ValueError("some of its weights are not finite numbers; train it again")
     except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
-        lines = [line.strip() for line in str(error).splitlines()]
-        reason = (lines[1:] or lines or [type(error).__name__])[0][:200]
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = "; ".join(line.strip()[:100] for line in (lines[1:] or lines)[:2])
         raise UserError(f"{path}: of another architecture than model.type ({reason})") from None

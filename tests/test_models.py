@@ -73,7 +73,7 @@ def test_without_a_network_the_file_to_fetch_is_named(model_type, told, monkeypa
     monkeypatch.setattr(torchvision.models, "resnet50", no_network)
     monkeypatch.setattr(timm, "create_model", no_network)
     with pytest.raises(UserError, match=told) as error:
-        models._create(model_type, 5, 56, 14, True, {})
+        build(model_type, image_size=56, patch_size=14, weights="hub")
     assert "model.weights=FILE" in str(error.value) and "\n" not in str(error.value)
 
 
