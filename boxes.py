@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from config import load_config
-from datasets import has_source_box, read_dataset, source_boxes
+from datasets import known_boxes, read_dataset
 from jobs.guard import run_script
 from jobs.settings import ConfigError
 from localized_crops.box_file import save_boxes
@@ -45,19 +45,18 @@ def main(request: dict) -> None:
     if out.suffix:
         check_output(out)
     data = read_dataset(**config["dataset"])
-    boxes, missing = source_boxes(source, data, **config["boxes"])
-    has_box = has_source_box(source, data, config["boxes"]["allow_missing"])
-    boxes = np.where(has_box[:, None], boxes, np.nan)
+    boxes = known_boxes(source, data, **config["boxes"])
     made_by = f"boxes.py convert {source}"
     if out.suffix == ".json" and not out.name.endswith(".coco.json"):
         ids, sizes = data.ids.tolist(), data.image_sizes.tolist()
-        found = {i: None if np.isnan(box[0]) else box for i, box in zip(ids, boxes.tolist(), strict=True)}
-        settings = {key: config[key] for key in ("dataset", "boxes")} | {"source": source}
-        about = {"made_by": made_by, "settings": settings, "pixel_grid": data.pixel_grid}
-        save_boxes(out, found, dict(zip(ids, sizes, strict=True)), **about)
+        box_of = {i: None if np.isnan(box[0]) else box for i, box in zip(ids, boxes.tolist(), strict=True)}
+        settings = {key: config[key] for key in ("dataset", "boxes", "source")}
+        size_of = dict(zip(ids, sizes, strict=True))
+        save_boxes(out, box_of, size_of, made_by=made_by, settings=settings, pixel_grid=data.pixel_grid)
     else:
         names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
         write_foreign(out, names, data.image_sizes, boxes, made_by)
+    missing = np.isnan(boxes[:, 0]).sum()
     print(f"{out}: {len(boxes) - missing} boxes, none for {missing} images")
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from localized_crops.box_file import boxes_for_images, load_boxes
-from localized_crops.boxes import center_boxes, whole_image_boxes
+from localized_crops.box_file import boxes_for_images
+from localized_crops.boxes import center_boxes, fill_missing, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from readers.box_sources import BoxSet, is_foreign, read_foreign
 from readers.cub import download_cub, read_cub_tables
@@ -25,6 +25,8 @@ from readers.torchvision_sets import SETS, read_torchvision
 from toybirds import writing
 
 DEFAULT_ROOTS = {"toybirds": "data/toybirds", "cub": "data/CUB_200_2011"} | dict.fromkeys(SETS, "data")
+
+NAMED_SOURCES = ("gt", "center", "image", "dino")
 
 
 def read_dataset(
@@ -122,29 +124,38 @@ def dino_boxes_path(name: str, root: Path | str | None) -> Path:
 def source_boxes(
     source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0
 ) -> tuple[np.ndarray, int]:
-    """Return the boxes that ``source`` names, (N, 4) x y width height, and for how many images it has none.
+    """Return boxes as `known_boxes`, the whole image where there is none, and for how many images there is none."""
+    boxes = known_boxes(source, data, several=several, allow_missing=allow_missing)
+    return fill_missing(boxes, data.image_sizes), int(np.isnan(boxes[:, 0]).sum())
+
+
+def known_boxes(source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0) -> np.ndarray:
+    """Return the boxes that ``source`` names, (N, 4) x y width height, NaN for an image that has none.
 
     Args:
         source: "gt" (of the data set), "center", "image", "dino" (`dino_boxes_path`), or the path of a box JSON, or of
-            boxes in another tool's format (`readers.box_sources`). An image without a box gets the whole image.
+            boxes in another tool's format (`readers.box_sources`).
         data: the data set, in whose order the boxes come.
         several: what serves an image that another tool's file gives several boxes: "largest" or "union"; "random" gives
             the largest here (`source_set` keeps them all).
         allow_missing: share of the images that another tool's file may leave without a box.
 
     Raises:
-        UserError: if the file is unusable or was made for other images.
+        UserError: if the file is unusable or was made for other images, or there is no true box at all.
     """
+    if source == "gt" and not data.has_box.any():
+        raise UserError(
+            f"{data.root}: has no true boxes: make some with generate_dino_boxes.py and give source=FILE, or "
+            "source=center"
+        )
     if source == "gt":
-        return _true_boxes(data)
-    if source == "center":
-        return center_boxes(data.image_sizes), 0
-    if source == "image":
-        return whole_image_boxes(data.image_sizes), 0
-    own = box_file_of(source, data)
-    if own is None:
+        return data.boxes
+    if source in ("center", "image"):
+        return (center_boxes if source == "center" else whole_image_boxes)(data.image_sizes)
+    box_file = box_file_of(source, data)
+    if box_file is None:
         return read_foreign(source, data, allow_missing).one_each("union" if several == "union" else "largest")
-    return boxes_for_images(own, data.ids, data.image_sizes, data.pixel_grid)
+    return boxes_for_images(box_file, data.ids, data.image_sizes, data.pixel_grid)
 
 
 def box_file_of(source: str, data: DataSet) -> Path | None:
@@ -154,7 +165,7 @@ def box_file_of(source: str, data: DataSet) -> Path | None:
         UserError: if the source is "dino" and generate_dino_boxes.py has made no boxes yet.
     """
     if source != "dino":
-        return None if source in ("gt", "center", "image") or is_foreign(source) else Path(source)
+        return None if source in NAMED_SOURCES or is_foreign(source) else Path(source)
     path = dino_boxes_path(data.name, data.root)
     if not path.exists():
         raise UserError(f"{path}: there is no such file: make it with generate_dino_boxes.py on the same data set")
@@ -163,30 +174,6 @@ def box_file_of(source: str, data: DataSet) -> Path | None:
 
 def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | None:
     """Return all boxes of a source that may hold several an image; None: it holds one."""
-    if source in ("gt", "center", "image", "dino") or not is_foreign(source):
+    if source in NAMED_SOURCES or not is_foreign(source):
         return None
     return read_foreign(source, data, allow_missing)
-
-
-def has_source_box(source: str, data: DataSet, allow_missing: float = 0.0) -> np.ndarray:
-    """Return which images (N,) bool have a box in a source; the others get the whole image from `source_boxes`."""
-    if source == "gt":
-        return data.has_box
-    if source in ("center", "image"):
-        return np.ones(len(data.ids), dtype=bool)
-    own = box_file_of(source, data)
-    if own is None:
-        return np.isin(np.arange(len(data.ids)), read_foreign(source, data, allow_missing).rows)
-    found = load_boxes(own).boxes
-    rows = found.rows.of(data.ids)
-    return (rows >= 0) & ~np.isnan(found.numbers[rows, 0])
-
-
-def _true_boxes(data: DataSet) -> tuple[np.ndarray, int]:
-    if not data.has_box.any():
-        raise UserError(
-            f"{data.root}: has no true boxes: make some with generate_dino_boxes.py and give source=FILE, or "
-            "source=center"
-        )
-    boxes = np.where(data.has_box[:, None], data.boxes, whole_image_boxes(data.image_sizes))
-    return (boxes if not data.has_box.all() else data.boxes), int((~data.has_box).sum())

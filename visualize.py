@@ -38,7 +38,7 @@ from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from config import load_config
-from datasets import has_source_box, read_dataset, source_boxes
+from datasets import known_boxes, read_dataset
 from dino_transform import MapCrops
 from experiments.grid import crop_family, settings_key
 from figures.box_report import METHOD_NAMES, SPLITS
@@ -54,7 +54,15 @@ from figures.plots import (
     short,
 )
 from jobs.guard import run_script
-from localized_crops.boxes import center_boxes, coverage, crops_to_xywh, iou, maiou_to_thr, whole_image_boxes
+from localized_crops.boxes import (
+    center_boxes,
+    coverage,
+    crops_to_xywh,
+    fill_missing,
+    iou,
+    maiou_to_thr,
+    whole_image_boxes,
+)
 from localized_crops.files import UserError, load_json, user_errors
 from localized_crops.map_file import MapCache
 from masks.mask_files import load_masks, load_masks_info, mask_names
@@ -120,17 +128,13 @@ class Subject:
 def read_subject(config: dict) -> Subject:
     """Read the data set, the boxes of ``source`` and, where they are named, maps and candidate masks."""
     data = read_dataset(**config["dataset"])
-    boxes, missing = source_boxes(config["source"], data, **config["boxes"])
-    if missing:
-        print(f"{config['source']}: no box for {missing} images; the whole image serves as theirs")
+    boxes = known_boxes(config["source"], data, **config["boxes"])
+    has_box = ~np.isnan(boxes[:, 0])
+    if not has_box.all():
+        print(f"{config['source']}: no box for {(~has_box).sum()} images; the whole image serves as theirs")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
     candidates = read_candidates(Path(config["masks"]), data) if config["masks"] else None
-    has_box = (
-        has_source_box(config["source"], data, config["boxes"]["allow_missing"])
-        if missing
-        else np.ones(len(data.ids), bool)
-    )
-    return Subject(data, boxes, has_box, maps, candidates)
+    return Subject(data, fill_missing(boxes, data.image_sizes), has_box, maps, candidates)
 
 
 def read_candidates(folder: Path, data: DataSet) -> Candidates:

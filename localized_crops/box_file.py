@@ -10,14 +10,15 @@ each in base64 of little-endian float64 with NaN for what is not there, ``boxes`
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from localized_crops.boxes import clip_boxes, whole_image_boxes
+from localized_crops.boxes import clip_boxes
 from localized_crops.columns import Column, Rows, ids_to_keys
 from localized_crops.files import UserError, load_json, save_json, user_errors
 from localized_crops.image_ids import ImageId, id_to_key
@@ -27,9 +28,6 @@ FILE_VERSION, COLUMNS_VERSION = 2, 3  # of files with an entry for each image, a
 MOST_ENTRIES = 50_000  # images; a file of more has columns: entries of a million take minutes and gigabytes
 PIXEL_GRIDS = ("stored", "upright")  # the pixels as the file stores them, or turned as its EXIF orientation says
 OVERSHOOT = 1e-3  # pixels that a box may reach past its image: rounding
-ENTRIES = {"boxes": dict, "image_sizes": dict, "scores": dict}
-PARTS = {"made_by": str, "settings": dict, "pixel_grid": str}
-NUMBERS = {"boxes": (4,), "image_sizes": (2,), "scores": ()}  # of an image
 
 
 @dataclass(frozen=True)
@@ -88,13 +86,10 @@ def save_boxes(
 
 def _with_columns(content: dict[str, Any], file: BoxFile) -> dict[str, Any]:
     """Return the content of a file with columns in place of entries."""
-    kept = {key: value for key, value in content.items() if key not in ENTRIES}
-    columns = {"boxes": file.boxes.numbers, "image_sizes": file.image_sizes.numbers}
-    if "scores" in content:
-        rows, columns["scores"] = file.scores.rows.of(file.boxes.rows.keys), np.full(len(file.boxes), np.nan)
-        columns["scores"][rows >= 0] = file.scores.numbers[rows[rows >= 0]]
-    coded = {name: base64.b64encode(one.astype("<f8").tobytes()).decode() for name, one in columns.items()}
-    return kept | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
+    columns = {name: getattr(file, name) for name in ("boxes", "image_sizes", "scores") if name in content}
+    header = {key: value for key, value in content.items() if key not in columns}
+    coded = {name: base64.b64encode(column.numbers.astype("<f8")).decode() for name, column in columns.items()}
+    return header | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
 
 
 def load_boxes(path: Path | str) -> BoxFile:
@@ -109,116 +104,105 @@ def load_boxes(path: Path | str) -> BoxFile:
 
 
 def _parse(content: Any) -> BoxFile:
-    """Check a box file's content, in NumPy for all images at once; ValueError says what is wrong with it."""
+    """Check a box file's content; ValueError says what is wrong with it."""
     _check_header(content)
-    read = _columns if content["version"] == COLUMNS_VERSION else _entries
-    boxes, sizes, scores = read(content)
-    has_box = ~np.isnan(boxes.numbers[:, 0])
-    _refuse(sizes, (sizes.numbers < 1).any(1), "a size [width, height] from 1 x 1 pixels on")
-    _refuse(sizes, has_box & np.isnan(sizes.numbers[:, 0]), "known, as it must be for an image with a box")
-    _refuse(boxes, has_box & ~((boxes.numbers[:, :2] >= 0) & (boxes.numbers[:, 2:] > 0)).all(1), "a box with an area")
-    far = boxes.numbers[:, :2] + boxes.numbers[:, 2:]
-    outside = (far > sizes.numbers + OVERSHOOT) | (boxes.numbers[:, :2] >= sizes.numbers)
-    _refuse(boxes, outside.any(1), "a box inside its image")
-    about = {"made_by": content["made_by"], "settings": content["settings"]}
-    return BoxFile(boxes, sizes, **about, scores=scores, pixel_grid=content.get("pixel_grid", "stored"))
+    ids, boxes, sizes, scores = (_columns if content["version"] == COLUMNS_VERSION else _entries)(content)
+    rows, has_box = Rows(ids_to_keys(ids)), ~np.isnan(boxes[:, 0])
+    near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    is_bad = {
+        "a box has four finite numbers": ~(np.isfinite(boxes).all(1) | np.isnan(boxes).all(1)),
+        "a size has two whole numbers from 1 on": ~(((sizes >= 1) & (sizes % 1 == 0)).all(1) | np.isnan(sizes).all(1)),
+        "an image with a box has a size": has_box & np.isnan(sizes[:, 0]),
+        "a box has an area": has_box & ~((near >= 0) & (boxes[:, 2:] > 0)).all(1),
+        "a box lies inside its image": ((far > sizes + OVERSHOOT) | (near >= sizes)).any(1),
+        "a score is a finite number": np.isinf(scores[:, 0]),
+    }
+    for rule, bad in is_bad.items():
+        if bad.any():
+            row = int(bad.argmax())
+            values = f"box {boxes[row].tolist()}, size {sizes[row].tolist()}, score {scores[row, 0]}"
+            raise ValueError(f"image {ids[row][:100]}: {rule}, got {values}")
+    has_scores = "scores" in content.get("columns", content)
+    return BoxFile(
+        boxes=Column(rows, boxes),
+        image_sizes=Column(rows, sizes, int),
+        made_by=content["made_by"],
+        settings=content["settings"],
+        scores=Column(rows, scores[:, 0]) if has_scores else {},
+        pixel_grid=content.get("pixel_grid", "stored"),
+    )
 
 
 def _check_header(content: Any) -> None:
     """Raise ValueError unless ``content`` is an object of our kind with all its parts."""
     if not isinstance(content, dict) or content.get("kind") != FILE_KIND:
-        found = content.get("kind") if isinstance(content, dict) else None
-        raise ValueError(f"kind is {str(found)[:60]!r}, expected {FILE_KIND!r}")
-    if content.get("version") not in range(1, COLUMNS_VERSION + 1) or content.get("box_format") != BOX_FORMAT:
-        raise ValueError(f"version {content.get('version')!r}, box format {content.get('box_format')!r}")
+        kind = content.get("kind") if isinstance(content, dict) else None
+        raise ValueError(f"kind is {str(kind)[:60]!r}, expected {FILE_KIND!r}")
     content = {"scores": {}, "pixel_grid": "stored"} | content  # a file of version 1 has no pixel_grid
-    for key, kind in (PARTS | ({"columns": dict} if content["version"] == COLUMNS_VERSION else ENTRIES)).items():
+    choices = {"version": range(1, COLUMNS_VERSION + 1), "box_format": (BOX_FORMAT,), "pixel_grid": PIXEL_GRIDS}
+    for key, values in choices.items():
+        if content.get(key) not in values:
+            raise ValueError(f"{key} is {str(content.get(key))[:60]!r}, must be one of {', '.join(map(str, values))}")
+    parts = ("columns",) if content["version"] == COLUMNS_VERSION else ("boxes", "image_sizes", "scores")
+    for key, kind in ({"made_by": str, "settings": dict} | dict.fromkeys(parts, dict)).items():
         if not isinstance(content.get(key), kind):
             raise ValueError(f"{key} is missing or no {kind.__name__}")
-    if content["pixel_grid"] not in PIXEL_GRIDS:
-        raise ValueError(f"pixel_grid is {content['pixel_grid'][:60]!r}, must be one of {', '.join(PIXEL_GRIDS)}")
 
 
-def _columns(content: dict[str, Any]) -> tuple[Column, Column, Column]:
-    """Return boxes, image sizes and scores of a file with columns."""
+Numbers = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]  # ids; boxes (N, 4), sizes (N, 2), scores (N, 1)
+
+
+def _columns(content: dict[str, Any]) -> Numbers:
+    """Return ids and numbers of a file with columns, NaN where there is none."""
     columns = content["columns"]
     ids = columns.get("ids")
-    if not isinstance(ids, list) or not all(isinstance(one, str) and one for one in ids):
+    if not isinstance(ids, list) or not all(isinstance(key, str) and key for key in ids):
         raise ValueError("columns has no list of ids")
-    rows, found = Rows(ids_to_keys(ids)), {}
-    for name, shape in NUMBERS.items():
-        text = columns.get(name, "" if name == "scores" else None)
-        if not isinstance(text, str):
+
+    def decoded(name: str, length: int) -> np.ndarray:
+        if not isinstance(columns.get(name), str):
             raise ValueError(f"columns has no {name}")
-        numbers = np.frombuffer(base64.b64decode(text, validate=True), "<f8").astype(np.float64)
-        own = rows if text else Rows(rows.keys[:0])
-        found[name] = Column(own, numbers.reshape(len(own), *shape), int if name == "image_sizes" else float)
-        of_image = found[name].numbers.reshape(len(own), math.prod(shape))
-        whole = np.isfinite(of_image).all(1) | np.isnan(of_image).all(1)
-        if name == "image_sizes":
-            whole &= (np.nan_to_num(of_image) % 1 == 0).all(1)
-        _refuse_rows(own, ~whole, f"its {name} are no numbers")
-    return found["boxes"], found["image_sizes"], found["scores"]
+        return np.frombuffer(base64.b64decode(columns[name], validate=True), "<f8").reshape(len(ids), length)
+
+    scores = decoded("scores", 1) if "scores" in columns else np.full((len(ids), 1), np.nan)
+    return ids, decoded("boxes", 4), decoded("image_sizes", 2), scores
 
 
-def _refuse_rows(rows: Rows, bad: np.ndarray, what: str) -> None:
-    if bad.any():
-        raise ValueError(f"image {rows.keys[int(bad.argmax())].decode()[:100]}: {what}")
-
-
-def _entries(content: dict[str, Any]) -> tuple[Column, Column, Column]:
-    """Return boxes, image sizes and scores of a file with an entry for each image."""
+def _entries(content: dict[str, Any]) -> Numbers:
+    """Return ids and numbers of a file with an entry for each image, NaN where there is none."""
     boxes, sizes, scores = content["boxes"], content["image_sizes"], content.get("scores", {})
     if boxes.keys() != sizes.keys() or not scores.keys() <= boxes.keys():
         raise ValueError("boxes, image_sizes and scores name different images")
-    rows, sizes = Rows(ids_to_keys(list(boxes))), {key: sizes[key] for key in boxes}
-    score_of = _numbers(scores, "a number")
-    size_of = _numbers(sizes, "a size [width, height] of whole numbers", 2, kinds="i")
-    box_of = _numbers(boxes, "a box [x, y, width, height]", 4)
-    scored = rows if scores.keys() == boxes.keys() and list(scores) == list(boxes) else Rows(ids_to_keys(list(scores)))
-    return Column(rows, box_of), Column(rows, size_of, int), Column(scored, score_of)
+    listed = {key: None if scores.get(key) is None else [scores[key]] for key in boxes}
+    return list(boxes), _rows_of(boxes, boxes, 4), _rows_of(boxes, sizes, 2), _rows_of(boxes, listed, 1)
 
 
-def _numbers(entries: Mapping[str, Any], what: str, *shape: int, kinds: str = "iuf") -> np.ndarray:
-    """Return the values of all images as one float array (N, *shape); NaN for None.
+def _rows_of(ids: Iterable[str], lists: Mapping[str, Any], length: int) -> np.ndarray:
+    """Return the lists of the images as one array (N, length); NaN for None.
 
     Raises:
-        ValueError: if a value is not ``what``: not of this shape, not finite, or not of one of NumPy's ``kinds``.
+        ValueError: if one is no list of so many finite numbers.
     """
-    values = [value for value in entries.values() if value is not None]
-    holds_bool = [isinstance(value, list) and bool in map(type, value) for value in entries.values()]
-    _refuse(entries, np.array(holds_bool), what)  # NumPy would take true for 1
-    rows = _array(values)
-    if values and (rows.shape != (len(values), *shape) or rows.dtype.kind not in kinds or not np.isfinite(rows).all()):
-        singles = [None if value is None else _array(value) for value in entries.values()]
-        bad = [
-            one is not None and (one.shape != shape or one.dtype.kind not in kinds or not np.isfinite(one).all())
-            for one in singles
-        ]
-        _refuse(entries, np.array(bad), what)
-    filled = np.full((len(entries), *shape), np.nan)
-    filled[[value is not None for value in entries.values()]] = rows.reshape(len(values), *shape)
-    return filled
+    rows = []
+    for key in ids:
+        numbers = lists[key]
+        if numbers is None:
+            rows.append([math.nan] * length)
+        elif isinstance(numbers, list) and len(numbers) == length and all(map(_is_number, numbers)):
+            rows.append(numbers)
+        else:
+            raise ValueError(f"image {key[:100]}: {str(numbers)[:80]} is no list of {length} finite numbers")
+    return np.array(rows, dtype=np.float64).reshape(-1, length)
 
 
-def _array(values: Any) -> np.ndarray:
-    try:
-        return np.array(values)
-    except ValueError:  # lists of different lengths
-        return np.array(None)
-
-
-def _refuse(entries: Mapping[str, Any], bad: np.ndarray, what: str) -> None:
-    """Raise ValueError that names the first image that is ``bad`` (N,)."""
-    if bad.any():
-        key = list(entries)[int(bad.argmax())]
-        raise ValueError(f"image {str(key)[:100]}: {str(entries[key])[:80]} is not {what}")
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # no bool, no int too large for a float
 
 
 def boxes_for_images(
     path: Path | str, ids: Sequence[ImageId], image_sizes: np.ndarray, pixel_grid: str | None = None
-) -> tuple[np.ndarray, int]:
-    """Read a box file for the images of a data set.
+) -> np.ndarray:
+    """Read the boxes of the images of a data set.
 
     Args:
         path: the box file.
@@ -227,8 +211,7 @@ def boxes_for_images(
         pixel_grid: of the images, "stored" or "upright"; None: not compared.
 
     Returns:
-        Boxes (N, 4) x y width height, the whole image where the file says that no box was found; and how many
-        these are.
+        Boxes (N, 4) x y width height, cut at the images; NaN where the file says that no box was found.
 
     Raises:
         UserError: if the file was made for other images.
@@ -236,19 +219,16 @@ def boxes_for_images(
     file = load_boxes(path)
     if pixel_grid not in (None, file.pixel_grid):
         raise UserError(f"{path}: its boxes are in the {file.pixel_grid} pixel grid, the images here are {pixel_grid}")
-    names, sizes = np.asarray(ids).tolist(), np.asarray(image_sizes)
-    rows = file.boxes.rows.of(ids)
-    if (unknown := np.flatnonzero(rows < 0)).size:
+    names, sizes, rows = np.asarray(ids).tolist(), np.asarray(image_sizes), file.boxes.rows.of(ids)
+    if (rows < 0).any():
+        name = names[int((rows < 0).argmax())]
+        raise UserError(f"{path}: made for another data set, it has no entry for image {name}; make it again")
+    file_sizes = file.image_sizes.numbers[rows]
+    differs = (file_sizes != sizes).any(1) & ~np.isnan(file_sizes[:, 0])
+    if differs.any():
+        row = int(differs.argmax())
+        here, there = tuple(sizes[row].tolist()), tuple(file_sizes[row].astype(int).tolist())
         raise UserError(
-            f"{path}: made for another data set, it has no entry for image {names[unknown[0]]}; make it again"
+            f"{path}: made for another data set: image {names[row]} is {here} here and {there} there; make it again"
         )
-    there = file.image_sizes.numbers[rows]
-    if (other := np.flatnonzero((there != sizes).any(1) & ~np.isnan(there[:, 0]))).size:
-        row = other[0]
-        raise UserError(
-            f"{path}: made for another data set: image {names[row]} is {tuple(sizes[row].tolist())} here and "
-            f"{tuple(there[row].astype(int).tolist())} there; make it again"
-        )
-    found = file.boxes.numbers[rows]
-    missing = np.isnan(found[:, 0])
-    return clip_boxes(np.where(missing[:, None], whole_image_boxes(sizes), found), sizes), int(missing.sum())
+    return clip_boxes(file.boxes.numbers[rows], sizes)

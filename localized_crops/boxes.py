@@ -65,6 +65,12 @@ def whole_image_boxes(image_sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros_like(sizes), sizes], axis=1)
 
 
+def fill_missing(boxes_xywh: np.ndarray, image_sizes: np.ndarray) -> np.ndarray:
+    """Return boxes (N, 4) with the whole image in place of those that are NaN."""
+    missing = np.isnan(boxes_xywh[:, :1])
+    return np.where(missing, whole_image_boxes(image_sizes), boxes_xywh) if missing.any() else boxes_xywh
+
+
 def center_boxes(image_sizes: np.ndarray, share: float = CENTER_SHARE) -> np.ndarray:
     """Return boxes (N, 4) in the middle of the images, with ``share`` of each side."""
     sizes = np.asarray(image_sizes, dtype=np.float64)

@@ -4,20 +4,22 @@ Each format is a few lines of JSON, XML or text and is read here: supervision wo
 brings OpenCV, pycocotools reads COCO alone and matches no file names (the tests open what is written with it).
 """
 
-import json
+import csv
+import io
+import os
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torchvision.ops import box_convert
 
 from localized_crops.box_file import FILE_KIND
-from localized_crops.boxes import clip_boxes, whole_image_boxes
+from localized_crops.boxes import clip_boxes, fill_missing
 from localized_crops.files import UserError, load_json, read_text, refuse_special, save_json, save_text
 from readers.data_set import DataSet
 from readers.table import boxes_of, read_columns
@@ -31,27 +33,28 @@ class BoxSet:
     rows: np.ndarray  # (M,) int64, of which image each is
     image_sizes: np.ndarray  # (N, 2) width height
 
-    def one_each(self, how: str, rng: np.random.Generator | None = None) -> tuple[np.ndarray, int]:
-        """Return one box an image, (N, 4), the whole image where there is none; and for how many there is none.
+    def one_each(self, choose: str, rng: np.random.Generator | None = None) -> np.ndarray:
+        """Return one box an image, (N, 4), NaN where there is none.
 
         Args:
-            how: "largest", "union" (the box around all), or "random" (drawn by ``rng``).
+            choose: "largest", "union" (the box around all), or "random" (drawn by ``rng``).
             rng: of the draw.
         """
-        chosen, counts = whole_image_boxes(self.image_sizes), np.bincount(self.rows, minlength=len(self.image_sizes))
+        count = len(self.image_sizes)
+        chosen, counts = np.full((count, 4), np.nan), np.bincount(self.rows, minlength=count)
         has_box, starts = counts > 0, np.cumsum(counts) - counts
-        if how == "union":
-            far = self.boxes[:, :2] + self.boxes[:, 2:]
-            near = np.minimum.reduceat(self.boxes[:, :2], starts[has_box]) if len(self.boxes) else far
-            far = np.maximum.reduceat(far, starts[has_box]) if len(self.boxes) else far
-            chosen[has_box] = np.concatenate([near, far - near], axis=1)
-        elif how == "random":
-            drawn = starts + (rng.random(len(counts)) * counts).astype(np.int64)
+        if choose == "union":
+            near, far = np.full((count, 2), np.inf), np.full((count, 2), -np.inf)
+            np.minimum.at(near, self.rows, self.boxes[:, :2])
+            np.maximum.at(far, self.rows, self.boxes[:, :2] + self.boxes[:, 2:])
+            chosen[has_box] = np.concatenate([near, far - near], axis=1)[has_box]
+        elif choose == "random":
+            drawn = starts + (rng.random(count) * counts).astype(np.int64)
             chosen[has_box] = self.boxes[drawn[has_box]]
         else:
             order = np.lexsort((self.boxes[:, 2:].prod(1), self.rows))  # of each image the largest comes last
             chosen[has_box] = self.boxes[order[(starts + counts - 1)[has_box]]]
-        return chosen, int((~has_box).sum())
+        return chosen
 
     def of(self, rows: np.ndarray) -> "BoxSet":
         """Return the boxes of some images, (K,) rows in ascending order."""
@@ -61,8 +64,8 @@ class BoxSet:
         return BoxSet(self.boxes[kept], place[self.rows[kept]], self.image_sizes[rows])
 
     def drawn(self, rng: np.random.Generator) -> np.ndarray:
-        """Return one box an image, drawn, (N, 4)."""
-        return self.one_each("random", rng)[0]
+        """Return one box an image, drawn, (N, 4); the whole image where there is none."""
+        return fill_missing(self.one_each("random", rng), self.image_sizes)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -94,66 +97,61 @@ def read_foreign(path: Path | str, data: DataSet, allow_missing: float = 0.0) ->
             images than allowed have no box.
     """
     path = Path(path)
-    names, boxes, sizes, is_relative = _read_any(path)
-    rows, unknown = match_names(names, [name.decode(errors="replace") for name in data.paths.names.tolist()])
-    known = rows >= 0
-    _compare_sizes(path, names, rows, sizes, data)
-    all_boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
-    has_box = known & ~np.isnan(all_boxes[:, 0])
-    rows, found = rows[has_box], all_boxes[has_box]
-    _check_coordinates(path, np.array(names, dtype=object)[has_box], found, is_relative)
-    if is_relative:
-        found = box_convert(torch.from_numpy(found), "cxcywh", "xywh").numpy() * np.tile(data.image_sizes[rows], 2)
-    found = clip_boxes(found, data.image_sizes[rows])
-    inside = (found[:, 2:] > 0).all(1)
-    rows, found = rows[inside], found[inside]
-    outside = f"; {(~inside).sum()} boxes lie outside their image" if not inside.all() else ""
-    _count_missing(path, data, rows, unknown, outside, allow_missing)
+    file = _read_any(path)
+    rows, unknown = match_names(file.names, [name.decode(errors="replace") for name in data.paths.names.tolist()])
+    _check_sizes(path, file, rows, data)
+    has_box = (rows >= 0) & ~np.isnan(file.boxes[:, 0])
+    rows, boxes = rows[has_box], file.boxes[has_box]
+    _check_coordinates(path, [file.names[row] for row in np.flatnonzero(has_box)], boxes, file.is_relative)
+    if file.is_relative:
+        boxes = box_convert(torch.from_numpy(boxes), "cxcywh", "xywh").numpy() * np.tile(data.image_sizes[rows], 2)
+    boxes = clip_boxes(boxes, data.image_sizes[rows])
+    inside = (boxes[:, 2:] > 0).all(1)
+    rows, boxes = rows[inside], boxes[inside]
+    _report_missing(path, data, rows, unknown, int((~inside).sum()), allow_missing)
     order = np.argsort(rows, kind="stable")
-    return BoxSet(found[order], rows[order], data.image_sizes)
+    return BoxSet(boxes[order], rows[order], data.image_sizes)
 
 
-Read = tuple[list[str], Any, list[tuple[int, int] | None], bool]  # names, boxes, sizes, whether boxes are shares
+class _ForeignFile(NamedTuple):
+    """The boxes of another tool's file."""
+
+    names: list[str]  # (M,) of the image of each box
+    boxes: np.ndarray  # (M, 4) float64, x y width height in pixels; NaN where the image has none
+    sizes: np.ndarray  # (M, 2) float64, width height of the image; NaN where the file does not say
+    is_relative: bool = False  # boxes are centre x y width height, shares of the image
 
 
-def _read_any(path: Path) -> Read:
+def _read_any(path: Path) -> _ForeignFile:
     if path.is_dir():
-        found = {suffix: sorted(path.rglob(f"*.{suffix}")) for suffix in ("xml", "txt")}
-        if bool(found["xml"]) == bool(found["txt"]):
-            raise UserError(
-                f"{path}: holds {'both' if found['xml'] else 'none of'} Pascal VOC's .xml and YOLO's .txt files"
-            )
-        return _read_voc(found["xml"]) if found["xml"] else _read_yolo(path, found["txt"])
+        xml, txt = (sorted(path.rglob(f"*.{suffix}")) for suffix in ("xml", "txt"))
+        if bool(xml) == bool(txt):
+            raise UserError(f"{path}: holds {'both' if xml else 'none of'} Pascal VOC's .xml and YOLO's .txt files")
+        return _read_voc(xml) if xml else _read_yolo(path, txt)
     if read_text(path).lstrip("\ufeff \t\r\n").startswith(("{", "[")):
         return _read_coco(path)
-    return _read_csv(path)
+    columns, lines = read_columns(path, ("path", "x", "y", "width", "height"), ())
+    return _ForeignFile(columns["path"], boxes_of(path, columns, lines), np.full((len(lines), 2), np.nan))
 
 
-def _read_coco(path: Path) -> Read:
+def _read_coco(path: Path) -> _ForeignFile:
     content = load_json(path)
     try:
         images = {image["id"]: image for image in content["images"]}
-        annotations = content["annotations"]
-        names = {image_id: str(image["file_name"]) for image_id, image in images.items()}
-        without = sum("bbox" not in one or not one["bbox"] for one in annotations)
-        if annotations and without == len(annotations):
+        annotations = [annotation for annotation in content["annotations"] if annotation.get("bbox")]
+        if content["annotations"] and not annotations:
             raise UserError(f"{path}: COCO annotations without bbox (segmentations only?); add the boxes")
-        pairs = [(one["image_id"], one["bbox"]) for one in annotations if one.get("bbox")]
-        sizes = {image_id: (image.get("width"), image.get("height")) for image_id, image in images.items()}
-        boxes = np.array([box for _, box in pairs], dtype=np.float64).reshape(-1, 4)
-        listed = [names[image_id] for image_id, _ in pairs], [sizes[image_id] for image_id, _ in pairs]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        lacking = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: neither a box JSON of this program nor a COCO JSON ({lacking}); give one") from None
-    return listed[0], boxes, [None if None in size else size for size in listed[1]], False
+        boxed = [images[annotation["image_id"]] for annotation in annotations]
+        names = [str(image["file_name"]) for image in boxed]
+        boxes = np.array([annotation["bbox"] for annotation in annotations], dtype=np.float64)
+        sizes = np.array([(image.get("width"), image.get("height")) for image in boxed], dtype=np.float64)
+        return _ForeignFile(names, boxes.reshape(len(names), 4), sizes.reshape(-1, 2))
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: neither a box JSON of this program nor a COCO JSON ({reason}); give one") from None
 
 
-def _read_csv(path: Path) -> Read:
-    columns, lines = read_columns(path, ("path", "x", "y", "width", "height"), ())
-    return columns["path"], boxes_of(path, columns, lines), [None] * len(lines), False
-
-
-def _read_yolo(folder: Path, files: list[Path]) -> Read:
+def _read_yolo(folder: Path, files: list[Path]) -> _ForeignFile:
     names, boxes = [], []
     for file in files:
         if file.name == "classes.txt":
@@ -169,104 +167,105 @@ def _read_yolo(folder: Path, files: list[Path]) -> Read:
             except ValueError:
                 raise UserError(f"{file}:{number}: {line[:80]!r} is no line `class x y width height`") from None
             names.append(file.relative_to(folder).with_suffix("").as_posix())
-    return names, boxes, [None] * len(names), True
+    return _ForeignFile(names, np.array(boxes).reshape(-1, 4), np.full((len(names), 2), np.nan), is_relative=True)
 
 
-def _read_voc(files: list[Path]) -> Read:
+def _read_voc(files: list[Path]) -> _ForeignFile:
     names, corners, sizes = [], [], []
     for file in files:
         try:
             root = ElementTree.fromstring(read_text(file).encode())  # expat refuses entity bombs since 2.4.1
-            size = tuple(int(root.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-            name = root.findtext("filename") or file.stem
-            for one in root.iter("bndbox"):
-                corners.append([float(one.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")])
-                names.append(name)
-                sizes.append(size if all(size) else None)
+            size = [float(root.findtext(f"size/{side}", "0")) or np.nan for side in ("width", "height")]
+            for box in root.iter("bndbox"):
+                corners.append([float(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")])
+                names.append(root.findtext("filename") or file.stem)
+                sizes.append(size)
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise UserError(f"{file}: no Pascal VOC annotation ({error})") from None
     xyxy = torch.tensor(corners, dtype=torch.float64).reshape(-1, 4)
-    return names, box_convert(xyxy, "xyxy", "xywh").numpy(), sizes, False
+    return _ForeignFile(names, box_convert(xyxy, "xyxy", "xywh").numpy(), np.array(sizes).reshape(-1, 2))
 
 
 # --- matching and checking ----------------------------------------------------------------------------------------
 
 
-def match_names(names: Sequence[str], own: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Return for each of ``names`` the row (M,) in ``own`` that it means, -1 for none, and the names that mean none.
+def match_names(names: Sequence[str], image_names: Sequence[str]) -> tuple[np.ndarray, list[str]]:
+    """Match other tools' file names to the images of a data set.
 
     A name means the path that equals it, or that equals it without suffixes; else the only path whose last parts are
-    the same, down to the file's name alone.
+    the same, down to the file's name alone. Of two names that mean one image only the path itself is matched.
+
+    Returns:
+        The row (M,) of each name in ``image_names``, -1 for none, and the names that mean none.
     """
-    row_of = {}
-    for spell in (_spellings_of_all, _stems_of_all):
-        for row, name in enumerate(own):
-            for one in spell(name):
-                row_of.setdefault(one, []).append(row)
-    rows = {name: _row_of(name, row_of) for name in dict.fromkeys(names)}
+    row_of = {}  # spelling -> row; -1: several images are spelled so
+    for row, image_name in enumerate(image_names):
+        for spelling in _spellings(image_name):
+            if row_of.setdefault(spelling, row) != row:
+                row_of[spelling] = -1
+    rows = {}
+    for name in names:
+        if name not in rows:
+            matches = (row_of.get(spelling, -1) for spelling in _spellings(name))
+            rows[name] = next((row for row in matches if row >= 0), -1)
     counts = Counter(rows.values())
     for name, row in rows.items():
-        if counts[row] > 1 and name not in (own[row], PurePosixPath(own[row]).with_suffix("").as_posix()):
-            rows[name] = -1  # another name means this image too
+        if counts[row] > 1 and name not in (image_names[row], os.path.splitext(image_names[row])[0]):
+            rows[name] = -1
     return np.array([rows[name] for name in names], dtype=np.int64), [name for name, row in rows.items() if row < 0]
 
 
-def _spellings_of_all(name: str) -> list[str]:
-    parts = PurePosixPath(name).parts
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+def _spellings(name: str) -> list[str]:
+    """Return a path and its shorter ends, then the same without the file's suffix."""
+    path = os.path.normpath(name.replace("\\", "/"))
+    return [
+        "/".join(whole.split("/")[start:])
+        for whole in dict.fromkeys((path, os.path.splitext(path)[0]))
+        for start in range(whole.count("/") + 1)
+    ]
 
 
-def _stems_of_all(name: str) -> list[str]:
-    stem = PurePosixPath(name).with_suffix("").as_posix()
-    return _spellings_of_all(stem) if stem != name else []
+def _check_sizes(path: Path, file: _ForeignFile, rows: np.ndarray, data: DataSet) -> None:
+    """Raise UserError if an image has another size in a file than in the data set."""
+    here = data.image_sizes[rows]
+    differs = (rows >= 0) & ~np.isnan(file.sizes).any(1) & (file.sizes != here).any(1)
+    if differs.any():
+        row = int(differs.argmax())
+        there, size = tuple(file.sizes[row].astype(int).tolist()), tuple(here[row].tolist())
+        turned = f"; here pixels are {data.pixel_grid}, by EXIF" if there == size[::-1] else ""
+        raise UserError(f"{path}: image {file.names[row]} has another size, {there} there and {size} here{turned}")
 
 
-def _row_of(name: str, row_of: dict[str, list[int]]) -> int:
-    name = name.replace("\\", "/")
-    for one in (*_spellings_of_all(name), *_stems_of_all(name)):
-        rows = row_of.get(one, [])
-        if len(set(rows)) == 1:
-            return rows[0]
-    return -1
-
-
-def _compare_sizes(path: Path, names: list[str], rows: np.ndarray, sizes: list, data: DataSet) -> None:
-    own = [tuple(size) for size in data.image_sizes.tolist()]
-    other = {name: (size, own[row]) for name, row, size in zip(names, rows.tolist(), sizes, strict=True)
-             if row >= 0 and size is not None and tuple(size) != own[row]}  # fmt: skip
-    if other:
-        name, (there, here) = next(iter(other.items()))
-        turned = f"; here pixels are {data.pixel_grid}, by EXIF" if tuple(there) == here[::-1] else ""
-        line = f"{len(other)} images have another size there, the first: {name} {tuple(there)}, here {here}"
-        raise UserError(f"{path}: {line}{turned}")
-
-
-def _check_coordinates(path: Path, names: np.ndarray, boxes: np.ndarray, is_relative: bool) -> None:
+def _check_coordinates(path: Path, names: list[str], boxes: np.ndarray, is_relative: bool) -> None:
+    """Raise UserError if a box has no area, or all are in pixels instead of shares of the image or the reverse."""
     bad = ~np.isfinite(boxes).all(1) | (boxes[:, 2:] <= 0).any(1)
     if bad.any():
         row = int(bad.argmax())
         raise UserError(f"{path}: {names[row]}: {boxes[row].tolist()} is no box with an area ({bad.sum()} such boxes)")
-    if is_relative and len(boxes) and boxes.max() > 1.01:
+    if is_relative and boxes.max(initial=0) > 1.01:
         row = int(boxes.max(1).argmax())
         raise UserError(f"{path}: {names[row]}: {boxes[row].tolist()}: pixels, it seems; YOLO has shares of the image")
     if not is_relative and len(boxes) and boxes.max() <= 1:
         raise UserError(f"{path}: no box reaches past 1: shares of the image, it seems; pixels are expected")
 
 
-def _count_missing(
-    path: Path, data: DataSet, rows: np.ndarray, unknown: list[str], outside: str, allow_missing: float
+def _report_missing(
+    path: Path, data: DataSet, rows: np.ndarray, unknown: list[str], outside: int, allow_missing: float
 ) -> None:
-    """Print what does not match; raise where too many images have no box."""
-    missing = np.setdiff1d(np.arange(len(data.ids)), rows)
-    if not (len(missing) or unknown or outside):
-        return
-    first = ", ".join(str(one) for one in data.ids[missing[:3]].tolist())
-    line = f"{path}: no box for {len(missing)} of {len(data.ids)} images" + (f" ({first}, ...)" if first else "")
-    line += f"; {len(unknown)} names there are no image here ({unknown[0]}, ...)" if unknown else ""
-    if len(missing) > allow_missing * len(data.ids):
-        share = np.ceil(1e4 * len(missing) / len(data.ids)) / 1e4
-        raise UserError(f"{line}{outside}; boxes.allow_missing={share:g} lets them go without one")
-    print(line + outside)
+    """Print what does not match; raise UserError where too many images have no box."""
+    missing, total, notes = np.setdiff1d(np.arange(len(data.ids)), rows), len(data.ids), []
+    if len(missing):
+        first = ", ".join(map(str, data.ids[missing[:3]].tolist()))
+        notes.append(f"no box for {len(missing)} of {total} images ({first}, ...)")
+    if unknown:
+        notes.append(f"{len(unknown)} names there are no image here ({unknown[0]}, ...)")
+    if outside:
+        notes.append(f"{outside} boxes lie outside their image")
+    if len(missing) > allow_missing * total:
+        share = np.ceil(1e4 * len(missing) / total) / 1e4
+        raise UserError(f"{path}: {'; '.join(notes)}; boxes.allow_missing={share:g} lets them go without one")
+    if notes:
+        print(f"{path}: {'; '.join(notes)}")
 
 
 # --- writing ------------------------------------------------------------------------------------------------------
@@ -288,39 +287,34 @@ def write_foreign(path: Path, names: list[str], image_sizes: np.ndarray, boxes: 
     if path.suffix == ".json":
         save_json(path, _coco(names, image_sizes, boxes, made_by))
     elif path.suffix == ".csv":
-        rows = [",".join([_csv_field(name), *("" if np.isnan(n) else repr(n) for n in box)])
-                for name, box in zip(names, boxes.tolist(), strict=True)]  # fmt: skip
-        save_text(path, "\n".join(["path,x,y,width,height", *rows]) + "\n")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("path", "x", "y", "width", "height"))
+        for name, box in zip(names, boxes.tolist(), strict=True):
+            writer.writerow((name, *("" if np.isnan(n) else n for n in box)))
+        save_text(path, text.getvalue())
     elif path.suffix:
         raise UserError(f"{path}: name FILE.json (COCO), FILE.csv, or a folder (YOLO)")
     else:
         _write_yolo(path, names, image_sizes, boxes)
 
 
-def _csv_field(name: str) -> str:
-    return json.dumps(name, ensure_ascii=False).replace('\\"', '""') if set(name) & set(',";\t') else name
-
-
 def _coco(names: list[str], image_sizes: np.ndarray, boxes: np.ndarray, made_by: str) -> dict[str, Any]:
-    about = zip(names, image_sizes.tolist(), strict=True)
-    images = [{"id": n, "file_name": name, "width": w, "height": h} for n, (name, (w, h)) in enumerate(about, 1)]
-    annotations = [
-        {"id": number, "image_id": int(row) + 1, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for number, (row, box) in enumerate(
-            ((row, boxes[row].tolist()) for row in np.flatnonzero(~np.isnan(boxes[:, 0]))), 1
-        )
-    ]
+    images, annotations = [], []
+    for number, (name, size, box) in enumerate(zip(names, image_sizes.tolist(), boxes.tolist(), strict=True), 1):
+        images.append({"id": number, "file_name": name, "width": size[0], "height": size[1]})
+        if not np.isnan(box[0]):
+            annotation = {"id": len(annotations) + 1, "image_id": number, "category_id": 1, "iscrowd": 0}
+            annotations.append(annotation | {"bbox": box, "area": box[2] * box[3]})
     categories = [{"id": 1, "name": "object"}]
     return {"info": {"description": made_by}, "images": images, "annotations": annotations, "categories": categories}
 
 
 def _write_yolo(folder: Path, names: list[str], image_sizes: np.ndarray, boxes: np.ndarray) -> None:
-    stems = [PurePosixPath(name).with_suffix("").as_posix() for name in names]
+    stems = [os.path.splitext(name)[0] for name in names]
     twice, count = Counter(stems).most_common(1)[0]
     if count > 1:
-        raise UserError(
-            f"{folder}: {count} images are called {twice} but for their suffix; YOLO cannot tell them apart"
-        )
+        raise UserError(f"{folder}: {count} images are called {twice} but for their suffix; YOLO mixes them up")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already and not empty; name a new folder")
     shares = box_convert(torch.from_numpy(boxes), "xywh", "cxcywh").numpy() / np.tile(image_sizes, 2)

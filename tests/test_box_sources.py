@@ -124,7 +124,7 @@ def test_of_several_boxes_the_largest_their_union_or_one_drawn_for_each_crop(dat
     assert source_boxes(str(path), data)[0][1].tolist() == [10, 20, 10, 25]
     assert source_boxes(str(path), data, several="union")[0][1].tolist() == [5, 6, 15, 39]
     pool = read_foreign(path, data).of(np.array([1, 3]))
-    crops = BoxCrops(pool.one_each("largest")[0], pool.image_sizes, thr=1.0, redraw=pool.drawn)
+    crops = BoxCrops(pool.one_each("largest"), pool.image_sizes, thr=1.0, redraw=pool.drawn)
     drawn = {tuple(pool.drawn(np.random.default_rng(seed))[0]) for seed in range(20)}
     assert drawn == {(10, 20, 10, 25), (5, 6, 7, 8)} and crops.draw(np.random.default_rng(0)).shape == (2, 4)
     assert (pool.drawn(np.random.default_rng(0))[1] == BOXES[3]).all()

@@ -44,6 +44,7 @@ def test_clip_expand_and_the_trivial_boxes():
     assert boxes.clip_boxes([[-5, 30, 20, 20]], size).tolist() == [[0, 30, 15, 7]]
     assert boxes.expand_boxes(np.array([[10, 10, 10, 20.0]]), size, 0.5).tolist() == [[5, 0, 20, 37]]
     assert boxes.whole_image_boxes(size).tolist() == [[0, 0, 53, 37]]
+    assert boxes.fill_missing(np.array([[np.nan] * 4]), size).tolist() == [[0, 0, 53, 37]]
     np.testing.assert_allclose(boxes.center_boxes(size, 0.5), [[13.25, 9.25, 26.5, 18.5]])
 
 
@@ -127,7 +128,7 @@ def test_a_file_of_version_1_is_read(tmp_path):
     [
         ({"kind": "masks"}, "kind"),
         ({"version": 4}, "version"),
-        ({"box_format": "xyxy"}, "box format"),
+        ({"box_format": "xyxy"}, "box_format"),
         ({"pixel_grid": "turned"}, "pixel_grid"),
         ({"made_by": None}, "made_by"),
         ({"settings": []}, "settings"),
@@ -176,9 +177,8 @@ def test_nan_in_a_box_is_refused_on_both_ends(tmp_path):
 
 def test_boxes_of_a_data_set(tmp_path):
     path = write(tmp_path / "boxes.json")
-    found, missing = box_file.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
-    assert missing == 1
-    assert found.tolist() == [[0, 0, 20, 10], [1.5, 2, 30, 20]]
+    found = box_file.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
+    assert np.isnan(found[0]).all() and found[1].tolist() == [1.5, 2, 30, 20]
     with pytest.raises(UserError, match="no entry for image 5"):
         box_file.boxes_for_images(path, [5], np.array([[20, 10]]))
     with pytest.raises(UserError, match=r"image 7 is \(37, 53\) here"):
