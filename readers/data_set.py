@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from localized_crops.boxes import clip_boxes
+from localized_crops.files import UserError
+
 
 class UprightPath(type(Path())):
     """An image file that is read as its EXIF orientation shows it; a plain Path is read as it is stored."""
@@ -74,6 +77,23 @@ class DataSet:
         ids = "\n".join(map(str, self.ids[order].tolist())).encode()
         names, sizes = b"\n".join(self.paths.names[order].tolist()), self.image_sizes[order].astype("<i8").tobytes()
         return hashlib.sha256(b"\0".join((ids, names, sizes))).hexdigest()
+
+
+def clip_checked(
+    path: Path, ids: np.ndarray, boxes_xywh: np.ndarray, image_sizes: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """Return boxes (N, 4) cut at their images, and how many reached past theirs; NaN stays.
+
+    Raises:
+        UserError: if one lies outside its image; ``path`` is the file that says so.
+    """
+    boxes = clip_boxes(boxes_xywh, image_sizes)
+    outside = (boxes[:, 2:] <= 0).any(1)
+    if outside.any():
+        row = int(outside.argmax())
+        box, size = tuple(boxes_xywh[row].tolist()), tuple(image_sizes[row].tolist())
+        raise UserError(f"{path}: image {ids[row]}: box {box} lies outside the image, {size}")
+    return boxes, int((np.abs(boxes - boxes_xywh) > 1e-6).any(1).sum())
 
 
 def no_boxes(count: int) -> np.ndarray:

@@ -2,14 +2,14 @@
 
 import csv
 import io
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from localized_crops.boxes import clip_boxes
 from localized_crops.files import UserError, read_text
-from readers.data_set import DataSet
+from readers.data_set import DataSet, clip_checked, no_boxes
 from readers.folder import from_columns
 from readers.splits import SPLIT_NAMES
 
@@ -35,40 +35,23 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     columns, lines = read_columns(path, ("path", "label"), ("split", *BOX_COLUMNS))
     _refuse_lines(path, lines, columns["path"], [not one for one in columns["path"]], "has no path")
     _refuse_lines(path, lines, columns["label"], [not one for one in columns["label"]], "has no label")
-    _refuse_twice(path, lines, columns["path"])
+    first_line = dict(zip(reversed(columns["path"]), reversed(lines), strict=True))
+    twice = [first_line[one] < line for one, line in zip(columns["path"], lines, strict=True)]
+    _refuse_lines(path, lines, columns["path"], twice, "stands in an earlier line already; remove one")
     raw_boxes = boxes_of(path, columns, lines)
-    splits = [SPLIT_NAMES.get(one.lower()) for one in columns.get("split", ["train"] * len(lines))]
-    _refuse_lines(
-        path, lines, columns.get("split", []), [one is None for one in splits], "is no split: train, val, test"
-    )
+    split_names = columns.get("split", ["train"] * len(lines))
+    splits = [SPLIT_NAMES.get(one.lower()) for one in split_names]
+    _refuse_lines(path, lines, split_names, [one is None for one in splits], "is no split: train, val, test")
     class_names = sorted(set(columns["label"]), key=lambda one: one.zfill(18) if one.isdigit() else one)
     number_of = {one: number for number, one in enumerate(class_names)}
     labels = np.array([number_of[one] for one in columns["label"]], dtype=np.int64)
-    about = labels, class_names, np.array(splits, dtype="<U5")
-    data = from_columns(name, root, columns["path"], *about, keep_going, [])
-    kept = ~np.isin(columns["path"], list(data.unreadable))
-    return with_boxes(data, raw_boxes[kept], path)
-
-
-def with_boxes(data: DataSet, raw_boxes: np.ndarray, path: Path) -> DataSet:
-    """Return the data set with boxes (N, 4) xywh in pixels, NaN for none, cut at their images.
-
-    Raises:
-        UserError: if all are normalised, or one lies outside its image.
-    """
+    data = from_columns(name, root, columns["path"], labels, class_names, np.array(splits, dtype="<U5"), keep_going, [])
+    raw_boxes = raw_boxes[~np.isin(columns["path"], list(data.unreadable))]
     has_box = ~np.isnan(raw_boxes[:, 0])
     if has_box.any() and raw_boxes[has_box].max() <= 1 and data.image_sizes[has_box].min() > 1:
         raise UserError(f"{path}: no box reaches past 1: shares of the image, it seems; pixels are expected")
-    boxes = clip_boxes(raw_boxes, data.image_sizes)
-    outside = np.flatnonzero((boxes[:, 2:] <= 0).any(1))
-    if len(outside):
-        row = outside[0]
-        size = tuple(data.image_sizes[row].tolist())
-        raise UserError(
-            f"{path}: {data.ids[row]}: box {raw_boxes[row].tolist()} lies outside the image, {size}, or has no area"
-        )
-    moved = np.abs(np.nan_to_num(boxes - raw_boxes)) > 1e-6
-    return replace(data, boxes=boxes, clipped=int(moved.any(1).sum()))
+    boxes, clipped = clip_checked(path, data.ids, raw_boxes, data.image_sizes)
+    return replace(data, boxes=boxes, clipped=clipped)
 
 
 def _only_table(root: Path) -> Path:
@@ -112,39 +95,26 @@ def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.
     """
     given = [one for one in BOX_COLUMNS if one in columns]
     if not given:
-        return np.full((len(lines), 4), np.nan)
+        return no_boxes(len(lines))
     if len(given) < len(BOX_COLUMNS):
         raise UserError(f"{path}:1: has {', '.join(given)}, but a box needs all of {', '.join(BOX_COLUMNS)}")
-    fields = np.array([columns[one] for one in BOX_COLUMNS]).T
-    empty = fields == ""
-    _refuse_lines(path, lines, fields.tolist(), (empty.any(1) & ~empty.all(1)).tolist(), "is half a box")
-    try:
-        boxes = np.where(empty, "nan", fields).astype(np.float64)
-    except ValueError:
-        _refuse_lines(path, lines, fields.tolist(), [not _are_numbers(row) for row in fields], "is no box")
-        raise
-    bad = ~np.isfinite(boxes).all(1) & ~empty.all(1) | (boxes[:, 2:] <= 0).any(1)
-    _refuse_lines(path, lines, fields.tolist(), bad.tolist(), "is no box with an area")
+    fields = list(zip(*(columns[one] for one in BOX_COLUMNS), strict=True))
+    boxes = np.array([[_number(field) for field in row] for row in fields])
+    empty = np.array([not any(row) for row in fields])
+    bad = ~(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)) & ~empty
+    _refuse_lines(path, lines, fields, bad.tolist(), "is no box with an area")
     return boxes
 
 
-def _are_numbers(fields: np.ndarray) -> bool:
+def _number(field: str) -> float:
+    """Return the number of a field, NaN for an empty one and what is no number."""
     try:
-        fields[fields != ""].astype(np.float64)
+        return float(field)
     except ValueError:
-        return False
-    return True
+        return math.nan
 
 
 def _refuse_lines(path: Path, lines: list[int], values: list, bad: list[bool], what: str) -> None:
     if any(bad):
         row = bad.index(True)
         raise UserError(f"{path}:{lines[row]}: {str(values[row])[:80]!r} {what} ({sum(bad)} such lines)")
-
-
-def _refuse_twice(path: Path, lines: list[int], names: list[str]) -> None:
-    first = {}
-    for line, name in zip(lines, names, strict=True):
-        if name in first:
-            raise UserError(f"{path}:{line}: {name!r} stands in line {first[name]} already; remove one")
-        first[name] = line

@@ -114,7 +114,7 @@ CUB = [
     table("empty", "images.txt", put("birds/images.txt", ""), "empty"),
     table("binary", "train_test_split.txt", put("birds/train_test_split.txt", b"\x80\x02\xff\x00" * 99)),
     table("folder", "image_class_labels.txt", folder_instead("birds/image_class_labels.txt"), "folder"),
-    table("doubled", "bounding_boxes.txt", lines("bounding_boxes.txt", lambda old: [*old, old[0]]), "line 1"),
+    table("doubled", "bounding_boxes.txt", lines("bounding_boxes.txt", lambda old: [*old, old[0]]), "image id "),
     table("no-id", "image_class_labels.txt", lines("image_class_labels.txt", lambda old: [*old, "x y"])),
     table("huge-id", "images.txt", lines("images.txt", lambda old: [*old, "9" * 400])),
     table("huge-box", "bounding_boxes.txt", rest_of_line("bounding_boxes.txt", "1e308 1e308 1e308 1e308"), ":2"),

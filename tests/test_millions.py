@@ -1,7 +1,6 @@
 """What large data sets are kept in gives what small ones are given, and is checked alike."""
 
 import json
-import shutil
 
 import numpy as np
 import PIL.Image
@@ -13,7 +12,7 @@ from localized_crops import box_file, crops
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.columns import Column, Rows, compact_ids, ids_to_keys, listed_ids
 from localized_crops.files import UserError
-from readers import cub, images
+from readers import images
 from readers.data_set import ImagePaths
 from readers.images import image_sizes
 from utils import file_stats
@@ -190,30 +189,6 @@ def test_of_many_files_the_stats_tell_an_image_that_was_replaced(paths, monkeypa
     paths[2].write_bytes(paths[2].read_bytes())  # the same bytes, written anew
     after = shared_work.content_keys(batches)
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
-
-
-def test_plain_tables_are_read_as_line_by_line(birds):
-    plain, careful = cub._plain_tables(birds), cub._any_tables(birds, (birds / "images").resolve())
-    assert all(np.array_equal(one, other) for one, other in zip(plain, careful, strict=True))
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("images", "1 ", "1  "),
-        ("images", "1 ", "1 ../"),
-        ("image_class_labels", "1 ", "+1 "),
-        ("image_class_labels", "1 ", "9999 "),
-        ("bounding_boxes", " ", " -"),
-        ("bounding_boxes", " ", " nan"),
-        ("train_test_split", " 1", " 2"),
-    ],
-)
-def test_other_tables_are_read_line_by_line(birds, tmp_path, file, old, new):
-    root = shutil.copytree(birds, tmp_path / "birds")
-    path = root / f"{file}.txt"
-    path.write_bytes(path.read_bytes().replace(old.encode(), new.encode(), 1))
-    assert cub._plain_tables(root) is None
 
 
 # --- crops --------------------------------------------------------------------------------------------------------
