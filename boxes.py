@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from config import load_config
-from datasets import known_boxes, read_dataset
+from datasets import known_boxes, read_dataset, save_source
 from jobs.guard import run_script
 from jobs.settings import ConfigError
-from localized_crops.box_file import save_boxes
 from localized_crops.files import check_output
 from readers.box_sources import write_foreign
 
@@ -48,11 +47,8 @@ def main(request: dict) -> None:
     boxes = known_boxes(source, data, **config["boxes"])
     made_by = f"boxes.py convert {source}"
     if out.suffix == ".json" and not out.name.endswith(".coco.json"):
-        ids, sizes = data.ids.tolist(), data.image_sizes.tolist()
-        box_of = {i: None if np.isnan(box[0]) else box for i, box in zip(ids, boxes.tolist(), strict=True)}
         settings = {key: config[key] for key in ("dataset", "boxes", "source")}
-        size_of = dict(zip(ids, sizes, strict=True))
-        save_boxes(out, box_of, size_of, made_by=made_by, settings=settings, pixel_grid=data.pixel_grid)
+        save_source(out, data, boxes, made_by=made_by, settings=settings)
     else:
         names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
         write_foreign(out, names, data.image_sizes, boxes, made_by)

@@ -8,12 +8,14 @@ below root.
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from localized_crops.box_file import boxes_for_images
+from localized_crops.box_file import boxes_for_images, save_boxes
 from localized_crops.boxes import center_boxes, fill_missing, whole_image_boxes
 from localized_crops.files import UserError, user_errors
+from localized_crops.image_ids import ImageId
 from readers.box_sources import BoxSet, is_foreign, read_foreign
 from readers.cub import download_cub, read_cub_tables
 from readers.data_set import DataSet
@@ -156,6 +158,41 @@ def known_boxes(source: str, data: DataSet, *, several: str = "largest", allow_m
     if box_file is None:
         return read_foreign(source, data, allow_missing).one_each("union" if several == "union" else "largest")
     return boxes_for_images(box_file, data.ids, data.image_sizes, data.pixel_grid)
+
+
+def save_source(
+    path: Path | str,
+    data: DataSet,
+    boxes_xywh: np.ndarray,
+    *,
+    made_by: str,
+    settings: dict[str, Any],
+    scores: np.ndarray | None = None,
+) -> None:
+    """Write the box JSON of a data set, which ``source=path`` reads; images that cannot be read have an empty entry.
+
+    Args:
+        path: the JSON.
+        data: the data set.
+        boxes_xywh: (N, 4), in its order; NaN for an image that has none.
+        made_by, settings: see `localized_crops.box_file.save_boxes`.
+        scores: (N,) confidence in the boxes.
+    """
+    has_box, ids, no_image = ~np.isnan(boxes_xywh[:, 0]), data.ids.tolist(), dict.fromkeys(data.unreadable)
+
+    def by_id(values: np.ndarray) -> dict[ImageId, Any]:
+        rows = zip(ids, values.tolist(), has_box, strict=True)
+        return {i: value if is_known else None for i, value, is_known in rows} | no_image
+
+    save_boxes(
+        path,
+        by_id(boxes_xywh),
+        dict(zip(ids, data.image_sizes.tolist(), strict=True)) | no_image,
+        made_by=made_by,
+        settings=settings,
+        pixel_grid=data.pixel_grid,
+        scores=None if scores is None else by_id(scores),
+    )
 
 
 def box_file_of(source: str, data: DataSet) -> Path | None:

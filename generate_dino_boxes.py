@@ -23,6 +23,7 @@ import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +31,12 @@ import numpy as np
 import torch
 
 from config import load_config
-from datasets import dino_boxes_path, read_dataset
+from datasets import dino_boxes_path, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
-from jobs.shared_work import (
-    Result,
-    SharedWork,
-    box_path,
-    choose_device,
-    content_keys,
-    refuse_foreign,
-)
-from jobs.torchrun import process_numbers
+from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from localized_crops import map_boxes
 from localized_crops.attention import last_attention
-from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, maps_path, save_map_cache
@@ -59,13 +51,13 @@ def main(config: dict) -> None:
     """Make maps, boxes and their evaluation; with several processes each makes its share of the maps."""
     with user_errors(ValueError):
         stage = prepare(config)
-    with with_resume_hint(same_command), stage.work.claimed():
-        claim_out(stage)
-        make_maps(stage)
+    with with_resume_hint(same_command), stage.work.claimed(again=config["dino"]["again"]):
+        take_over(stage)
+        with timed(stage.seconds, "maps"):
+            stage.images_mapped = stage.work.run_units(partial(mapped_batches, stage), "maps")
         if stage.work.rank == 0:
             cache = gather_maps(stage)
-            boxes = find_boxes(stage, cache)
-            report(stage, cache, boxes)
+            report(stage, cache, find_boxes(stage, cache))
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -81,8 +73,8 @@ class Stage:
     localizer: Localizer
     cells: Localizer | None  # the network whose cells dino.method=object_head classifies
     device: torch.device
-    work: SharedWork  # finished batches, until all are there
-    batches: list[Batch]  # the units of resuming and of sharding
+    batches: list[Batch]  # the units of ``work``
+    work: SharedWork
     seconds: dict[str, float] = field(default_factory=dict)
     images_mapped: int = 0  # in this run, by this process
     failed: dict[int | str, str] = field(default_factory=dict)  # image id -> why it could not be read for its box
@@ -91,7 +83,7 @@ class Stage:
 def prepare(config: dict) -> Stage:
     """Read the data set, build the network, and plan the batches."""
     start = time.perf_counter()
-    wanted = config["dino"]
+    settings = config["dino"]
     out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     set_threads(config["num_threads"])
     device = choose_device(config["device"])
@@ -99,36 +91,27 @@ def prepare(config: dict) -> Stage:
     read = time.perf_counter()
     localizer = configured_localizer(config)
     localizer.model.to(device)
-    side = wanted["image_size"] or localizer.image_size
-    check_settings(wanted, localizer, side)
-    is_taught = wanted["method"] == "object_head"
-    cells = build_features(wanted["object_model"], wanted["object_weights"]) if is_taught else None
-    batches = plan_batches(data.image_sizes, side, localizer.patch, wanted["batch_size"])
-    stage = Stage(
-        config=config,
-        out=out,
-        data=data,
-        localizer=localizer,
-        cells=cells,
-        device=device,
-        work=SharedWork(
-            out.with_name(f"{out.stem}.partial"),
-            map_identity(config, data, localizer, side, device),
-            "dino",
-            f"python generate_dino_boxes.py out={out} dino.again=true",
-            *process_numbers(),
-            content_keys([[data.paths[row] for row in batch.rows] for batch in batches]),
-        ),
-        batches=batches,
-        seconds={"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)},
+    side = settings["image_size"] or localizer.image_size
+    check_settings(settings, localizer, side)
+    is_taught = settings["method"] == "object_head"
+    cells = build_features(settings["object_model"], settings["object_weights"]) if is_taught else None
+    batches = plan_batches(data.image_sizes, side, localizer.patch, settings["batch_size"])
+    work = SharedWork(
+        out.with_name(f"{out.stem}.partial"),
+        map_identity(config, data, localizer, side, device),
+        "dino",
+        f"python generate_dino_boxes.py out={out} dino.again=true",
+        [batch.rows for batch in batches],
+        data.paths,
     )
-    if stage.work.rank == 0:
+    seconds = {"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)}
+    if work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
-    return stage
+    return Stage(config, out, data, localizer, cells, device, batches, work, seconds)
 
 
-def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
+def check_settings(settings: dict, localizer: Localizer, side: int) -> None:
     """Raise before any work if the cleaning or the box method would refuse the settings.
 
     Raises:
@@ -137,170 +120,143 @@ def check_settings(wanted: dict, localizer: Localizer, side: int) -> None:
     if side < max(localizer.patch):
         raise UserError(f"dino.image_size={side}: smaller than one patch; set at least {max(localizer.patch)}")
     heads = last_attention(localizer.model).num_heads
-    trial = clean(np.random.default_rng(0).random((heads, 5, 7)), wanted)
-    map_to_box(trial, (70, 50), wanted)
+    trial = clean(np.random.default_rng(0).random((heads, 5, 7)), settings)
+    map_to_box(trial, (70, 50), settings)
 
 
 def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, device: torch.device) -> dict[str, Any]:
     """Return everything that the maps depend on: maps of another identity are other maps."""
-    wanted = config["dino"]
+    settings = config["dino"]
     return {
         "dataset": data.fingerprint(),
         "model": localizer.name,
         "weights_sha256": localizer.weights_sha256,
         "precision": precision_on(device, config["amp"]),
         "settings": {"image_size": side}
-        | {key: wanted[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size")},
+        | {key: settings[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size")},
     }
 
 
-# --- what lies at `out` already -----------------------------------------------------------------------------------
-
-
-def claim_out(stage: Stage) -> None:
-    """Make sure that what lies at ``out`` is of this very run, or nothing; ``dino.again`` removes it.
+def take_over(stage: Stage) -> None:
+    """Take over the maps at ``out`` if they are of this very run; ``dino.again`` removes them.
 
     Raises:
-        UserError: if it is of other settings, another model or data set, or of another script.
+        UserError: if they are of other settings, another model or data set, or the files are of another script.
     """
     index = maps_path(stage.out)
     was_ours = index.exists()
     if stage.config["dino"]["again"]:
-        stage.work.start_anew()
         for path in (index, stage.out):
             path.unlink(missing_ok=True)
     if index.exists():
         header = MapCache.open(stage.out).header
-        stage.work.check_identity(header, f"{index}: made")
-        if not isinstance(header.get("errors"), dict):
+        errors = header.get("errors")
+        if not isinstance(errors, dict):
             raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
+        failed = [row for row, image_id in enumerate(stage.data.ids.tolist()) if str(image_id) in errors]
+        stage.work.take_over(index, header, header.get("batches"), failed)
     elif not was_ours:
         refuse_foreign(stage.out)
-    stage.work.check()
-
-
-def finished_batches(stage: Stage) -> set[int]:
-    """Return the batches that a finished map file holds: those without a failed image whose images did not change."""
-    if not maps_path(stage.out).exists():
-        return set()
-    header = MapCache.open(stage.out).header
-    ids = stage.data.ids
-    whole = {b.number for b in stage.batches if header["errors"].keys().isdisjoint(str(i) for i in ids[b.rows])}
-    return whole & stage.work.unchanged(header.get("batches"))
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
 
 
-def make_maps(stage: Stage) -> None:
-    """Make this process's share of the missing maps."""
-    with timed(stage.seconds, "maps"):
-        stage.images_mapped = stage.work.run_units(
-            [len(batch.rows) for batch in stage.batches],
-            lambda numbers: mapped_batches(stage, [stage.batches[number] for number in numbers]),
-            done=finished_batches(stage),
-            what="maps",
-        )
-
-
-def mapped_batches(stage: Stage, batches: list[Batch]) -> Iterator[Result]:
+def mapped_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
     """Yield the cleaned maps (B, feat_h, feat_w) float16 of each batch; blank maps are zeros."""
     attended = attend_batches(
         stage.localizer,
-        batches,
+        [stage.batches[number] for number in numbers],
         stage.data.paths,
         stage.device,
         autocontrast=stage.config["dino"]["autocontrast"],
         precision=stage.work.identity["precision"],
         num_workers=stage.config["num_workers"],
     )
-    for one in attended:
-        ids = stage.data.ids[one.batch.rows].tolist()
-        failed = {str(i): error for i, error in zip(ids, one.errors, strict=True) if error is not None}
-        yield Result({"ids": ids, "errors": failed}, {"maps": clean_batch(one, stage.config["dino"])})
+    for batch in attended:
+        ids = stage.data.ids[batch.batch.rows].tolist()
+        errors = {str(i): error for i, error in zip(ids, batch.errors, strict=True) if error is not None}
+        yield Result({"ids": ids, "errors": errors}, {"maps": clean_batch(batch, stage.config["dino"])})
 
 
 def gather_maps(stage: Stage) -> MapCache:
-    """Put all maps into one file, in the order of the data set; the parts go once it is written."""
-    path, done = maps_path(stage.out), finished_batches(stage)
-    missing = {batch.number for batch in stage.batches} - done
-    if missing or not path.exists():
+    """Put all maps into one file, in the order of the data set; the parts are removed once it is written."""
+    path = maps_path(stage.out)
+    if stage.work.is_new or not path.exists():
         with timed(stage.seconds, "cache"):
             errors, maps = {}, dict(MapCache.open(stage.out)) if path.exists() else {}
-            for about, arrays in stage.work.results(missing):
+            for about, arrays in stage.work.results():
                 maps |= dict(zip(about["ids"], arrays["maps"], strict=True))
                 errors |= about["errors"]
-            ordered = ((image_id, maps[image_id]) for image_id in stage.data.ids.tolist())
-            about = stage.work.identity | {"errors": errors, "batches": list(stage.work.keys)} | cache_about(stage)
-            save_map_cache(path, ordered, about)
+            header = stage.work.identity | {
+                "errors": errors,
+                "batches": stage.work.keys,
+                "made_by": Path(__file__).name,
+                "weights": stage.localizer.weights,
+                "patch": list(stage.localizer.patch),
+                "dataset_name": stage.data.name,
+            }
+            save_map_cache(path, ((image_id, maps[image_id]) for image_id in stage.data.ids.tolist()), header)
     stage.work.remove()
     return MapCache.open(stage.out, dataset=stage.work.identity["dataset"])
-
-
-def cache_about(stage: Stage) -> dict[str, Any]:
-    """Return what else the file's header tells a person."""
-    return {
-        "made_by": Path(__file__).name,
-        "weights": stage.localizer.weights,
-        "patch": list(stage.localizer.patch),
-        "dataset_name": stage.data.name,
-    }
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------
 
 
-def find_boxes(stage: Stage, cache: MapCache) -> list[map_boxes.MapBox]:
-    """Return the box of each image, in the order of the data set, and write the box file."""
-    data, wanted = stage.data, stage.config["dino"]
-    settings = stage.config | {"maps": stage.work.identity}
+def find_boxes(stage: Stage, cache: MapCache) -> np.ndarray:
+    """Write the box file; return its boxes (N, 4), NaN for none."""
+    data, settings = stage.data, stage.config | {"maps": stage.work.identity}
     with timed(stage.seconds, "boxes"):
         if stage.cells is not None:
             boxes, head = object_boxes(stage, stage.cells, cache)
             settings["object_head"] = head.plain()
         else:
             boxes = [
-                map_to_box(cache[image_id], tuple(size), wanted)
+                map_to_box(cache[image_id], tuple(size), stage.config["dino"])
                 for image_id, size in zip(data.ids.tolist(), data.image_sizes.tolist(), strict=True)
             ]
-        ids = data.ids.tolist()
-        unreadable = dict.fromkeys(data.unreadable)
-        save_boxes(
-            stage.out,
-            {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)} | unreadable,
-            dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
-            made_by=Path(__file__).name,
-            settings=settings,
-            pixel_grid=data.pixel_grid,
-        )
-    return boxes
+        xywh = np.array([box.xywh if box.found else [np.nan] * 4 for box in boxes])
+        save_source(stage.out, data, xywh, made_by=Path(__file__).name, settings=settings)
+    return xywh
 
 
 def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[map_boxes.MapBox], ObjectHead]:
     """Return the box of each image by a classifier of cells that the attention maps teach, and that classifier."""
-    data, wanted = stage.data, stage.config["dino"]
+    data, settings = stage.data, stage.config["dino"]
     cells.model.to(stage.device)
-    how = {"side": wanted["object_image_size"], "device": stage.device, "num_workers": stage.config["num_workers"]}
-    rounds, most_images = wanted["object_rounds"], wanted["object_images"]
-    head = learn_head(cells, data, cache, threshold=wanted["threshold"], rounds=rounds, most_images=most_images, **how)
-    found = find_objects(cells, head, data.paths, data.image_sizes, upsample=wanted["upsample"], **how)
-    boxes = {row: (box, error) for row, box, error in found}
-    stage.failed |= {data.ids[row].item(): error for row, (_, error) in boxes.items() if error is not None}
-    return [boxes[row][0] for row in range(len(data.ids))], head
+    options = {"side": settings["object_image_size"], "device": stage.device}
+    options |= {"num_workers": stage.config["num_workers"]}
+    head = learn_head(
+        cells,
+        data,
+        cache,
+        threshold=settings["threshold"],
+        rounds=settings["object_rounds"],
+        most_images=settings["object_images"],
+        **options,
+    )
+    boxes = {}
+    for row, box, error in find_objects(
+        cells, head, data.paths, data.image_sizes, upsample=settings["upsample"], **options
+    ):
+        boxes[row] = box
+        if error is not None:
+            stage.failed[data.ids[row].item()] = error
+    return [boxes[row] for row in range(len(data.ids))], head
 
 
 # --- report -------------------------------------------------------------------------------------------------------
 
 
-def report(stage: Stage, cache: MapCache, boxes: list[map_boxes.MapBox]) -> None:
+def report(stage: Stage, cache: MapCache, boxes_xywh: np.ndarray) -> None:
     """Print and save the evaluation, the contact sheet and errors.txt; errors end the script with status 2."""
     unmapped = {key_to_id(image_id): error for image_id, error in cache.header["errors"].items()}
     errors = stage.data.unreadable | stage.failed | unmapped
     report_boxes(
         stage.out,
         stage.data,
-        np.array([box.xywh for box in boxes]),
-        np.array([box.found for box in boxes]),
+        boxes_xywh,
         seconds=stage.seconds,
         errors=errors,
         maps=cache,

@@ -17,9 +17,8 @@ classifier: out=FILE is written too, with its evaluation. A killed run goes on w
 
 import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,45 +28,31 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator
 
 from config import load_config
-from datasets import read_dataset
+from datasets import read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes, save_errors
 from jobs.guard import dead_workers, run_script, same_command, with_resume_hint
 from jobs.loader import build_loader
-from jobs.shared_work import (
-    Result,
-    SharedWork,
-    box_path,
-    choose_device,
-    content_keys,
-    refuse_foreign,
-)
+from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from jobs.torchrun import process_numbers
-from localized_crops.box_file import load_boxes, save_boxes
-from localized_crops.boxes import clip_boxes, whole_image_boxes
+from localized_crops.box_file import load_boxes
+from localized_crops.boxes import clip_boxes
 from localized_crops.files import UserError, no_empty_folder, user_errors
 from localized_crops.image_ids import ImageId, key_to_id
 from localized_crops.map_file import MapCache
-from masks.mask_files import (
-    info_entry,
-    load_masks,
-    load_masks_info,
-    mask_names,
-    new_mask_folder,
-    save_masks,
-    save_masks_info,
-)
+from masks.mask_files import info_entry, load_masks, load_masks_info, mask_names, save_masks, save_masks_info
 from masks.mask_generator import MaskGenerator
 from masks.sam_models import load_sam
 from masks.sam_prompts import PromptedMasks
 from masks.segments import SegmentGenerator
 from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
-from utils import precision_on, set_threads
+from utils import new_folder, precision_on, set_threads, timed
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
 
 Records = list[dict[str, Any]]  # of one image, as SamAutomaticMaskGenerator returns them
+Engine = Callable[[Sequence[np.ndarray], Sequence[ImageId]], list[Records]]  # images, their ids -> records of each
 
 
 def main(config: dict) -> None:
@@ -77,14 +62,13 @@ def main(config: dict) -> None:
     command = partial(same_command, f"mask.folder={stage.folder}")
     folder = no_empty_folder(stage.folder, is_new=config["mask"]["folder"] is None)
     with with_resume_hint(command), folder, stage.work.claimed():
-        claim_folder(stage.folder, stage.work)
-        if config["mask"]["prompt"] == "dino":
-            claim_out(box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json"))
-        make_masks(stage)
+        take_over(stage)
+        with timed(stage.seconds, "masks"):
+            stage.work.run_units(partial(made_batches, stage), "masks")
         if stage.work.rank == 0:
             errors = gather_info(stage)
-            if config["mask"]["prompt"] == "dino":
-                write_boxes(stage, errors)
+            if stage.out is not None:
+                write_boxes(stage, stage.out, errors)
             raise_if_any_failed(errors, stage.folder / "errors.txt", command())
 
 
@@ -99,91 +83,84 @@ class Stage:
     data: DataSet
     names: list[str]  # of each image's files
     folder: Path
-    generate: Callable[[Sequence[np.ndarray], Sequence[int]], list[Records]]  # images, their ids -> records of each
-    work: SharedWork
-    batches: list[list[int]]  # rows of the data set that go through the network together
-    seconds: float = 0.0
+    out: Path | None  # the box JSON of mask.prompt=dino
+    generate: Engine
+    work: SharedWork  # its units: images that go through the network together
+    info: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # image name -> entries, of an earlier run
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def prepare(config: dict) -> Stage:
     """Read the data set, build the engine, and find the folder."""
     set_threads(config["num_threads"])
-    rank, world_size = process_numbers()
-    if world_size > 1 and config["mask"]["folder"] is None:
+    settings = config["mask"]
+    if process_numbers()[1] > 1 and settings["folder"] is None:
         raise UserError("several processes write to one folder: name it, such as mask.folder=CUB_200_2011/masks_0")
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     generate, identity = build_engine(config, data, choose_device(config["device"]))
-    identity |= {"dataset": data.fingerprint(), "store": config["mask"]["store"]}
-    folder = Path(config["mask"]["folder"] or new_mask_folder(data.root))
+    identity |= {"dataset": data.fingerprint(), "store": settings["store"]}
+    is_prompted = settings["prompt"] == "dino"
+    out = box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json") if is_prompted else None
+    folder = Path(settings["folder"] or new_folder(data.root, "masks"))
     again = f"remove {folder} and run the same command"
-    size = config["mask"]["image_batch"]
-    rows = list(range(len(data.ids)))
+    rows, size = list(range(len(data.ids))), settings["image_batch"]
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    keys = content_keys([[data.paths[row] for row in batch] for batch in batches])
-    work = SharedWork(folder / "unfinished", identity, "mask", again, rank, world_size, keys)
-    if rank == 0:
+    work = SharedWork(folder / "unfinished", identity, "mask", again, batches, data.paths)
+    if work.rank == 0:
         print(f"{len(rows)} images of {data.root}; masks by {identity['engine']} to {folder}")
         print(f"if this run is interrupted, mask.folder={folder} goes on with it", flush=True)
-    return Stage(
-        config=config,
-        data=data,
-        names=mask_names(data.ids.tolist(), data.paths),
-        folder=folder,
-        generate=generate,
-        work=work,
-        batches=batches,
-    )
+    names = mask_names(data.ids.tolist(), data.paths)
+    return Stage(config, data, names, folder, out, generate, work)
 
 
-def claim_folder(folder: Path, work: SharedWork) -> None:
-    """Make sure that ``folder`` holds masks of this very run, or nothing.
+def take_over(stage: Stage) -> None:
+    """Take over the masks in the folder if they are of this very run.
 
     Raises:
-        UserError: if it is of other settings or another data set, or no folder of masks.
+        UserError: if they are of other settings or another data set, or other files lie there or at ``out``.
     """
-    if (folder / "masks_info.json").exists():
-        work.check_identity(load_masks_info(folder)[0], f"{folder}: made")
+    folder, work, path = stage.folder, stage.work, stage.folder / "masks_info.json"
+    if path.exists():
+        setup, stage.info = load_masks_info(folder)
+        failed = [row for row, name in enumerate(stage.names) if name not in stage.info]
+        work.take_over(folder, setup, setup.get("batches"), failed)
     elif not work.begun and any(path != work.folder for path in folder.iterdir()):
         raise UserError(f"{folder}: is no folder of this script (no masks_info.json); name another mask.folder")
-    work.check()
-
-
-def claim_out(out: Path) -> None:
-    """Raise UserError if another program's files lie where the boxes of prompted masks go."""
-    if not out.exists() or load_boxes(out).made_by != Path(__file__).name:
+    out = stage.out
+    if out is not None and (not out.exists() or load_boxes(out).made_by != Path(__file__).name):
         refuse_foreign(out)
 
 
-def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Callable, dict[str, Any]]:
-    """Return what makes the records of images, given with their ids, and all that its masks depend on."""
-    wanted, sam_wanted = config["mask"], config["sam"]
-    identity = {"engine": wanted["engine"], "prompt": wanted["prompt"]}
-    if wanted["engine"] == "segments":
-        engine = SegmentGenerator()
-        return lambda images, _ids: engine.generate(images), identity | {"settings": engine.settings()}
-    sam, sha256 = load_sam(sam_wanted["model"], sam_wanted["checkpoint"])
+def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Engine, dict[str, Any]]:
+    """Return what makes the records of images, and all that its masks depend on."""
+    settings, sam_settings = config["mask"], config["sam"]
+    identity = {"engine": settings["engine"], "prompt": settings["prompt"]}
+    if settings["engine"] == "segments":
+        segments = SegmentGenerator()
+        return lambda images, _ids: segments.generate(images), identity | {"settings": segments.settings()}
+    sam, sha256 = load_sam(sam_settings["model"], sam_settings["checkpoint"])
     sam = sam.to(device)
     precision = precision_on(device, config["amp"])
-    identity |= {"model": sam_wanted["model"], "weights_sha256": sha256, "precision": precision}
-    if wanted["prompt"] == "dino":
+    identity |= {"model": sam_settings["model"], "weights_sha256": sha256, "precision": precision}
+    if settings["prompt"] == "dino":
         return prompted_engine(config, data, sam, identity)
-    settings = {key: value for key, value in sam_wanted.items() if key not in OWN_SAM_KEYS}
-    identity |= {"settings": settings}
-    if wanted["engine"] == "official":
-        official = SamAutomaticMaskGenerator(sam, **settings)
+    network_settings = {key: value for key, value in sam_settings.items() if key not in OWN_SAM_KEYS}
+    identity |= {"settings": network_settings}
+    if settings["engine"] == "official":
+        official = SamAutomaticMaskGenerator(sam, **network_settings)
         return lambda images, _ids: [official.generate(image) for image in images], identity | {"precision": "float32"}
     ours = MaskGenerator(
         sam,
-        **settings,
-        image_batch=wanted["image_batch"],
+        **network_settings,
+        image_batch=settings["image_batch"],
         precision=precision,
-        compile_encoder=sam_wanted["compile_encoder"],
+        compile_encoder=sam_settings["compile_encoder"],
     )
-    keep = wanted["store"] != "none"
-    return lambda images, _ids: [one.records() for one in ours.generate_tensors(images, masks=keep)], identity
+    with_masks = settings["store"] != "none"
+    return lambda images, _ids: ours.generate(images, with_masks=with_masks), identity
 
 
-def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tuple[Callable, dict[str, Any]]:
+def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tuple[Engine, dict[str, Any]]:
     """Return the engine that asks SAM where the maps point."""
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint())
     prompt = {key.removeprefix("prompt_"): config["sam"][key] for key in OWN_SAM_KEYS if key.startswith("prompt_")}
@@ -197,99 +174,64 @@ def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tu
 # --- masks --------------------------------------------------------------------------------------------------------
 
 
-def make_masks(stage: Stage) -> None:
-    """Make this process's share of the missing masks; a batch is finished once its mask files are written."""
-    start = time.perf_counter()
-    sizes = [len(rows) for rows in stage.batches]
-    stage.work.run_units(sizes, partial(made_batches, stage), done=finished_batches(stage), what="masks")
-    stage.seconds = round(time.perf_counter() - start, 3)
-
-
-def finished_batches(stage: Stage) -> set[int]:
-    """Return the batches that a finished folder holds: those without a failed image whose images did not change."""
-    if not (stage.folder / "masks_info.json").exists():
-        return set()
-    setup, info = load_masks_info(stage.folder)
-    whole = {n for n, rows in enumerate(stage.batches) if all(stage.names[row] in info for row in rows)}
-    return whole & stage.work.unchanged(setup.get("batches"))
-
-
 def made_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
     """Write the masks of batches, whose images are decoded ahead by workers; yield their entries and failures."""
-    data = stage.data
-    images = ImageBatches([[(data.ids[r].item(), data.paths[r]) for r in stage.batches[n]] for n in numbers])
+    data, batches = stage.data, [stage.work.units[number] for number in numbers]
+    images = ImageBatches([[(data.ids[row].item(), data.paths[row]) for row in rows] for rows in batches])
     workers = stage.config["num_workers"]
     loader = build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
-    for number, (pixels, errors) in zip(numbers, loader, strict=True):
-        found = masks_of_batch(stage, stage.batches[number], pixels, errors)
-        yield Result({"images": found, "errors": errors})
+    for rows, (pixels, errors) in zip(batches, loader, strict=True):
+        entries = masks_of_batch(stage, rows, pixels, errors)
+        yield Result({"images": entries, "errors": errors})
 
 
 def masks_of_batch(
     stage: Stage, rows: list[int], images: list[np.ndarray | None], errors: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Make and write the masks of a batch; return image name -> entries; failures go into ``errors``."""
-    readable = [(row, image) for row, image in zip(rows, images, strict=True) if image is not None]
-    try:
-        made = list(zip(readable, generated(stage, readable), strict=True))
-    except Exception as error:  # one of them fails: each by itself, so that the others go on
-        _unless_a_worker_died(error)
-        made = []
-        for one in readable:
-            try:
-                made.append((one, generated(stage, [one])[0]))
-            except Exception as error:  # whatever it is, the other images go on
-                _unless_a_worker_died(error)
-                errors[str(stage.data.ids[one[0]])] = " ".join(str(error).split())[:300] or type(error).__name__
-    store = stage.config["mask"]["store"]
-    for (row, image), records in made:
+    readable = {row: image for row, image in zip(rows, images, strict=True) if image is not None}
+    made, store = records_of(stage, readable, errors), stage.config["mask"]["store"]
+    for row, records in made.items():
         if store != "none":
-            save_masks(stage.folder / f"{stage.names[row]}.pt", stacked(records, image.shape[:2]), store)
-    return {stage.names[row]: [info_entry(record) for record in records] for (row, _), records in made}
+            masks = np.array([record["segmentation"] for record in records], dtype=bool)
+            masks = masks.reshape(-1, *readable[row].shape[:2])
+            save_masks(stage.folder / f"{stage.names[row]}.pt", torch.from_numpy(masks), store)
+    return {stage.names[row]: [info_entry(record) for record in records] for row, records in made.items()}
 
 
-def _unless_a_worker_died(error: Exception) -> None:
-    """Raise the error again if torch's signal handler threw it into the work on an image, which is not at fault."""
-    if dead_workers():
-        raise error
-
-
-def generated(stage: Stage, readable: list[tuple[int, np.ndarray]]) -> list[Records]:
-    """Return the records of (row, image) pairs."""
-    if not readable:
-        return []
-    with torch.no_grad():
-        return stage.generate([image for _, image in readable], stage.data.ids[[row for row, _ in readable]].tolist())
-
-
-def stacked(records: Records, size: tuple[int, int]) -> torch.Tensor:
-    """Return the masks of one image, (N, H, W) bool."""
-    masks = np.zeros((len(records), *size), dtype=bool)
-    for place, record in zip(masks, records, strict=True):
-        place[:] = record["segmentation"]
-    return torch.from_numpy(masks)
+def records_of(stage: Stage, images: dict[int, np.ndarray], errors: dict[str, str]) -> dict[int, Records]:
+    """Return the records of images by row, without those that fail, whose reasons go into ``errors``."""
+    ids = stage.data.ids[list(images)].tolist()
+    try:
+        with torch.no_grad():
+            return dict(zip(images, stage.generate(list(images.values()), ids), strict=True))
+    except Exception as error:  # whatever an image raises, the others go on
+        if dead_workers():  # torch's signal handler threw it into the work on an image, which is not at fault
+            raise
+        if len(images) == 1:
+            errors[str(ids[0])] = " ".join(str(error).split())[:300] or type(error).__name__
+            return {}
+    alone = [records_of(stage, {row: image}, errors) for row, image in images.items()]
+    return {row: records for part in alone for row, records in part.items()}
 
 
 def gather_info(stage: Stage) -> dict[ImageId, str]:
     """Write masks_info.json and errors.txt of all processes' work; return why images failed."""
-    finished = (stage.folder / "masks_info.json").exists()
-    info = load_masks_info(stage.folder)[1] if finished else {}
-    missing = set(range(len(stage.batches))) - finished_batches(stage)
-    errors = dict(stage.data.unreadable)
-    for about, _ in stage.work.results(missing):
+    info, errors = stage.info, dict(stage.data.unreadable)
+    for about, _ in stage.work.results():
         info |= about["images"]
         errors |= {key_to_id(image_id): error for image_id, error in about["errors"].items()}
     failed = {name for name, i in zip(stage.names, stage.data.ids.tolist(), strict=True) if i in errors}
-    ordered = {name: info[name] for name in stage.names if name in info and name not in failed}
-    counts = [len(entries) for entries in ordered.values()]
-    if missing or not finished:
-        about = {"made_by": Path(__file__).name, "seconds": stage.seconds, "batches": list(stage.work.keys)}
-        save_masks_info(stage.folder, stage.work.identity | about, ordered)
+    stage.info = {name: info[name] for name in stage.names if name in info and name not in failed}
+    counts, seconds = [len(entries) for entries in stage.info.values()], stage.seconds["masks"]
+    if stage.work.is_new or not (stage.folder / "masks_info.json").exists():
+        setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": seconds, "batches": stage.work.keys}
+        save_masks_info(stage.folder, setup, stage.info)
         save_errors(stage.folder / "errors.txt", errors)
     stage.work.remove()
     print(
         f"{stage.folder}: {sum(counts)} masks of {len(counts)} images ({np.mean(counts or [0]):.1f} each), none for "
-        f"{counts.count(0)}; {len(errors)} images failed; {stage.seconds:.1f} s"
+        f"{counts.count(0)}; {len(errors)} images failed; {seconds:.1f} s"
     )
     return errors
 
@@ -297,27 +239,18 @@ def gather_info(stage: Stage) -> dict[ImageId, str]:
 # --- boxes of prompted masks --------------------------------------------------------------------------------------
 
 
-def write_boxes(stage: Stage, errors: dict[int, str]) -> None:
+def write_boxes(stage: Stage, out: Path, errors: dict[ImageId, str]) -> None:
     """Write the box JSON of prompted masks, one an image, and its report."""
-    data, config = stage.data, stage.config
-    out = box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json")
-    _, info = load_masks_info(stage.folder)
-    entries = [info.get(name) for name in stage.names]
-    found = np.array([bool(entry) for entry in entries])
-    boxes = whole_image_boxes(data.image_sizes)
-    boxes[found] = clip_boxes(np.array([e[0]["bbox"] for e in entries if e]).reshape(-1, 4), data.image_sizes[found])
-    ids, unreadable = data.ids.tolist(), dict.fromkeys(data.unreadable)
-    save_boxes(
-        out,
-        {i: box if has else None for i, box, has in zip(ids, boxes.tolist(), found, strict=True)} | unreadable,
-        dict(zip(ids, data.image_sizes.tolist(), strict=True)) | unreadable,
-        made_by=Path(__file__).name,
-        settings=config | {"masks": stage.work.identity},
-        pixel_grid=data.pixel_grid,
-        scores={i: e[0]["predicted_iou"] if e else None for i, e in zip(ids, entries, strict=True)} | unreadable,
-    )
-    maps = MapCache.open(config["dino_maps"])
-    report_boxes(out, data, boxes, found, seconds={"masks": stage.seconds}, errors=errors, maps=maps)
+    data, entries = stage.data, [stage.info.get(name) for name in stage.names]
+    boxes, scores = np.full((len(entries), 4), np.nan), np.zeros(len(entries))
+    for row, entry in enumerate(entries):
+        if entry:
+            boxes[row] = clip_boxes(np.array(entry[0]["bbox"]), data.image_sizes[row])
+            scores[row] = entry[0]["predicted_iou"]
+    settings = stage.config | {"masks": stage.work.identity}
+    save_source(out, data, boxes, made_by=Path(__file__).name, settings=settings, scores=scores)
+    maps = MapCache.open(stage.config["dino_maps"])
+    report_boxes(out, data, boxes, seconds=stage.seconds, errors=errors, maps=maps)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def measure(stage: generate_bbox.Stage, rounds: int) -> tuple[list[float], list[
     """Return the seconds of the network alone and of the whole stage, in each round."""
     size = stage.config["bbox"]["batch_size"]
     crops = torch.zeros(size, 3, stage.image_size, stage.image_size, dtype=torch.uint8, device=stage.device)
-    count = sum(map(len, stage.candidates.values()))
+    count = sum(map(len, stage.candidates))
 
     def bare() -> None:
         with torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
@@ -84,8 +84,8 @@ def measure(stage: generate_bbox.Stage, rounds: int) -> tuple[list[float], list[
                 stage.model(normalize(crops[: min(size, count - first)]))
 
     def whole() -> None:
-        cut = generate_bbox.cut_out(stage, stage.units, stage.candidates)
-        for rows, (parts, errors) in zip(stage.units, cut, strict=True):
+        cut = generate_bbox.cut_out(stage, stage.work.units, stage.candidates)
+        for rows, (parts, errors) in zip(stage.work.units, cut, strict=True):
             generate_bbox.score_crops(stage, rows, parts, errors, None)
 
     bare()  # warms up

@@ -277,7 +277,7 @@ def sam(_folder: Path) -> Iterator[Row]:
 
 
 def _sam_settings(mask_speed: Any, model: str, kind: str) -> dict[str, Any]:
-    many = {"image_batch": 4, "points_per_batch": 512, "chunk_megabytes": 256, "resize_threads": 8, "rounds": 2}
+    many = {"image_batch": 4, "points_per_batch": 512, "chunk_megabytes": 256, "rounds": 2}
     return (
         mask_speed.SETTINGS
         | {"model": model, "device": device().type, "precision": sized(kind, "float32")}

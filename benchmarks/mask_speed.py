@@ -6,7 +6,7 @@ two, so that a machine that slows down slows both; then each runs alone in a pro
 
     python benchmarks/mask_speed.py
     python benchmarks/mask_speed.py model=vit_h device=cuda image_batch=8 precision=bf16 images=16 \
-        points_per_batch=512 chunk_megabytes=256 resize_threads=8
+        points_per_batch=512 chunk_megabytes=256
 
 The default takes a quarter of an hour on one CPU core. Given are medians of the per-round ratios and their quartiles;
 the times for 11,788 images are extrapolated from images/s, without reading images and writing masks.
@@ -45,7 +45,6 @@ SETTINGS = {
     "points_per_batch": 64,
     "chunk_megabytes": 32,
     "compile_encoder": 0,  # 1: torch.compile
-    "resize_threads": 1,
     "images": 2,  # a round's
     "rounds": 3,
     "memory_images": 20,  # run by each generator in its own process; 0: not measured
@@ -198,7 +197,7 @@ def mask_iou(one: np.ndarray, other: np.ndarray) -> float:
 
 def own_settings(settings: dict) -> dict:
     """Return the settings that only our generator has."""
-    names = ("precision", "image_batch", "points_per_batch", "chunk_megabytes", "resize_threads")
+    names = ("precision", "image_batch", "points_per_batch", "chunk_megabytes")
     return {name: settings[name] for name in names} | {"compile_encoder": bool(settings["compile_encoder"])}
 
 

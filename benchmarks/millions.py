@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from datasets import read_dataset, source_boxes
 from dino_transform import MapCrops
 from jobs.loader import build_loader
-from jobs.shared_work import Result, SharedWork, content_keys
+from jobs.shared_work import Result, SharedWork
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.map_file import MapCache, save_map_cache
 from readers.data_set import DataSet
@@ -197,17 +197,17 @@ def caches(large: Large) -> Found:
 
 def resuming(large: Large) -> Found:
     """Look at a stage's finished units of 32 images, and put them together."""
-    clock, paths, count = Clock(), large.data.paths, large.count
-    batches = [paths[np.arange(start, min(start + 32, count))] for start in range(0, count, 32)]
-    work = SharedWork(large.folder / "partial", {"settings": {}}, "dino", "", keys=content_keys(batches))
+    clock, count = Clock(), large.count
+    batches = [range(start, min(start + 32, count)) for start in range(0, count, 32)]
+    work = SharedWork(large.folder / "partial", {"settings": {}}, "dino", "", batches, large.data.paths)
     yield "resuming a stage: is an image another one?", clock.look(), "CPU s"
-    cells, sizes = np.zeros((32, *MAP), np.float16), [len(batch) for batch in batches]
+    cells = np.zeros((32, *MAP), np.float16)
     with work.claimed():
-        work.run_units(sizes, lambda numbers: (Result({"ids": []}, {"maps": cells}) for _ in numbers), what="units")
+        work.run_units(lambda numbers: (Result({"ids": []}, {"maps": cells}) for _ in numbers), "units")
         yield "writing the files of its units", clock.look(), "CPU s"
-        work.run_units(sizes, lambda numbers: iter(()), what="units")
+        work.run_units(lambda numbers: iter(()), "units")
         yield "finding them finished", clock.look(), "CPU s"
-        for _ in work.results(set(range(len(batches)))):
+        for _ in work.results():
             pass
         yield "putting them together", clock.look(), "CPU s"
         work.remove()

@@ -14,9 +14,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from box_methods import load_maps
-from datasets import read_dataset
+from datasets import read_dataset, save_source
 from figures.box_report import report_boxes
-from localized_crops.box_file import save_boxes
 from localized_crops.map_boxes import component_box
 from localized_crops.map_file import MapCache, save_map_cache
 
@@ -29,12 +28,11 @@ def main(saliency: str, root: str, out: str) -> None:
     sizes = [tuple(size) for size in data.image_sizes.tolist()]
     boxes = [component_box(cells, size) for cells, size in zip(maps, sizes, strict=True)]
     about = {"made_by": Path(__file__).name, "settings": {"method": "component"}}
-    found = {i: box.xywh if box.found else None for i, box in zip(ids, boxes, strict=True)}
-    save_boxes(path, found, dict(zip(ids, sizes, strict=True)), **about)
+    xywh = np.array([box.xywh if box.found else [np.nan] * 4 for box in boxes])
+    save_source(path, data, xywh, **about)
     header = about | {"dataset": data.fingerprint(), "model": "saliency", "weights_sha256": None}
     save_map_cache(path, zip(ids, maps, strict=True), header)
-    corners, has_box = np.array([box.xywh for box in boxes]), np.array([box.found for box in boxes])
-    report_boxes(path, data, corners, has_box, seconds={}, errors={}, maps=MapCache.open(path))
+    report_boxes(path, data, xywh, seconds={}, errors={}, maps=MapCache.open(path))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures.plots import Panel, draw_panel, save_figure, short
-from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, iou, whole_image_boxes
+from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, fill_missing, iou, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from readers.images import read_image
@@ -128,7 +128,6 @@ def report_boxes(
     out: Path,
     data: DataSet,
     boxes_xywh: np.ndarray,
-    found: np.ndarray,
     *,
     seconds: dict[str, float],
     errors: Mapping[int, str],
@@ -140,13 +139,13 @@ def report_boxes(
     Args:
         out: the box JSON, beside which all lies.
         data: the data set.
-        boxes_xywh: (N, 4), the whole image where no box was found.
-        found: (N,) bool.
+        boxes_xywh: (N, 4), NaN where no box was found: the whole image serves there.
         seconds: time per stage.
         errors: image id -> why the image failed; such images have no box.
         maps: image id -> attention map, drawn over the images of the contact sheet.
         **about: what else the evaluation file keeps.
     """
+    found, boxes_xywh = ~np.isnan(boxes_xywh[:, 0]), fill_missing(boxes_xywh, data.image_sizes)
     scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
     start = time.perf_counter()
     draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))

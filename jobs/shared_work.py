@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,18 +20,28 @@ import safetensors.numpy
 import torch
 from tqdm import tqdm
 
-from jobs.torchrun import local_rank
+from jobs.torchrun import local_rank, process_numbers
 from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
-from utils import file_stats, locked, pick_device
+from utils import file_stats, locked
 
 MOST_READ = 50_000  # files whose content is hashed
 STALLED_SECONDS = 1800  # without a finished unit of any process, the others are taken for dead
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device; None or "cuda": this process's own GPU where there is one."""
+    """Return the device to compute on; None or "cuda": this process's own GPU where there is one, None else the CPU.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
     own_gpu = device in (None, "cuda") and torch.cuda.is_available()
-    return pick_device(f"cuda:{local_rank()}" if own_gpu else device)
+    name = f"cuda:{local_rank()}" if own_gpu else device or "cpu"
+    try:
+        chosen = torch.device(name)
+        torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={name}: not available here ({str(error).splitlines()[0][:100]})") from None
+    return chosen
 
 
 def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
@@ -83,33 +92,41 @@ class Result(NamedTuple):
     arrays: dict[str, np.ndarray] = {}  # noqa: RUF012 - never changed
 
 
-@dataclass(frozen=True)
 class SharedWork:
-    """The unfinished work of one stage.
+    """The work of one stage on the images of a data set, in units of some images each.
 
     Args:
-        folder: where the finished units lie; gone when the stage is done.
+        folder: where the finished units lie until all are there.
         identity: all that the results depend on, as JSON holds it; its ``settings`` are of one section of the config.
         section: that section's name.
         again: the command that starts anew.
-        rank, world_size: which of how many processes this is.
-        keys: of `content_keys`, one a unit; a unit of other images is made again.
+        units: rows of the data set that are worked on together.
+        paths: of the images, by row.
     """
 
-    folder: Path
-    identity: dict[str, Any]
-    section: str
-    again: str
-    rank: int = 0
-    world_size: int = 1
-    keys: Sequence[str] = ()
+    def __init__(
+        self,
+        folder: Path,
+        identity: dict[str, Any],
+        section: str,
+        again: str,
+        units: Sequence[Sequence[int]],
+        paths: Sequence[Path],
+    ) -> None:
+        self.folder, self.identity, self.section, self.again, self.units = folder, identity, section, again, units
+        self.rank, self.world_size = process_numbers()
+        self.keys = content_keys([[paths[row] for row in unit] for unit in units])
+        self.earlier: set[int] = set()  # numbers of the units that an earlier run's final file holds
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, *, again: bool = False) -> Iterator[None]:
         """Hold this process's part of the work, from before it is looked at to after it is put together.
 
+        Args:
+            again: remove the finished units first.
+
         Raises:
-            UserError: if another process holds it.
+            UserError: if another process holds it, or what was begun in the folder is of another identity.
         """
         try:
             with locked(self._own_folder) as free:
@@ -120,28 +137,48 @@ class SharedWork:
                 if self.rank == 0:
                     remove_scratch(self.folder)
                     remove_scratch(self.folder.parent)
+                if again:
+                    self._start_anew()
+                elif self.begun:
+                    self._check_identity(load_json(self.folder / "identity.json"), f"{self.folder}: begun")
                 yield
         finally:
             with suppress(OSError):
-                self.folder.rmdir()  # nothing came of it
+                self.folder.rmdir()  # where nothing was finished
 
-    @property
-    def _own_folder(self) -> Path:
-        return self.folder / f"process_{self.rank}"
+    def take_over(self, path: Path, identity: Any, keys: Any, failed: Collection[int]) -> None:
+        """Leave out the units that an earlier run's final file holds, except those that may come out otherwise now.
+
+        Args:
+            path: the final file.
+            identity: this work's, as that run saved it.
+            keys: likewise; a unit whose images were replaced since has another key.
+            failed: rows of images that failed then.
+
+        Raises:
+            UserError: if that run's identity was another one.
+        """
+        self._check_identity(identity, f"{path}: made")
+        before = dict(enumerate(keys if isinstance(keys, list) else []))
+        same = (number for number, key in enumerate(self.keys) if before.get(number) == key)
+        self.earlier = {number for number in same if set(failed).isdisjoint(self.units[number])}
 
     @property
     def begun(self) -> bool:
         """Whether there are finished units, or will be."""
         return (self.folder / "identity.json").exists()
 
-    def check(self) -> None:
-        """Raise UserError if what was begun in the folder is of another identity."""
-        if self.begun:
-            self.check_identity(load_json(self.folder / "identity.json"), f"{self.folder}: begun")
+    @property
+    def is_new(self) -> bool:
+        """Whether there are units that no earlier run's final file holds."""
+        return len(self.earlier) < len(self.units)
 
-    def check_identity(self, found: Any, what: str) -> None:
-        """Raise UserError if ``found``, the identity of ``what``, is not this work's."""
-        before = self._flat(found if isinstance(found, dict) else {})
+    @property
+    def _own_folder(self) -> Path:
+        return self.folder / f"process_{self.rank}"
+
+    def _check_identity(self, identity: Any, what: str) -> None:
+        before = self._flat(identity if isinstance(identity, dict) else {})
         for key, value in self._flat(self.identity).items():
             if before.get(key) != value:
                 raise UserError(
@@ -151,66 +188,62 @@ class SharedWork:
 
     def _flat(self, identity: dict[str, Any]) -> dict[str, Any]:
         settings = identity.get("settings")
-        own = {f"{self.section}.{key}": v for key, v in settings.items()} if isinstance(settings, dict) else {}
-        return {key: value for key, value in identity.items() if key != "settings"} | own
+        named = {f"{self.section}.{key}": v for key, v in settings.items()} if isinstance(settings, dict) else {}
+        return {key: value for key, value in identity.items() if key != "settings"} | named
+
+    def _start_anew(self) -> None:
+        if self.world_size > 1:  # one process would remove what another has begun
+            raise UserError(f"again=true is for one process: start anew with {self.again}")
+        for path in self.folder.glob("process_*/*.safetensors"):
+            path.unlink()
+        (self.folder / "identity.json").unlink(missing_ok=True)
 
     # --- units ----------------------------------------------------------------------------------------------------
 
     def finished(self) -> dict[int, Path]:
         """Return the files of the finished units of all processes, of earlier runs too, by the unit's number."""
-        found = {path.name: path for path in self.folder.glob("process_*/*.safetensors")} if self.begun else {}
-        names = [self._name(number) for number in range(len(self.keys))]
-        return {number: found[name] for number, name in enumerate(names) if name in found}
+        files = {path.name: path for path in self.folder.glob("process_*/*.safetensors")} if self.begun else {}
+        names = map(self._name, range(len(self.units)))
+        return {number: files[name] for number, name in enumerate(names) if name in files}
 
     def _name(self, number: int) -> str:
         return f"{number:07}-{self.keys[number]}.safetensors"
 
-    def unchanged(self, keys: Any) -> set[int]:
-        """Return the units whose images hold what they held when ``keys`` were taken."""
-        return {n for n, pair in enumerate(zip(self.keys, keys if isinstance(keys, list) else (), strict=False))
-                if pair[0] == pair[1]}  # fmt: skip
-
-    def run_units(
-        self,
-        sizes: Sequence[int],
-        make: Callable[[list[int]], Iterable[Result]],
-        *,
-        done: Collection[int] = (),
-        what: str,
-    ) -> int:
+    def run_units(self, make: Callable[[list[int]], Iterable[Result]], what: str) -> int:
         """Make this process's share of the units that are not finished, each into its file.
 
         Args:
-            sizes: images of each unit.
             make: given the numbers of units, yields their results in this order.
-            done: units that need not be made: an earlier run's final files hold them.
             what: is made, for the progress bar.
 
         Returns:
             The number of images that this process worked on.
         """
-        done = set(done) | self.finished().keys()
+        sizes, done = [len(rows) for rows in self.units], self.earlier | self.finished().keys()
         mine = [n for n in range(len(sizes)) if n not in done and n % self.world_size == self.rank]
         if done and self.rank == 0:
             print(f"{sum(sizes[n] for n in done)} of {sum(sizes)} images are done already")
-        if mine and not self.begun:
+        if not mine:
+            return 0
+        if not self.begun:
             save_json(self.folder / "identity.json", self.identity)
         total = sum(sizes[n] for n in mine)
-        quiet = self.rank > 0 or not mine
-        with tqdm(total=total, desc=what, unit=" images", disable=quiet, mininterval=1.0) as bar:
-            for number, result in zip(mine, make(mine) if mine else (), strict=True):
+        with tqdm(total=total, desc=what, unit=" images", disable=self.rank > 0, mininterval=1.0) as bar:
+            for number, result in zip(mine, make(mine), strict=True):
                 save_result(self._own_folder / self._name(number), result)
                 bar.update(sizes[number])
         return total
 
-    def results(self, numbers: Collection[int]) -> Iterator[Result]:
-        """Wait until these units are finished, by whichever process, and yield the results of all, by number.
+    def results(self) -> Iterator[Result]:
+        """Wait until all units are finished, by whichever process, and yield their results by number.
+
+        Units that an earlier run's final file holds have none.
 
         Raises:
             UserError: if none has come for a long time.
         """
-        left, since = len(numbers) + 1, time.monotonic()
-        while missing := len(set(numbers) - self.finished().keys()):
+        left, since = len(self.units) + 1, time.monotonic()
+        while missing := len(self.units) - len(self.earlier | self.finished().keys()):
             if missing < left:
                 left, since = missing, time.monotonic()
             if self.world_size == 1 or time.monotonic() - since > STALLED_SECONDS:
@@ -224,18 +257,6 @@ class SharedWork:
     def remove(self) -> None:
         """Remove the folder and all in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-
-    def start_anew(self) -> None:
-        """Remove the finished units, which this process has claimed.
-
-        Raises:
-            UserError: if several processes would: one would remove what another has begun.
-        """
-        if self.world_size > 1:
-            raise UserError(f"again=true is for one process: start anew with {self.again}")
-        for path in self.folder.glob("process_*/*.safetensors"):
-            path.unlink()
-        (self.folder / "identity.json").unlink(missing_ok=True)
 
 
 def save_result(path: Path, result: Result) -> None:

@@ -1,6 +1,6 @@
 """Candidate boxes cut out of their images, in batches, for loader processes."""
 
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -17,18 +17,11 @@ class CutOuts(Dataset):
     """Boxes of whole units, cut out of their images and resized."""
 
     def __init__(
-        self, units: list[list[int]], data: DataSet, boxes: dict[int, np.ndarray], padding: float, size: int
+        self, units: list[list[int]], data: DataSet, boxes: Sequence[np.ndarray], padding: float, size: int
     ) -> None:
-        """Keep the units' images: ``boxes`` is row -> (N, 4); ``padding`` a share of a box's side on each side."""
-        self.units = [
-            [
-                (data.ids[row].item(), data.paths[row], boxes[row], data.image_sizes[row])
-                for row in rows
-                if len(boxes[row])
-            ]
-            for rows in units
-        ]
-        self.padding, self.size = padding, size
+        """Keep rows of units; ``boxes`` (N, 4) of each image; ``padding`` a share of a box's side on each side."""
+        self.units, self.boxes, self.padding, self.size = units, boxes, padding, size
+        self.ids, self.paths, self.image_sizes = data.ids, data.paths, data.image_sizes
 
     def __len__(self) -> int:
         return len(self.units)
@@ -36,20 +29,20 @@ class CutOuts(Dataset):
     def __getitem__(self, number: int) -> tuple[torch.Tensor, dict[str, str]]:
         """Return the cut-outs of a unit, (B, 3, size, size) uint8; and why images have none, by id."""
         crops, errors = [torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)], {}
-        for image_id, path, boxes, image_size in self.units[number]:
+        for row in self.units[number]:
             try:
-                crops.append(self._crops(path, boxes, image_size))
+                crops.append(self._crops(row) if len(self.boxes[row]) else crops[0])
             except UserError as error:
-                crops.append(crops[0].new_zeros(len(boxes), 3, self.size, self.size))
-                errors[str(image_id)] = str(error)
+                crops.append(crops[0].new_zeros(len(self.boxes[row]), 3, self.size, self.size))
+                errors[str(self.ids[row])] = str(error)
         return torch.cat(crops), errors
 
-    def _crops(self, path: Path, boxes: np.ndarray, image_size: np.ndarray) -> torch.Tensor:
-        image = read_image(path)
-        made = np.zeros((len(boxes), self.size, self.size, 3), dtype=np.uint8)
-        padded = expand_boxes(boxes, np.tile(image_size, (len(boxes), 1)), self.padding)
-        for place, (x, y, width, height) in zip(made, padded.tolist(), strict=True):
+    def _crops(self, row: int) -> torch.Tensor:
+        image, boxes = read_image(self.paths[row]), self.boxes[row]
+        pixels = np.zeros((len(boxes), self.size, self.size, 3), dtype=np.uint8)
+        padded = expand_boxes(boxes, np.tile(self.image_sizes[row], (len(boxes), 1)), self.padding)
+        for place, (x, y, width, height) in zip(pixels, padded.tolist(), strict=True):
             left, top = int(x), int(y)
             crop = image.crop((left, top, max(left + 1, round(x + width)), max(top + 1, round(y + height))))
             place[:] = crop.resize((self.size, self.size), PIL.Image.Resampling.BILINEAR)
-        return torch.from_numpy(made).permute(0, 3, 1, 2)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)

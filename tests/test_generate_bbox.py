@@ -131,12 +131,12 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, t
     done, scored, original = prepared.work.finished().keys(), [], stage.score_crops
 
     def spy(one, rows, *rest):
-        scored.append(one.units.index(rows))
+        scored.append(one.work.units.index(rows))
         return original(one, rows, *rest)
 
     monkeypatch.setattr(stage, "score_crops", spy)
     run(birds, masks, classifier, out)
-    assert done and sorted(scored) == sorted(set(range(len(prepared.units))) - done)
+    assert done and sorted(scored) == sorted(set(range(len(prepared.work.units))) - done)
     assert load_boxes(out).boxes == load_boxes(whole).boxes and load_boxes(out).scores == load_boxes(whole).scores
     scored.clear()
     capsys.readouterr()
@@ -144,7 +144,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(birds, masks, classifier, t
     assert scored == [] and load_boxes(out).boxes == load_boxes(whole).boxes
     assert "72 of 72 images are done already" in capsys.readouterr().out
     run(birds, masks, classifier, out, "bbox.again=true")
-    assert len(scored) == len(prepared.units)
+    assert len(scored) == len(prepared.work.units)
 
 
 def test_two_processes_make_the_same_boxes(birds, masks, classifier, tmp_path):

@@ -147,7 +147,7 @@ def test_a_killed_run_goes_on_and_does_nothing_twice(root, tmp_path, monkeypatch
     original, made = stage.masks_of_batch, []
 
     def spy(one, rows, *rest):
-        made.append(one.batches.index(rows))
+        made.append(one.work.units.index(rows))
         return original(one, rows, *rest)
 
     monkeypatch.setattr(stage, "masks_of_batch", spy)
