@@ -1,6 +1,6 @@
 """From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,11 @@ def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], bat
     groups: dict[tuple[int, int], list[int]] = {}
     for row, size in enumerate(image_sizes.tolist()):
         groups.setdefault(input_shape(size, side, patch), []).append(row)
-    cut = [
-        (shape, rows[start : start + batch_size])
+    return [
+        Batch(rows[start : start + batch_size], *shape)
         for shape, rows in sorted(groups.items())
         for start in range(0, len(rows), batch_size)
     ]
-    return [Batch(number, rows, *shape) for number, (shape, rows) in enumerate(cut)]
 
 
 def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) -> tuple[int, int]:
@@ -51,7 +50,7 @@ def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) 
     width, height = image_size
     scale = side / min(width, height)
     sides = (min(length * scale, LONGEST * side) for length in (height, width))
-    return tuple(nearest_patch_size(length, one) for length, one in zip(sides, patch, strict=True))
+    return tuple(map(nearest_patch_size, sides, patch))
 
 
 # --- maps ---------------------------------------------------------------------------------------------------------
@@ -69,7 +68,7 @@ class Attended(NamedTuple):
 def attend_batches(
     localizer: Localizer,
     batches: list[Batch],
-    paths: list[Path],
+    paths: Sequence[Path],
     device: torch.device,
     *,
     autocontrast: bool,
@@ -89,15 +88,13 @@ def attend_batches(
         num_workers: processes that decode ahead.
         with_logits: also return the network's output.
     """
-    files = [[paths[row] for row in batch.rows] for batch in batches]
-    images = BatchImages(batches, files, localizer.patch, autocontrast)
+    images = BatchImages(batches, paths, localizer.patch, autocontrast)
     pin = device.type == "cuda"
     loader = build_loader(images, num_workers=num_workers, pin_memory=pin, persistent=False, batch_size=None)
     pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):
-        begun = Attended(
-            batch, *_attend(localizer, pixels.to(device, non_blocking=True), precision, with_logits), errors
-        )
+        pixels = pixels.to(device, non_blocking=True)
+        begun = Attended(batch, *_attend(localizer, pixels, precision, with_logits), errors)
         if pending is not None:
             yield pending
         pending = begun
@@ -108,7 +105,7 @@ def attend_batches(
 def _attend(
     localizer: Localizer, pixels: torch.Tensor, precision: str, with_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return attention and logits (None if not wanted) of (B, H, W, 3) uint8 images on the network's device."""
+    """Return attention and, with ``with_logits``, logits of (B, H, W, 3) uint8 images on the network's device."""
     images = pixels.permute(0, 3, 1, 2)
     what = f"attention maps, {len(images)} images of {images.shape[3]} x {images.shape[2]} pixels"
     less = memory_errors(what, "lower dino.batch_size or dino.image_size")
@@ -119,34 +116,34 @@ def _attend(
         return cls_attention(localizer.model, images), None
 
 
-def clean_batch(attended: Attended, wanted: dict[str, Any]) -> np.ndarray:
+def clean_batch(attended: Attended, settings: dict[str, Any]) -> np.ndarray:
     """Return the cleaned maps (B, feat_h, feat_w) float16 of a batch; failed and blank ones are zeros.
 
     Args:
         attended: the batch.
-        wanted: heads, steps, filter_size: the section ``dino`` of the config.
+        settings: heads, steps, filter_size: the section ``dino`` of the config.
     """
-    maps = np.stack([clean(heads, wanted) for heads in attended.attention.cpu().numpy()]).astype(np.float16)
-    maps[[bool(error) or map_boxes.is_blank(one) for error, one in zip(attended.errors, maps, strict=True)]] = 0
+    maps = np.stack([clean(heads, settings) for heads in attended.attention.cpu().numpy()]).astype(np.float16)
+    maps[[bool(error) or map_boxes.is_blank(cells) for error, cells in zip(attended.errors, maps, strict=True)]] = 0
     return maps
 
 
-def clean(attention: np.ndarray, wanted: dict[str, Any]) -> np.ndarray:
+def clean(attention: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
     """Return the cleaned map (feat_h, feat_w) of one image's attention (heads, feat_h, feat_w)."""
-    heads = wanted["heads"]
+    heads = settings["heads"]
     return map_boxes.clean_map(
         attention,
         heads=int(heads) if heads.isdecimal() else heads,
-        steps=wanted["steps"],
-        filter_size=wanted["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
+        steps=settings["steps"],
+        filter_size=settings["filter_size"] or max(3, round(0.1 * min(attention.shape[1:]))),
     )
 
 
-def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], wanted: dict) -> map_boxes.MapBox:
+def map_to_box(attention_map: np.ndarray, image_size: tuple[int, int], settings: dict[str, Any]) -> map_boxes.MapBox:
     """Return the box that the configured method finds in a cleaned map (feat_h, feat_w)."""
     cells = map_boxes.min_max(np.asarray(attention_map, dtype=np.float64))  # thresholds are shares of the maximum
-    threshold = "otsu" if wanted["otsu"] else wanted["threshold"]
-    if wanted["method"] == "published":
+    threshold = "otsu" if settings["otsu"] else settings["threshold"]
+    if settings["method"] == "published":
         return map_boxes.published_box(cells, image_size, threshold=threshold)
-    options = {key: wanted[key] for key in ("upsample", "choose", "size_factor")}
+    options = {key: settings[key] for key in ("upsample", "choose", "size_factor")}
     return map_boxes.component_box(cells, image_size, threshold=threshold, **options)

@@ -1,5 +1,6 @@
 """Decoded and resized images of one shape, in batches, for loader processes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,6 @@ from readers.images import read_image
 class Batch(NamedTuple):
     """Images of one shape that go through the network together."""
 
-    number: int
     rows: list[int]  # of the data set
     height: int  # of the network's input, pixels
     width: int
@@ -26,13 +26,9 @@ class BatchImages(Dataset):
     """Whole batches of decoded and resized images."""
 
     def __init__(
-        self,
-        batches: list[Batch],
-        paths: list[list[Path]],
-        patch: tuple[int, int],
-        autocontrast: bool,
+        self, batches: Sequence[Batch], paths: Sequence[Path], patch: tuple[int, int], autocontrast: bool
     ) -> None:
-        """Keep the image paths of each batch."""
+        """Keep the image files by row; an image smaller than ``patch`` (height, width) is an error."""
         self.batches, self.paths, self.patch, self.autocontrast = batches, paths, patch, autocontrast
 
     def __len__(self) -> int:
@@ -43,9 +39,9 @@ class BatchImages(Dataset):
         batch = self.batches[number]
         pixels = np.zeros((len(batch.rows), batch.height, batch.width, 3), dtype=np.uint8)
         errors = []
-        for place, path in zip(pixels, self.paths[number], strict=True):
+        for place, row in zip(pixels, batch.rows, strict=True):
             try:
-                place[:] = self.read(path, batch)
+                place[:] = self.read(self.paths[row], batch)
                 errors.append(None)
             except Exception as error:  # whatever one image does, the others go on; decoders raise many kinds
                 errors.append(" ".join(str(error).split())[:300] or type(error).__name__)

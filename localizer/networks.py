@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,30 +53,23 @@ def build_localizer(model_type: str | None, weights: str | None) -> Localizer:
         UserError: one line, on a name, file or architecture that does not serve.
     """
     weights = weights or ("hub" if model_type else str(TOY_WEIGHTS))
-    if weights in ("hub", "random"):
-        if model_type is None:
-            raise UserError(f"dino.weights={weights}: name the network too, such as dino.model=dinov2_vits14")
-        name, model = timm_name(model_type), _from_hub(model_type) if weights == "hub" else _from_scratch(model_type)
-        return as_localizer(model, name, weights, **input_of(model))
-    content = load_tensors(weights)
-    about = content.get("config") if isinstance(content, dict) else None
-    if isinstance(about, dict):
-        return _from_checkpoint(weights, about, model_type)
-    about = content.get("about") if isinstance(content, dict) else None
-    if isinstance(about, dict) and model_type is None:
-        return _from_toy(weights, content, about)
+    content = load_tensors(weights) if weights not in ("hub", "random") else None
+    config, header = (content.get(key) if isinstance(content, dict) else None for key in ("config", "about"))
+    if isinstance(config, dict):
+        return _from_checkpoint(weights, config, model_type)
+    if isinstance(header, dict) and model_type is None:
+        return _from_toy(weights, content, header)
     if model_type is None:
-        raise UserError(f"{weights}: does not say which network it is of; add dino.model=NAME, such as dinov2_vits14")
-    model = _create(timm_name(model_type))
-    _load(model, weights, "dino.model")
+        raise UserError(f"dino.weights={weights}: name the network too, such as dino.model=dinov2_vits14")
+    model = create_network(model_type, weights, "dino.model", "dino.weights", dynamic_img_size=True)
     return as_localizer(model, timm_name(model_type), weights, **input_of(model))
 
 
 def configured_localizer(config: dict[str, Any]) -> Localizer:
     """Build the localizer that a config's section ``dino`` names; the toy one serves the drawn birds alone."""
-    wanted = config["dino"]
-    toys = config["dataset"]["name"] == "toybirds" or wanted["weights"]
-    return build_localizer(wanted["model"] or (None if toys else PHOTOGRAPHS), wanted["weights"])
+    settings = config["dino"]
+    default = None if config["dataset"]["name"] == "toybirds" or settings["weights"] else PHOTOGRAPHS
+    return build_localizer(settings["model"] or default, settings["weights"])
 
 
 def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> Localizer:
@@ -112,104 +104,80 @@ def state_hash(model: nn.Module) -> str:
 # --- from the hub, from a plain state dict ------------------------------------------------------------------------
 
 
-def _check_name(name: str) -> None:
+def create_network(model_type: str, weights: str, model_key: str, weights_key: str, **options: Any) -> nn.Module:
+    """Build a timm network without a classifier.
+
+    Args:
+        model_type: the network.
+        weights: "hub", "random" or the path of a state dict.
+        model_key, weights_key: the keys of the config that these two come from.
+        **options: of ``timm.create_model``.
+
+    Raises:
+        UserError: if there is no such network, or the weights do not fit or cannot be fetched.
+    """
+    name = timm_name(model_type)
     if not timm.is_model(name):
         near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        raise UserError(f"dino.model={name}: there is no such model; timm has {', '.join(near) or 'no similar one'}")
-
-
-def _create(name: str, **options: Any) -> nn.Module:
-    _check_name(name)
+        raise UserError(f"{model_key}={name}: there is no such model; timm has {', '.join(near) or 'no similar one'}")
+    is_fetched = weights == "hub"
+    if is_fetched:
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning
     try:
-        return timm.create_model(name, num_classes=0, dynamic_img_size=True, **options)
+        with torch_seed(0):
+            model = timm.create_model(name, num_classes=0, pretrained=is_fetched, **options)
     except TypeError:
+        raise UserError(f"{model_key}={name}: is no Vision Transformer of any input size; give a DINOv2") from None
+    except Exception as error:  # the hub's clients raise errors of many unrelated kinds
+        if not is_fetched:
+            raise
         raise UserError(
-            f"dino.model={name}: is no Vision Transformer of any input size; give one, such as DINOv2"
+            f"{weights_key}=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
+            f"{weights_address(model_type)} on a machine with a network and give {weights_key}=FILE "
+            f"{model_key}={model_type}"
         ) from None
+    if weights not in ("hub", "random"):
+        try:
+            load_backbone(model, weights)
+        except UserError as error:
+            raise UserError(str(error).replace("model.type", model_key)) from None
+    return model
 
 
 def input_of(model: nn.Module) -> dict[str, Any]:
     """Return the image_size, mean and std that a timm network was trained with."""
-    about = model.pretrained_cfg
-    return {"image_size": about["input_size"][-1], "mean": tuple(about["mean"]), "std": tuple(about["std"])}
-
-
-def _from_hub(model_type: str) -> nn.Module:
-    _check_name(timm_name(model_type))
-    return fetched("dino.weights", "dino.model", model_type, lambda: _create(timm_name(model_type), pretrained=True))
-
-
-def fetched(key: str, model_key: str, model_type: str, create: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network that ``create`` builds with weights from the hub.
-
-    Args:
-        key: of the config, that asks for them.
-        model_key: of the config, that names the network.
-        model_type: its value.
-        create: fetches and builds.
-
-    Raises:
-        UserError: if they cannot be had, naming the file to fetch by hand.
-    """
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # each of its retries is a warning
-    try:
-        return create()
-    except UserError:
-        raise
-    except Exception as error:  # the hub's clients raise errors of many unrelated kinds
-        raise UserError(
-            f"{key}=hub: the weights of {timm_name(model_type)} cannot be fetched ({type(error).__name__}); fetch "
-            f"{weights_address(model_type)} on a machine with a network and give {key}=FILE {model_key}={model_type}"
-        ) from None
-    finally:
-        logger.setLevel(level)
-
-
-def _from_scratch(model_type: str) -> nn.Module:
-    with torch_seed(0):
-        return _create(timm_name(model_type))
-
-
-def _load(model: nn.Module, path: str, key: str) -> None:
-    try:
-        load_backbone(model, path)
-    except UserError as error:
-        raise UserError(str(error).replace("model.type", key)) from None
+    cfg = model.pretrained_cfg
+    return {"image_size": cfg["input_size"][-1], "mean": tuple(cfg["mean"]), "std": tuple(cfg["std"])}
 
 
 # --- files that say what they are ---------------------------------------------------------------------------------
 
 
 def _from_checkpoint(path: str, config: dict[str, Any], model_type: str | None) -> Localizer:
-    """Build the network of a checkpoint of train.py, at the input size that it was trained at, with the
-    weights that validated better."""
+    """Build the network of a checkpoint of train.py, at its input size, with the weights that validated better."""
     try:
         trained, image_size = timm_name(config["model"]["type"]), int(config["image_size"])
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise UserError(f"{path}: its config names no model.type and image_size; train it again") from None
     if model_type is not None and timm_name(model_type) != trained:
-        raise UserError(
-            f"{path}: of {trained}, but dino.model={model_type}; leave dino.model=None or give another file"
-        )
+        raise UserError(f"{path}: of {trained}, but dino.model={model_type}; leave dino.model out")
     if not timm.is_model(trained):
         raise UserError(f"{path}: of {trained}, which has no attention; a Vision Transformer is needed")
     if not 1 <= image_size <= MAX_SIDE:
         raise UserError(f"{path}: its image_size={image_size} must lie between 1 and {MAX_SIDE}; train it again")
-    model = _create(trained, img_size=image_size)
-    _load(model, path, "its own model.type")
+    options = {"dynamic_img_size": True, "img_size": image_size}
+    model = create_network(trained, path, f"model.type of {path}", "dino.weights", **options)
     statistics = {key: tuple(config["model"][key]) for key in ("mean", "std") if config["model"].get(key)}
     return as_localizer(model, trained, path, image_size=image_size, **statistics)
 
 
-def _from_toy(path: str, content: dict[str, Any], about: dict[str, Any]) -> Localizer:
+def _from_toy(path: str, content: dict[str, Any], header: dict[str, Any]) -> Localizer:
     try:
-        if not all(1 <= value <= MAX_SIDE for value in about["architecture"].values()):
+        if not all(1 <= value <= MAX_SIDE for value in header["architecture"].values()):
             raise ValueError(f"its architecture has a number outside of 1 to {MAX_SIDE}")
-        model = build_toy_vit(**about["architecture"])
+        model = build_toy_vit(**header["architecture"])
         model.load_state_dict({key: value.float() for key, value in content["model"].items()})
-        image_size = int(about["architecture"]["image_size"])
+        image_size = int(header["architecture"]["image_size"])
     except UNREADABLE as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise UserError(f"{path}: not a file of toybirds/make_localizer.py ({reason}); run it again") from None

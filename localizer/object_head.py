@@ -7,12 +7,10 @@ Wu, CVPR 2020), cell by cell in place of a regressed box. No box and no class la
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -22,10 +20,9 @@ from localized_crops import map_boxes
 from localized_crops.files import UserError
 from localizer.attention_maps import plan_batches
 from localizer.batches import BatchImages
-from localizer.networks import Localizer, fetched, input_of, state_hash
-from models import fit_linear, load_backbone, timm_name
+from localizer.networks import Localizer, create_network, input_of, state_hash
+from models import fit_linear, timm_name
 from readers.data_set import DataSet
-from utils import torch_seed
 
 OBJECT = 0.5  # probability from which a cell is object: the classifier's own border
 CELLS_PER_IMAGE = 120  # of a training image, drawn at random: neighbours say the same
@@ -49,13 +46,6 @@ class ObjectHead(NamedTuple):
         return ObjectHead(np.asarray(content["weight"], dtype=np.float64), float(content["bias"]))
 
 
-class LabelledCells(NamedTuple):
-    """Some cells of the training images, from which the classifier learns."""
-
-    features: np.ndarray  # (N, D) float32
-    places: list[np.ndarray]  # of each image: the numbers of its cells in row-major order
-
-
 def build_features(model_type: str, weights: str) -> Localizer:
     """Build the network whose last two feature maps, at strides 16 and 32 for most, describe the cells.
 
@@ -66,20 +56,12 @@ def build_features(model_type: str, weights: str) -> Localizer:
     Raises:
         UserError: if the network gives no such maps, or the weights do not fit.
     """
-    name = timm_name(model_type)
-    if not timm.is_model(name):
-        raise UserError(f"dino.object_model={model_type}: there is no such model in timm")
-    is_fetched = weights == "hub"
-    create = partial(timm.create_model, name, num_classes=0, pretrained=is_fetched)
-    keys = "dino.object_weights", "dino.object_model"
-    with torch_seed(0):
-        model = fetched(*keys, model_type, create) if is_fetched else create()
+    model = create_network(model_type, weights, "dino.object_model", "dino.object_weights")
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"dino.object_model={model_type}: gives no feature maps; take an EfficientNet or a ResNet")
-    if weights not in ("hub", "random"):
-        load_backbone(model, weights)
     stride = max(level["reduction"] for level in model.feature_info)
-    return Localizer(model.eval(), name, weights, state_hash(model), patch=(stride, stride), **input_of(model))
+    name, patch = timm_name(model_type), (stride, stride)
+    return Localizer(model.eval(), name, weights, state_hash(model), patch=patch, **input_of(model))
 
 
 def learn_head(
@@ -92,7 +74,7 @@ def learn_head(
     rounds: int,
     most_images: int,
     device: torch.device,
-    num_workers: int | None = None,
+    num_workers: int = 0,
 ) -> ObjectHead:
     """Return the classifier that the attention maps of the training images teach.
 
@@ -115,13 +97,13 @@ def learn_head(
     if not teachers:
         raise UserError(f"{data.root}: no training image whose attention map points anywhere; see dino.model")
     teachers = np.array(teachers[:: -(-len(teachers) // most_images)])
-    paths, sizes = [data.paths[row] for row in teachers], data.image_sizes[teachers]
-    how = {"side": side, "device": device, "num_workers": num_workers, "what": "teach"}
-    features = {int(teachers[n]): one.astype(np.float16)
-                for n, one, error in _features(network, paths, sizes, **how) if error is None}  # fmt: skip
+    cells = _features(
+        network, data.paths[teachers], data.image_sizes[teachers], side, device, num_workers, progress="teach"
+    )
+    features = {int(teachers[n]): grid.astype(np.float16) for n, grid, error in cells if error is None}
     if not features:
         raise UserError(f"{data.root}: none of the training images can be read any more")
-    masks = {row: attention_mask(attention[data.ids[row]], one.shape[:2], threshold) for row, one in features.items()}
+    masks = {row: attention_mask(attention[data.ids[row]], grid.shape[:2], threshold) for row, grid in features.items()}
     return teach(features, masks, rounds)
 
 
@@ -134,7 +116,7 @@ def find_objects(
     side: int,
     upsample: int,
     device: torch.device,
-    num_workers: int | None = None,
+    num_workers: int = 0,
     progress: bool = True,
 ) -> Iterator[tuple[int, map_boxes.MapBox, str | None]]:
     """Yield the row of each image, its box, and why it could not be read (None: it was); in batches of one shape.
@@ -150,11 +132,13 @@ def find_objects(
         num_workers: processes that decode ahead.
         progress: show a bar.
     """
-    how = {"side": side, "device": device, "num_workers": num_workers, "progress": progress}
-    for row, one, error in _features(network, paths, image_sizes, what="boxes", **how):
+    cells = _features(network, paths, image_sizes, side, device, num_workers, progress="boxes" if progress else None)
+    for row, grid, error in cells:
         size = tuple(image_sizes[row].tolist())
-        found = map_boxes.MapBox(0, 0, *size, found=False)
-        yield row, found if error is not None else object_box(object_map(one, head), size, upsample=upsample), error
+        if error is None:
+            yield row, object_box(object_map(grid, head), size, upsample=upsample), None
+        else:
+            yield row, map_boxes.MapBox(0, 0, *size, found=False), error
 
 
 def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: float) -> np.ndarray:
@@ -172,12 +156,20 @@ def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds:
         masks: row -> (feat_h, feat_w) bool, where the object is thought to be.
         rounds: of self-training.
     """
-    cells = _draw_cells(features)
+    rng, drawn, places = np.random.default_rng(0), [], []
+    for grid in features.values():
+        cells = grid.reshape(-1, grid.shape[-1])
+        places.append(rng.choice(len(cells), min(CELLS_PER_IMAGE, len(cells)), replace=False))
+        drawn.append(cells[places[-1]].astype(np.float32))
+    drawn = np.concatenate(drawn)
     for _ in range(rounds + 1):
-        labels = np.concatenate([masks[row].ravel()[at] for row, at in zip(masks, cells.places, strict=True)])
-        weights, biases = fit_linear(cells.features, labels.astype(np.int64), 2, L2)
+        labels = np.concatenate([masks[row].ravel()[at] for row, at in zip(masks, places, strict=True)])
+        weights, biases = fit_linear(drawn, labels.astype(np.int64), 2, L2)
         head = ObjectHead(weights[1] - weights[0], float(biases[1] - biases[0]))
-        masks = {row: _own_mask(object_map(one, head)) for row, one in features.items()}
+        probabilities = {row: object_map(grid, head) for row, grid in features.items()}
+        masks = {
+            row: map_boxes.component_mask(cells, min(OBJECT, 0.8 * cells.max())) for row, cells in probabilities.items()
+        }
     return head
 
 
@@ -191,36 +183,20 @@ def object_box(probability: np.ndarray, image_size: tuple[int, int], *, upsample
     return map_boxes.component_box(probability, image_size, threshold=min(OBJECT, probability.max()), upsample=upsample)
 
 
-def _own_mask(probability: np.ndarray) -> np.ndarray:
-    return map_boxes.component_mask(probability, min(OBJECT, 0.8 * probability.max()))
-
-
-def _draw_cells(features: dict[int, np.ndarray]) -> LabelledCells:
-    rng, rows, places = np.random.default_rng(0), [], []
-    for one in features.values():
-        flat = one.reshape(-1, one.shape[-1])
-        places.append(rng.choice(len(flat), min(CELLS_PER_IMAGE, len(flat)), replace=False))
-        rows.append(flat[places[-1]].astype(np.float32))
-    return LabelledCells(np.concatenate(rows), places)
-
-
 def _features(
     network: Localizer,
     paths: Sequence[Path],
     image_sizes: np.ndarray,
-    *,
     side: int,
     device: torch.device,
-    num_workers: int | None,
-    what: str,
-    progress: bool = True,
+    num_workers: int,
+    progress: str | None,
 ) -> Iterator[tuple[int, np.ndarray, str | None]]:
     """Yield (row, features (feat_h, feat_w, D) float32, why the image could not be read) in batches of a shape."""
     batches = plan_batches(image_sizes, side, network.patch, BATCH)
-    files = [[paths[row] for row in batch.rows] for batch in batches]
-    images = BatchImages(batches, files, (1, 1), False)  # small images are enlarged
+    images = BatchImages(batches, paths, (1, 1), False)  # small images are enlarged
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
-    with tqdm(total=len(paths), desc=what, unit=" images", mininterval=1.0, disable=not progress) as bar:
+    with tqdm(total=len(paths), desc=progress, unit=" images", mininterval=1.0, disable=progress is None) as bar:
         for batch, (pixels, errors) in zip(batches, loader, strict=True):
             yield from zip(batch.rows, cell_features(network, pixels.to(device)), errors, strict=True)
             bar.update(len(batch.rows))

@@ -27,4 +27,3 @@ def test_batches_hold_every_image_once_and_one_shape_each():
     for batch in batches:
         shapes = {input_shape(tuple(sizes[row]), 32, (8, 8)) for row in batch.rows}
         assert shapes == {(batch.height, batch.width)}
-    assert [batch.number for batch in batches] == list(range(len(batches)))

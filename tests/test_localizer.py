@@ -120,7 +120,7 @@ def test_weights_of_another_architecture_are_one_line(tmp_path, content, told):
         ({"model": {}, "about": {"architecture": TOY}}, "make_localizer"),
         ({"model": {}, "about": {"architecture": TOY | {"legs": 2}}}, "make_localizer"),
         ({"model": {}, "about": {}}, "make_localizer"),
-        ({"model": {}}, "does not say which network"),
+        ({"model": {}}, "dino.model"),
         ({"model": {}, "config": {"model": {}}}, "names no model.type"),
         ({"model": {}, "config": {"model": {"type": "toyresnet"}, "image_size": 64}}, "no attention"),
     ],
