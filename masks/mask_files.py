@@ -48,18 +48,6 @@ def _hashed(stem: str, image_id: ImageId) -> str:
     return f"{start}.{hashlib.sha256(os.fsencode(str(image_id))).hexdigest()[:16]}"
 
 
-def new_mask_folder(root: Path) -> Path:
-    """Create and return ``root/masks_{i}``, i the first free number."""
-    number = 0
-    while True:
-        folder = root / f"masks_{number}"
-        try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            number += 1
-
-
 # --- masks --------------------------------------------------------------------------------------------------------
 
 
@@ -90,24 +78,17 @@ def load_masks(path: Path | str) -> torch.Tensor:
         if content.dtype != torch.bool or content.ndim != 3 or not _is_whole(content):
             raise UserError(f"{path}: holds a {content.dtype} tensor of shape {tuple(content.shape)}, not masks")
         return content
-    fault = _packed_fault(content)
-    if fault:
-        raise UserError(f"{path}: not masks of generate_mask.py ({fault}); make them again")
-    count, height, width = content["shape"]
-    bits = np.unpackbits(content["packed"].numpy(), axis=1, count=height * width)
-    return torch.from_numpy(bits.reshape(count, height, width).astype(bool))
-
-
-def _packed_fault(content: Any) -> str | None:
     shape, bits = (content.get(key) if isinstance(content, dict) else None for key in ("shape", "packed"))
-    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and n >= 0 for n in shape):
-        return f"shape is {str(shape)[:60]}"
-    if math.prod(shape) > MAX_PIXELS:
-        return f"declares {math.prod(shape):,} pixels"
-    expected = (shape[0], -(-shape[1] * shape[2] // 8))
+    is_shape = isinstance(shape, list) and len(shape) == 3 and all(type(n) is int and n >= 0 for n in shape)
+    expected = (shape[0], -(-shape[1] * shape[2] // 8)) if is_shape and math.prod(shape) <= MAX_PIXELS else None
     if not torch.is_tensor(bits) or bits.dtype != torch.uint8 or tuple(bits.shape) != expected or not _is_whole(bits):
-        return f"the packed bits are not {expected} bytes"
-    return None
+        raise UserError(
+            f"{path}: not masks of generate_mask.py (shape is {str(shape)[:60]}, without packed bits of that shape); "
+            "make them again"
+        )
+    count, height, width = shape
+    unpacked = np.unpackbits(bits.numpy(), axis=1, count=height * width)
+    return torch.from_numpy(unpacked.reshape(count, height, width).astype(bool))
 
 
 def _is_whole(tensor: torch.Tensor) -> bool:
@@ -164,31 +145,18 @@ def load_masks_info(
     if not path.exists() and (folder / "unfinished").exists():
         raise UserError(f"{folder}: unfinished; go on with: python generate_mask.py mask.folder={folder}")
     content = load_json(path)
-    fault = _info_fault(content)
-    if fault:
-        raise UserError(f"{path}: {fault}; make it again: python generate_mask.py")
-    setup = content.pop("setup")
+    setup = content.pop("setup", None) if isinstance(content, dict) else None
+    if not isinstance(setup, dict) or (setup.get("kind"), setup.get("version")) != (KIND, VERSION):
+        raise UserError(f"{path}: not of {KIND!r}, version {VERSION}; make it again: python generate_mask.py")
     if dataset not in (None, setup.get("dataset")):
         raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
-    lacking = next((name for name in content if not (folder / f"{name}.pt").exists()), None)
-    if setup.get("store") != "none" and lacking is not None:
-        raise UserError(f"{folder / lacking}.pt: missing, though masks_info.json names it; make the masks again")
-    return setup, content
-
-
-def _info_fault(content: Any) -> str | None:
-    setup = content.get("setup") if isinstance(content, dict) else None
-    if not isinstance(setup, dict) or setup.get("kind") != KIND or setup.get("version") != VERSION:
-        return f"its setup is not of {KIND!r}, version {VERSION}"
     for name, entries in content.items():
-        if name == "setup":
-            continue
-        if not _is_file_name(name) or not isinstance(entries, list):
-            return f"image {name[:60]!r} has no list of masks"
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or not _is_box(entry.get("bbox")):
-                return f"image {name[:60]}, mask {number}: no bbox x y width height"
-    return None
+        if not _is_file_name(name) or not isinstance(entries, list) or not all(map(_has_box, entries)):
+            fault = f"image {name[:60]}: a mask has no bbox x y width height"
+            raise UserError(f"{path}: {fault}; make it again: python generate_mask.py")
+        if setup.get("store") != "none" and not (folder / f"{name}.pt").exists():
+            raise UserError(f"{folder / name}.pt: missing, though masks_info.json names it; make the masks again")
+    return setup, content
 
 
 def _is_file_name(name: str) -> bool:
@@ -196,6 +164,7 @@ def _is_file_name(name: str) -> bool:
     return Path(name).name == name and "\0" not in name and len(name.encode(errors="replace")) <= 250
 
 
-def _is_box(box: Any) -> bool:
+def _has_box(entry: Any) -> bool:
+    box = entry.get("bbox") if isinstance(entry, dict) else None
     numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
     return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # NaN is not

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import torch
 from segment_anything import sam_model_registry
 from segment_anything.modeling import Sam
 
@@ -39,10 +38,12 @@ def load_sam(model: str, checkpoint: str | None) -> tuple[Sam, str]:
         with torch_seed(0):
             return sam_model_registry[model]().eval(), "random"
     state = load_tensors(checkpoint)
-    found = file_sha256(checkpoint)
-    expected = dict(CHECKPOINTS.values()).get(Path(checkpoint).name, found)
-    if found != expected:
-        raise UserError(f"{checkpoint}: damaged, its sha256 is {found[:12]}..., not {expected[:12]}...; fetch it again")
+    sha256 = file_sha256(checkpoint)
+    expected = dict(CHECKPOINTS.values()).get(Path(checkpoint).name, sha256)
+    if sha256 != expected:
+        raise UserError(
+            f"{checkpoint}: damaged, its sha256 is {sha256[:12]}..., not {expected[:12]}...; fetch it again"
+        )
     sam = sam_model_registry[model]()
     try:
         sam.load_state_dict(state)
@@ -50,9 +51,4 @@ def load_sam(model: str, checkpoint: str | None) -> tuple[Sam, str]:
         width = re.search(r"pos_embed.*?torch\.Size\(\[1, \d+, \d+, (\d+)\]\)", str(error))
         is_of = {"768": "vit_b", "1024": "vit_l", "1280": "vit_h"}.get(width[1] if width else "", "another network")
         raise UserError(f"{checkpoint}: of {is_of}, not of sam.model={model}; give the model that it is of") from None
-    return sam.eval(), found
-
-
-def sam_device(sam: Sam) -> torch.device:
-    """Return the device that a model is on."""
-    return sam.pixel_mean.device
+    return sam.eval(), sha256

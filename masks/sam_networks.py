@@ -121,8 +121,8 @@ def decode_prompts(
         queries = layer.norm3(queries + layer.mlp(queries))
         keys = _update_image(layer.cross_attn_image_to_token, queries + tokens, queries, image, keys)
         keys = layer.norm4(keys).type_as(keys)  # autocast would norm into float32, for every product to round again
-    wanted = [0, *range(2, decoder.num_mask_tokens + 1)]  # token 1 is the mask of the single-mask output
-    queries, tokens = queries[:, :, wanted], tokens[:, :, wanted]
+    kept = [0, *range(2, decoder.num_mask_tokens + 1)]  # token 1 is the mask of the single-mask output
+    queries, tokens = queries[:, :, kept], tokens[:, :, kept]
     seen = _attend_to_image(transformer.final_attn_token_to_image, queries + tokens, image, keys)
     queries = transformer.norm_final_attn(queries + seen)
     return queries[:, :, 1:], keys, decoder.iou_prediction_head(queries[:, :, 0])[..., 1:].float()
@@ -130,10 +130,10 @@ def decode_prompts(
 
 def _attend_to_prompt(layer: nn.Module, queries: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Return self-attention of the tokens of each prompt, (B, P, T, C)."""
-    own, pe = queries.flatten(0, 1), tokens.flatten(0, 1)
+    flat, pe = queries.flatten(0, 1), tokens.flatten(0, 1)
     if layer.skip_first_layer_pe:
-        return layer.self_attn(own, own, own).view_as(queries)
-    return (own + layer.self_attn(own + pe, own + pe, own)).view_as(queries)
+        return layer.self_attn(flat, flat, flat).view_as(queries)
+    return (flat + layer.self_attn(flat + pe, flat + pe, flat)).view_as(queries)
 
 
 def _attend_to_image(
@@ -217,7 +217,7 @@ def upscale_masks(
     Args:
         tokens: (M, K, C), mask tokens.
         keys: (M, N, C), image tokens of a ``grid``.
-        cells: the part of the grid, from the top left, that is wanted.
+        cells: the part of the grid, from the top left, that is upscaled.
     """
     first, norm, activation, second, last_activation = decoder.output_upscaling
     heads = decoder.output_hypernetworks_mlps[-tokens.shape[1] :]

@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
-from segment_anything.utils.transforms import ResizeLongestSide
 
 from localized_crops.map_boxes import component_box, is_blank, min_max
 from masks.mask_files import tight_box
-from masks.sam_models import sam_device
 from utils import autocast
 
 
@@ -75,9 +74,8 @@ class PromptedMasks:
     """One mask an image, chosen among SAM's three by predicted IoU plus agreement with the attention."""
 
     def __init__(self, sam: Sam, precision: str = "float32", **prompt: Any) -> None:
-        """Keep the network and the arguments of `prompt_from_map`; ``precision`` is of CUDA."""
-        self.sam, self.prompt, self.precision = sam, prompt, precision
-        self.transform = ResizeLongestSide(sam.image_encoder.img_size)
+        """Keep the network and the arguments of `prompt_from_map`; ``precision`` is the encoder's on CUDA."""
+        self.predictor, self.prompt, self.precision = SamPredictor(sam), prompt, precision
 
     def generate(self, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
         """Return for each (H, W, 3) uint8 image a list of one record, empty where the map points nowhere.
@@ -90,35 +88,21 @@ class PromptedMasks:
             records as those of `MaskGenerator`, except that ``stability_score`` is the agreement with the attention and
             that ``bbox`` x y width height holds all of the mask. An image whose chosen mask is empty has no record.
         """
-        sizes = [image.shape[1::-1] for image in images]
-        prompts = [prompt_from_map(*pair, **self.prompt) for pair in zip(maps, sizes, strict=True)]
-        asked = [number for number, prompt in enumerate(prompts) if prompt is not None]
-        records: list[list[dict[str, Any]]] = [[] for _ in images]
-        if asked:
-            with torch.no_grad(), autocast(sam_device(self.sam), self.precision):
-                answers = self.sam([self._question(images[n], prompts[n]) for n in asked], multimask_output=True)
-            for number, answer in zip(asked, answers, strict=True):
-                records[number] = self._record(answer, maps[number], prompts[number])
-        return records
+        return [self._records(*pair) for pair in zip(images, maps, strict=True)]
 
-    def _question(self, image: np.ndarray, prompt: Prompt) -> dict[str, Any]:
-        size, device = image.shape[:2], sam_device(self.sam)
-        pixels = torch.from_numpy(self.transform.apply_image(image)).permute(2, 0, 1).to(device)
-        question = {"image": pixels, "original_size": size}
-        if len(prompt.points):
-            points = self.transform.apply_coords(prompt.points, size)
-            question["point_coords"] = torch.as_tensor(points, dtype=torch.float32, device=device)[None]
-            question["point_labels"] = torch.as_tensor(prompt.labels, device=device)[None]
-        if prompt.box_xyxy is not None:
-            box = self.transform.apply_boxes(prompt.box_xyxy[None], size)
-            question["boxes"] = torch.as_tensor(box, dtype=torch.float32, device=device)
-        return question
-
-    def _record(self, answer: dict[str, torch.Tensor], attention_map: np.ndarray, prompt: Prompt) -> list[dict]:
-        masks, predicted = answer["masks"][0].cpu(), answer["iou_predictions"][0].float().cpu()  # (3, H, W), (3,)
-        agreed = agreement(masks, attention_map)
+    @torch.no_grad()
+    def _records(self, image: np.ndarray, attention_map: np.ndarray) -> list[dict[str, Any]]:
+        prompt = prompt_from_map(attention_map, image.shape[1::-1], **self.prompt)
+        if prompt is None:
+            return []
+        with autocast(self.predictor.device, self.precision):
+            self.predictor.set_image(image)
+        self.predictor.features = self.predictor.features.float()  # the decoder takes little time: in float32
+        points, labels = (prompt.points, prompt.labels) if len(prompt.points) else (None, None)
+        masks, predicted, _ = self.predictor.predict(points, labels, prompt.box_xyxy)  # (3, H, W), (3,)
+        agreed = agreement(torch.from_numpy(masks), attention_map).numpy()
         best = int((predicted + agreed).argmax())
-        mask = masks[best].numpy()
+        mask = masks[best]
         if not mask.any():
             return []
         return [

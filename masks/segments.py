@@ -11,15 +11,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy import ndimage
 from skimage.color import rgb2lab
 from skimage.filters import sobel
 from skimage.segmentation import felzenszwalb
+from torchvision.ops import box_convert, nms
 
-from localized_crops.boxes import iou
 from masks.mask_files import tight_box
 
-SAME_IOU = 0.85  # of two candidates' boxes: the one of the lower score is left out
+SAME_IOU = 0.85 - 1e-9  # of two candidates' boxes, from which on the one of the lower score is left out
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,6 @@ class SegmentGenerator:
     max_area: float = 0.8
     max_masks: int = 40
 
-    def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) <= 0 or self.sigma < 0 or self.min_size < 1 or self.max_masks < 1:
-            raise ValueError("scales, min_size and max_masks must be above 0, sigma at least 0")
-        if not 0 <= self.min_area < self.max_area <= 1 or not self.merging:
-            raise ValueError("need 0 <= min_area < max_area <= 1, and at least one triple of weights in merging")
-
     def settings(self) -> dict[str, Any]:
         """Return the settings as JSON holds them."""
         return asdict(self) | {"scales": list(self.scales), "merging": [list(weights) for weights in self.merging]}
@@ -62,20 +57,16 @@ class SegmentGenerator:
 
         Args:
             images: (H, W, 3) uint8 RGB.
-
-        Raises:
-            ValueError: on another type or shape.
         """
         return [self._generate_one(image) for image in images]
 
     def _generate_one(self, image: np.ndarray) -> list[dict[str, Any]]:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"images must be (H, W, 3) uint8, got {image.shape} {image.dtype}")
         lab = rgb2lab(image)
         masks = [mask for mask in self._regions(image, lab) if self.min_area <= mask.mean() <= self.max_area]
         edges = edge_strength(lab)
         scores = [boundary_score(mask, edges) for mask in masks]
-        kept = distinct(np.array([tight_box(mask) for mask in masks]), np.array(scores), self.max_masks)
+        boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
+        kept = distinct(boxes, np.array(scores), self.max_masks)
         return [to_record(masks[row], scores[row]) for row in kept]
 
     def _regions(self, image: np.ndarray, lab: np.ndarray) -> Iterator[np.ndarray]:
@@ -102,30 +93,30 @@ class Regions:
                        for rows, columns in ndimage.find_objects(labels + 1)]  # fmt: skip
         self.neighbours = touching(labels, count)
 
-    def distance(self, one: int, other: int) -> float:
+    def distance(self, first: int, second: int) -> float:
         """Return how badly two regions fit: difference of colour, joint size, and box that they leave unfilled."""
-        colour = float(np.linalg.norm(self.colours[one] - self.colours[other])) / 100
-        size = self.areas[one] + self.areas[other]
-        top, left, bottom, right = self.joint_bounds(one, other)
+        colour = float(np.linalg.norm(self.colours[first] - self.colours[second])) / 100
+        size = self.areas[first] + self.areas[second]
+        top, left, bottom, right = self.joint_bounds(first, second)
         parts = colour, size / self.pixels, ((bottom - top) * (right - left) - size) / self.pixels
         return sum(weight * part for weight, part in zip(self.weights, parts, strict=True))
 
-    def joint_bounds(self, one: int, other: int) -> tuple[int, int, int, int]:
+    def joint_bounds(self, first: int, second: int) -> tuple[int, int, int, int]:
         """Return (top, left, bottom, right) of two regions together."""
-        a, b = self.bounds[one], self.bounds[other]
+        a, b = self.bounds[first], self.bounds[second]
         return min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])
 
-    def merge(self, one: int, other: int) -> int:
+    def merge(self, first: int, second: int) -> int:
         """Put two regions together; return the number of the new one."""
-        new, area = len(self.areas), self.areas[one] + self.areas[other]
-        colour = (self.areas[one] * self.colours[one] + self.areas[other] * self.colours[other]) / area
+        new, area = len(self.areas), self.areas[first] + self.areas[second]
+        colour = (self.areas[first] * self.colours[first] + self.areas[second] * self.colours[second]) / area
         self.areas.append(area)
         self.colours.append(colour)
-        self.bounds.append(self.joint_bounds(one, other))
-        self.masks[new] = self.masks.pop(one) | self.masks.pop(other)
-        self.neighbours.append((self.neighbours[one] | self.neighbours[other]) - {one, other})
+        self.bounds.append(self.joint_bounds(first, second))
+        self.masks[new] = self.masks.pop(first) | self.masks.pop(second)
+        self.neighbours.append((self.neighbours[first] | self.neighbours[second]) - {first, second})
         for near in self.neighbours[new]:
-            self.neighbours[near] = self.neighbours[near] - {one, other} | {new}
+            self.neighbours[near] = self.neighbours[near] - {first, second} | {new}
         return new
 
 
@@ -143,9 +134,9 @@ def merged_regions(labels: np.ndarray, lab: np.ndarray, weights: tuple[float, fl
     queue = [(regions.distance(*pair), *pair) for pair in pairs]
     heapq.heapify(queue)
     while queue:
-        _, one, other = heapq.heappop(queue)
-        if one in regions.masks and other in regions.masks:
-            new = regions.merge(one, other)
+        _, first, second = heapq.heappop(queue)
+        if first in regions.masks and second in regions.masks:
+            new = regions.merge(first, second)
             for near in regions.neighbours[new]:
                 heapq.heappush(queue, (regions.distance(near, new), near, new))
             yield regions.masks[new]
@@ -155,9 +146,9 @@ def touching(labels: np.ndarray, count: int) -> list[set[int]]:
     """Return for each of ``count`` regions which ones share an edge of two pixels with it."""
     neighbours: list[set[int]] = [set() for _ in range(count)]
     for a, b in ((labels[1:], labels[:-1]), (labels[:, 1:], labels[:, :-1])):
-        for one, other in np.unique(np.stack([a[a != b], b[a != b]], axis=1), axis=0).tolist():
-            neighbours[one].add(other)
-            neighbours[other].add(one)
+        for first, second in np.unique(np.stack([a[a != b], b[a != b]], axis=1), axis=0).tolist():
+            neighbours[first].add(second)
+            neighbours[second].add(first)
     return neighbours
 
 
@@ -183,13 +174,8 @@ def boundary_score(mask: np.ndarray, edges: np.ndarray) -> float:
 
 def distinct(boxes: np.ndarray, scores: np.ndarray, most: int) -> list[int]:
     """Return the rows of at most ``most`` boxes (N, 4) x y width height, best score first, none like an earlier one."""
-    kept: list[int] = []
-    for row in np.argsort(-scores, kind="stable").tolist():
-        if len(kept) == most:
-            break
-        if not kept or iou(np.tile(boxes[row], (len(kept), 1)), boxes[kept]).max() < SAME_IOU:
-            kept.append(row)
-    return kept
+    xyxy = box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
+    return nms(xyxy, torch.from_numpy(scores), SAME_IOU)[:most].tolist()
 
 
 def to_record(mask: np.ndarray, score: float) -> dict[str, Any]:

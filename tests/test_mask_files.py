@@ -13,7 +13,6 @@ from masks.mask_files import (
     load_masks,
     load_masks_info,
     mask_names,
-    new_mask_folder,
     save_masks,
     save_masks_info,
     tight_box,
@@ -87,10 +86,6 @@ def test_names_of_two_class_folders_do_not_meet(tmp_path):
     assert mask_names([4, 9, 11, 12], paths) == ["bird_1.4", "bird_1.9", "x.y", "setup.12"]
 
 
-def test_folders_are_numbered(tmp_path):
-    assert [new_mask_folder(tmp_path).name for _ in range(3)] == ["masks_0", "masks_1", "masks_2"]
-
-
 def test_info_comes_back(tmp_path):
     record = ENTRY | {"segmentation": np.ones((37, 53), bool), "bbox": np.array([1, 2, 3, 4]), "area": np.int64(9)}
     save_masks(tmp_path / "bird.pt", torch.zeros(1, 37, 53, dtype=torch.bool), "bool")
@@ -115,15 +110,15 @@ GOOD = {"setup": {"kind": "localized-crops masks", "version": 1, "store": "none"
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ([1], "its setup"),
-        ({"bird": [ENTRY]}, "its setup"),
+        ([1], r"masks_info\.json"),
+        ({"bird": [ENTRY]}, r"masks_info\.json"),
         (change(GOOD, lambda c: c["setup"].update(version=9)), "version 1"),
-        (change(GOOD, lambda c: c.update(bird={})), "no list of masks"),
-        (change(GOOD, lambda c: c.update({"../x": []})), "no list of masks"),
-        (change(GOOD, lambda c: c["bird"].append({})), "mask 1: no bbox"),
-        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, 3])), "mask 0: no bbox"),
-        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, -3, 4])), "mask 0: no bbox"),
-        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, "3", 4])), "mask 0: no bbox"),
+        (change(GOOD, lambda c: c.update(bird={})), "image bird"),
+        (change(GOOD, lambda c: c.update({"../x": []})), r"image \.\./x"),
+        (change(GOOD, lambda c: c["bird"].append({})), "image bird"),
+        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, 3])), "image bird"),
+        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, -3, 4])), "image bird"),
+        (change(GOOD, lambda c: c["bird"][0].update(bbox=[1, 2, "3", 4])), "image bird"),
     ],
 )
 def test_wrong_info_is_refused_in_one_line(tmp_path, content, told):

@@ -96,17 +96,3 @@ def test_repeated_boxes_are_left_out():
     boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [20, 0, 4, 4]], float)
     assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 9) == [1, 3, 2]
     assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 2) == [1, 3]
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"scales": ()}, {"min_area": 0.9}, {"max_masks": 0}, {"merging": ()}, {"sigma": -1.0}]
-)
-def test_wrong_settings(wrong):
-    with pytest.raises(ValueError, match=r"must be|need"):
-        SegmentGenerator(**wrong)
-
-
-@pytest.mark.parametrize("image", [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((5, 5, 4), np.uint8)])
-def test_wrong_images(image):
-    with pytest.raises(ValueError, match="must be"):
-        SegmentGenerator().generate([image])
