@@ -1,4 +1,4 @@
-"""What every script needs: the user's error and the guard that reports it, whole-file writes, run folders, seeds."""
+"""What every script needs: checkpoints, run folders and their locks, logs, devices, seeds."""
 
 import contextlib
 import fcntl
@@ -49,19 +49,13 @@ def save_tensors(path: Path | str, value: Any) -> None:
     Raises:
         DiskError: if it cannot be written.
     """
-    with whole_file(path, new_folder=False) as scratch, _system_error_of_torch(), open(scratch, "wb") as file:
-        torch.save(value, file)  # to a path, its error on a full disk would tell no reason
-
-
-@contextlib.contextmanager
-def _system_error_of_torch() -> Iterator[None]:
-    """Raise the system's error in place of torch's own about its archive, which came of it."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    with whole_file(path, new_folder=False) as scratch, open(scratch, "wb") as file:
+        try:
+            torch.save(value, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # which says, as torch's error about its archive does not, why
+                raise error.__context__ from None
+            raise
 
 
 def load_tensors(path: Path | str) -> Any:
@@ -79,15 +73,11 @@ def load_tensors(path: Path | str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such file") from None
-    except IsADirectoryError:
-        raise UserError(f"{path}: is a folder, a checkpoint file was expected") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: refused, it is no plain checkpoint: it is damaged or holds objects other than tensors and "
             "plain values (such a pickle can run code)"
         ) from None
-    except PermissionError:
-        raise UserError(f"{path}: may not be read; see its permissions") from None
     except UNREADABLE as error:
         raise UserError(
             f"{path}: torn or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
@@ -107,14 +97,14 @@ def file_stats(paths: Iterable[Path | str]) -> np.ndarray:
     """
 
     def stats(part: tuple[Path | str, ...]) -> list[tuple[int, int, int]]:
-        found = []
+        rows = []
         for path in part:
             try:
-                one = os.stat(path)
-                found.append((one.st_size, one.st_mtime_ns, one.st_ctime_ns))
+                stat = os.stat(path)
+                rows.append((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
             except OSError:  # it is reported when it is read
-                found.append((-1, -1, -1))
-        return found
+                rows.append((-1, -1, -1))
+        return rows
 
     with ThreadPoolExecutor(16) as pool:  # on a network's file system the time goes to waiting
         parts = pool.map(stats, batched(paths, 4096))
@@ -143,12 +133,12 @@ def new_folder(parent: Path | str, stem: str) -> Path:
             number += 1
 
 
-def lock_file(path: Path, how: int) -> IO | None:
-    """Open and lock a file, made where there is none; None if ``how`` has LOCK_NB and another holds it.
+def lock_file(path: Path, operation: int) -> IO | None:
+    """Open and lock a file, made where there is none; None if ``operation`` has LOCK_NB and another holds it.
 
     Args:
         path: the file; the lock ends when it is closed, at the latest with the process.
-        how: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
+        operation: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
     """
     refuse_special(path)
     for tries in range(1, MOST_TRIES + 1):
@@ -160,7 +150,7 @@ def lock_file(path: Path, how: int) -> IO | None:
                 raise
             continue
         try:
-            fcntl.flock(file, how)
+            fcntl.flock(file, operation)
         except BlockingIOError:
             file.close()
             return None
@@ -198,8 +188,8 @@ def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
                 yield True
             finally:
                 with contextlib.suppress(OSError):  # it shall not hide the error that ended the block
-                    own = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed
-                    if own and [path.name for path in folder.iterdir()] == [".lock"]:
+                    is_ours = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed
+                    if is_ours and [path.name for path in folder.iterdir()] == [".lock"]:
                         (folder / ".lock").unlink()
 
 
@@ -263,22 +253,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which a plain checkpoint may not hold
     }
-
-
-def pick_device(device: str | None) -> torch.device:
-    """Return the device to train on; None: CUDA where there is one.
-
-    Raises:
-        UserError: if it is not to be had.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={device}: not to be had here ({str(error).splitlines()[0][:100]})") from None
-    return chosen
 
 
 def set_threads(count: int | None) -> None:

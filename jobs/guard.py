@@ -15,7 +15,7 @@ from typing import Any
 from localized_crops.files import DiskError, UserError, remedy, user_errors
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LONGEST_LINE = 600  # characters of an error: what was found may be a whole file, its two ends tell enough
+LONGEST_LINE = 600  # characters of an error: a longer one, which may quote a whole file, is cut in the middle
 
 
 WORKERS: weakref.WeakSet = weakref.WeakSet()  # the processes that jobs/loader.py started
@@ -33,8 +33,8 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
     """Run a script from the command line: load its config, call ``main``, end with the right exit status.
 
     Status 2 with one line for anything the user can mend, 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP,
-    141 (SIGPIPE) without a word where nobody reads what is printed any more, as after ``| head``. Where
-    `with_resume_hint` was told a command, the line ends with it.
+    141 (SIGPIPE) without a word where nobody reads what is printed any more, as after ``| head``. The line ends with
+    the command of `with_resume_hint`.
 
     Args:
         main: the script, given the resolved config.
@@ -83,33 +83,27 @@ def _reader_has_gone() -> bool:
 
 @contextlib.contextmanager
 def with_resume_hint(command: Callable[[], str | None]) -> Iterator[None]:
-    """Let what stops the with block from outside tell the command that goes on; None: there is none.
+    """Add the command that goes on to the error line of an interruption, a full disk, or a dead loader process.
 
-    That is an interruption, a full disk, or the death of a loader's worker.
+    Of several nested blocks the outermost names the command: a sweep knows better than the training that it is at.
 
-    Of several blocks the outermost has the say: a sweep knows better than the training that it is at.
+    Args:
+        command: returns it; None: there is none.
     """
     try:
-        with _dead_workers():
+        try:
             yield
+        except (RuntimeError, OSError, EOFError):  # torch raises these of a dead worker, at any point
+            dead = dead_workers()
+            if not dead:
+                raise
+            raise DeadWorkerError(
+                f"processes that load images died (pid {', '.join(map(str, dead))}); if memory ran out (see dmesg) "
+                "lower num_workers"
+            ) from None
     except (KeyboardInterrupt, Terminated, DiskError, DeadWorkerError) as error:
         error.command = command()
         raise
-
-
-@contextlib.contextmanager
-def _dead_workers() -> Iterator[None]:
-    """Turn what torch raises of a dead worker, from a signal handler and so at any point, into DeadWorkerError."""
-    try:
-        yield
-    except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed a batch over
-        dead = dead_workers()
-        if not dead or isinstance(error, DiskError):
-            raise
-        raise DeadWorkerError(
-            f"processes that load images died (pid {', '.join(map(str, dead))}); if memory ran out (see dmesg) lower "
-            "num_workers"
-        ) from None
 
 
 def dead_workers() -> list[int]:
@@ -128,8 +122,8 @@ def same_command(*words: str) -> str:
 
 def _stop(number: int, _frame: Any) -> None:
     """End the script in order; of a second signal it dies at once, which leaves no file half either."""
-    for one in STOPPING:
-        signal.signal(one, signal.SIG_DFL)
+    for stopping in STOPPING:
+        signal.signal(stopping, signal.SIG_DFL)
     # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
     signal.signal(signal.SIGCHLD, lambda *_: None)
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
