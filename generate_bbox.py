@@ -47,7 +47,7 @@ from masks.mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from readers.data_set import DataSet
 from transforms import normalize
-from utils import autocast, file_sha256, load_tensors, memory_errors, set_threads, timed
+from utils import autocast, batched, file_sha256, load_tensors, memory_errors, set_threads, timed
 
 
 def main(config: dict) -> None:
@@ -274,8 +274,7 @@ def class_means(stage: Stage) -> torch.Tensor:
     """Return (K, D), the mean of the normalised features of each class's training images, shown whole."""
     rows = [row for name in ("train", "val") for row in stage.data.rows(name).tolist()]
     whole = whole_image_boxes(stage.data.image_sizes)[:, None]
-    size = stage.config["bbox"]["batch_size"]
-    units = [rows[start : start + size] for start in range(0, len(rows), size)]
+    units = [list(unit) for unit in batched(rows, stage.config["bbox"]["batch_size"])]
     sums = None
     for unit, (crops, errors) in zip(units, cut_out(stage, units, whole), strict=True):
         features = nn.functional.normalize(features_and_logits(stage, crops)[0])

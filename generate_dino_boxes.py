@@ -151,10 +151,10 @@ def take_over(stage: Stage) -> None:
     if index.exists():
         header = MapCache.open(stage.out).header
         errors = header.get("errors")
+        failed = [row for row, image_id in enumerate(stage.data.ids.tolist()) if str(image_id) in (errors or ())]
+        stage.work.take_over(index, header, header.get("batches"), failed)
         if not isinstance(errors, dict):
             raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
-        failed = [row for row, image_id in enumerate(stage.data.ids.tolist()) if str(image_id) in errors]
-        stage.work.take_over(index, header, header.get("batches"), failed)
     elif not was_ours:
         refuse_foreign(stage.out)
 

@@ -46,7 +46,7 @@ from masks.sam_prompts import PromptedMasks
 from masks.segments import SegmentGenerator
 from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
-from utils import new_folder, precision_on, set_threads, timed
+from utils import batched, new_folder, precision_on, set_threads, timed
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -103,11 +103,10 @@ def prepare(config: dict) -> Stage:
     out = box_path(config["out"], f"runs/sam_boxes_{config['dataset']['name']}/boxes.json") if is_prompted else None
     folder = Path(settings["folder"] or new_folder(data.root, "masks"))
     again = f"remove {folder} and run the same command"
-    rows, size = list(range(len(data.ids))), settings["image_batch"]
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    batches = list(batched(range(len(data.ids)), settings["image_batch"]))
     work = SharedWork(folder / "unfinished", identity, "mask", again, batches, data.paths)
     if work.rank == 0:
-        print(f"{len(rows)} images of {data.root}; masks by {identity['engine']} to {folder}")
+        print(f"{len(data.ids)} images of {data.root}; masks by {identity['engine']} to {folder}")
         print(f"if this run is interrupted, mask.folder={folder} goes on with it", flush=True)
     names = mask_names(data.ids.tolist(), data.paths)
     return Stage(config, data, names, folder, out, generate, work)
@@ -186,7 +185,7 @@ def made_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
 
 
 def masks_of_batch(
-    stage: Stage, rows: list[int], images: list[np.ndarray | None], errors: dict[str, str]
+    stage: Stage, rows: Sequence[int], images: list[np.ndarray | None], errors: dict[str, str]
 ) -> dict[str, list[dict[str, Any]]]:
     """Make and write the masks of a batch; return image name -> entries; failures go into ``errors``."""
     readable = {row: image for row, image in zip(rows, images, strict=True) if image is not None}

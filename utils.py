@@ -141,23 +141,19 @@ def lock_file(path: Path, operation: int) -> IO | None:
         operation: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
     """
     refuse_special(path)
-    for tries in range(1, MOST_TRIES + 1):
+    for _ in range(MOST_TRIES):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileNotFoundError):  # its folder was removed since, or, as /proc, takes no files
             file = open(path, "a")  # noqa: SIM115 - the caller closes it
-        except FileNotFoundError:  # its folder was removed since, or, as in /proc, takes no files
-            if tries == MOST_TRIES:
-                raise
-            continue
-        try:
-            fcntl.flock(file, operation)
-        except BlockingIOError:
-            file.close()
-            return None
-        if is_at(file.fileno(), path):
-            return file
-        file.close()  # its last holder removed it: locking a file without a name keeps nobody out
-    raise UserError(f"{path}: is removed again and again by other processes; give another folder")
+            try:
+                fcntl.flock(file, operation)
+            except BlockingIOError:
+                file.close()
+                return None
+            if is_at(file.fileno(), path):
+                return file
+            file.close()  # its last holder removed it: locking a file without a name keeps nobody out
+    raise UserError(f"{path}: cannot be made, or other processes remove it again and again; give another folder")
 
 
 def is_at(file: int, path: Path) -> bool:
@@ -208,13 +204,13 @@ def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
         return []
     records = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
-        with user_errors(ValueError, f"{path}:{number}: not a JSON object, remove the line: "):
+        with user_errors(ValueError, f"{path}:{number}: not a JSON object with its numbers, remove the line: "):
             record = parse_json(line)
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: not a JSON object; remove the line")
-        lacking = next((key for key in numbers if not _is_finite(record.get(key))), None)
-        if lacking is not None:
-            raise UserError(f"{path}:{number}: has no number under {lacking!r}; remove the line")
+            if not isinstance(record, dict):
+                raise ValueError(line[:60])
+            lacking = [key for key in numbers if not _is_finite(record.get(key))]
+            if lacking:
+                raise ValueError(f"{lacking[0]!r} is no number")
         records.append(record)
     return records
 

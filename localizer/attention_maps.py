@@ -12,7 +12,7 @@ from localized_crops import map_boxes
 from localized_crops.attention import cls_attention, cls_attention_and_logits, nearest_patch_size
 from localizer.batches import Batch, BatchImages
 from localizer.networks import Localizer
-from utils import autocast, memory_errors
+from utils import autocast, batched, memory_errors
 
 LONGEST = 4  # an image's long side is cut to this many times the short one: memory stays bounded
 
@@ -32,11 +32,7 @@ def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], bat
     groups: dict[tuple[int, int], list[int]] = {}
     for row, size in enumerate(image_sizes.tolist()):
         groups.setdefault(input_shape(size, side, patch), []).append(row)
-    return [
-        Batch(rows[start : start + batch_size], *shape)
-        for shape, rows in sorted(groups.items())
-        for start in range(0, len(rows), batch_size)
-    ]
+    return [Batch(list(part), *shape) for shape, rows in sorted(groups.items()) for part in batched(rows, batch_size)]
 
 
 def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) -> tuple[int, int]:

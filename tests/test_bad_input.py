@@ -252,7 +252,7 @@ def rename_first(values: dict, name: object) -> None:
 
 CHECKPOINTS = [
     checkpoint("missing", remove(BEST), "no such file"),
-    checkpoint("folder", folder_instead(BEST), "folder"),
+    checkpoint("folder", folder_instead(BEST), "best.pt"),
     checkpoint("empty", put(BEST, ""), "torn or not a checkpoint"),
     checkpoint("text", put(BEST, "weights\n" * 99), "best"),
     checkpoint("cut", cut(BEST, 0.6), "torn or not a checkpoint"),

@@ -85,7 +85,7 @@ def test_an_empty_folder_of_the_user_stays_and_new_ones_go(tmp_path, kind):
 
 
 def test_a_folder_that_takes_no_files_is_an_error_and_no_loop():
-    with pytest.raises(FileNotFoundError), utils.locked("/proc"):
+    with pytest.raises(UserError, match="/proc"), utils.locked("/proc"):
         pass
 
 
