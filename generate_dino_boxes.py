@@ -150,10 +150,11 @@ def take_over(stage: Stage) -> None:
             path.unlink(missing_ok=True)
     if index.exists():
         header = MapCache.open(stage.out).header
-        errors = header.get("errors")
-        failed = [row for row, image_id in enumerate(stage.data.ids.tolist()) if str(image_id) in (errors or ())]
-        stage.work.take_over(index, header, header.get("batches"), failed)
-        if not isinstance(errors, dict):
+        has_errors = isinstance(header.get("errors"), dict)
+        failed = header["errors"] if has_errors else {}
+        rows = [row for row, image_id in enumerate(stage.data.ids.tolist()) if str(image_id) in failed]
+        stage.work.take_over(index, header, header.get("batches"), rows)
+        if not has_errors:
             raise UserError(f"{index}: does not say which images failed; start anew: {stage.work.again}")
     elif not was_ours:
         refuse_foreign(stage.out)
