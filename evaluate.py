@@ -20,17 +20,14 @@ import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 import time
 from pathlib import Path
 
-import numpy as np
-
 from config import load_config
 from datasets import read_dataset
 from inference.classifier import load_classifier, training_defaults
-from inference.evaluation import Evaluated, evaluate, write_report
+from inference.evaluation import evaluate, write_report
 from inference.export import export_classifier
 from jobs.guard import run_script
 from jobs.settings import ConfigError
 from localized_crops.files import UserError, check_output, no_empty_folder, user_errors
-from readers.data_set import DataSet
 from utils import environment, new_folder, set_threads
 
 REPORT = ("evaluation.*", "predictions.csv", "confusion*.png", "calibration*.png")  # its files
@@ -61,17 +58,22 @@ def load_evaluation_configs(arguments: list[str]) -> list[dict] | None:
 
 def run_evaluation(configs: list[dict]) -> None:
     """Evaluate every checkpoint on the same images and write the report."""
-    wanted, first = configs[0]["evaluate"], configs[0]
+    first, split = configs[0], configs[0]["evaluate"]["split"]
     data = read_dataset(**first["dataset"] | {"check": False})
-    rows = data.rows(wanted["split"])
+    rows = data.rows(split)
     if not len(rows):
-        raise UserError(f"{data.root}: no image in the split {wanted['split']}; {other_splits(data)}")
+        counts = ", ".join(f"{name} has {len(data.rows(name))}" for name in ("train", "val", "test"))
+        raise UserError(f"{data.root}: no image in the split {split}; set evaluate.split: {counts}")
     folder = claim_folder(first)
-    with no_empty_folder(folder, is_new=not wanted["out"]):
-        start = time.perf_counter()
-        pairs = zip(first["checkpoint"], configs, strict=True)
-        evaluated = [evaluate_one(path, config, data, rows) for path, config in pairs]
-        report(folder, evaluated, data, configs, time.perf_counter() - start)
+    with no_empty_folder(folder, is_new=not first["evaluate"]["out"]):
+        start, evaluated = time.perf_counter(), []
+        for path, config in zip(first["checkpoint"], configs, strict=True):
+            classifier = load_classifier(path, config=config, device=config["device"], localize=False)
+            evaluated.append(evaluate(classifier, data, rows))
+        seconds = round(time.perf_counter() - start, 2)
+        header = {"split": split, "seconds": seconds, "environment": environment(), "settings": configs}
+        print(write_report(folder, evaluated, data, rows, header))
+        print(f"{folder}: evaluation.md, evaluation.json, predictions.csv, pictures; {seconds:.1f} s")
 
 
 def claim_folder(config: dict) -> Path:
@@ -80,34 +82,14 @@ def claim_folder(config: dict) -> Path:
     Raises:
         UserError: if files lie there that the report would replace, or it cannot be written.
     """
-    wanted = config["evaluate"]
-    if not wanted["out"]:
-        return new_folder(Path(config["checkpoint"][0]).parent, f"evaluation_{wanted['split']}")
-    folder = Path(wanted["out"])
-    if there := [path for name in REPORT for path in folder.glob(name)]:
-        raise UserError(f"{there[0]}: lies there already; give another evaluate.out")
+    settings = config["evaluate"]
+    if not settings["out"]:
+        return new_folder(Path(config["checkpoint"][0]).parent, f"evaluation_{settings['split']}")
+    folder = Path(settings["out"])
+    if existing := [path for name in REPORT for path in folder.glob(name)]:
+        raise UserError(f"{existing[0]}: exists already; give another evaluate.out")
     check_output(folder / "evaluation.json")
     return folder
-
-
-def evaluate_one(path: str, config: dict, data: DataSet, rows: np.ndarray) -> Evaluated:
-    """Return what the classifier of one checkpoint says of the rows."""
-    classifier = load_classifier(path, config=config, device=config["device"], localize=False)
-    return evaluate(classifier, data, rows, batch_size=config["eval"]["batch_size"], num_workers=config["num_workers"])
-
-
-def other_splits(data: DataSet) -> str:
-    """Return which splits the data set has, as a remedy."""
-    counts = {name: len(data.rows(name)) for name in ("train", "val", "test")}
-    return "set evaluate.split: " + ", ".join(f"{name} has {count}" for name, count in counts.items() if count)
-
-
-def report(folder: Path, evaluated: list[Evaluated], data: DataSet, configs: list[dict], seconds: float) -> None:
-    """Write the report, print its tables."""
-    split = configs[0]["evaluate"]["split"]
-    about = {"split": split, "seconds": round(seconds, 2), "environment": environment(), "settings": configs}
-    print(write_report(folder, evaluated, data, data.rows(split), about))
-    print(f"{folder}: evaluation.md, evaluation.json, predictions.csv, pictures; {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -27,9 +27,8 @@ from inference.predictions import check_out, save_predictions, sheet_figure
 from jobs.guard import run_script
 from jobs.settings import ConfigError
 from localized_crops.files import UserError, save_text, user_errors
+from training.train_data import workers_for
 from utils import set_threads
-
-WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 
 
 def main(config: dict) -> None:
@@ -37,16 +36,17 @@ def main(config: dict) -> None:
     set_threads(config["num_threads"])
     with user_errors(ValueError):
         classifier = load_classifier(config["checkpoint"][0], config=config, device=config["device"])
-    out = Path(config["out"] or default_out(config))
+    out, settings = Path(config["out"] or default_out(config)), config["predict"]
     check_out(out)
-    if config["predict"]["sheet"]:
-        check_picture(config["predict"]["sheet"])
+    if settings["sheet"]:
+        check_picture(settings["sheet"])
     paths = find_images(config["images"])
     print(describe(classifier, len(paths)), flush=True)
     predictions = classify(classifier, paths, config)
-    top_k = min(config["predict"]["top_k"], len(classifier.class_names))
-    save_predictions(out, predictions, top_k)
-    draw_sheet(predictions, config)
+    save_predictions(out, predictions, min(settings["top_k"], len(classifier.class_names)))
+    if settings["sheet"] and any(prediction.error is None for prediction in predictions):
+        save_figure(sheet_figure(predictions, settings["sheet_images"]), settings["sheet"])
+        print(f"contact sheet: {settings['sheet']}")
     raise_if_any_failed(predictions, out)
 
 
@@ -70,19 +70,18 @@ def describe(classifier: Classifier, count: int) -> str:
     """Return the line that the work starts with."""
     views = f"views {', '.join(classifier.views)}"
     box = f", box by {classifier.localizer.name} ({classifier.localizer.weights})" if classifier.localizer else ""
-    what = f"{classifier.path} ({classifier.weights}), {len(classifier.class_names)} classes"
-    return f"{count} images; {what}; {views}{box}, on {classifier.device}"
+    network = f"{classifier.path} ({classifier.weights}), {len(classifier.class_names)} classes"
+    return f"{count} images; {network}; {views}{box}, on {classifier.device}"
 
 
 def classify(classifier: Classifier, paths: Sequence[Path], config: dict) -> list[Prediction]:
     """Return the prediction for each path; say how fast it went."""
-    workers = config["num_workers"] if len(paths) >= WORTH_A_WORKER else 0
     start = time.perf_counter()
     predictions = classifier.predict(
         paths,
         top_k=config["predict"]["top_k"],
         batch_size=config["eval"]["batch_size"],
-        num_workers=workers,
+        num_workers=workers_for(len(paths), config),
         progress=True,
     )
     seconds = time.perf_counter() - start
@@ -90,17 +89,10 @@ def classify(classifier: Classifier, paths: Sequence[Path], config: dict) -> lis
     return predictions
 
 
-def draw_sheet(predictions: Sequence[Prediction], config: dict) -> None:
-    """Draw the contact sheet that ``predict.sheet`` asks for, where an image could be read."""
-    wanted = config["predict"]
-    if wanted["sheet"] and any(one.error is None for one in predictions):
-        save_figure(sheet_figure(predictions, wanted["sheet_images"]), wanted["sheet"])
-        print(f"contact sheet: {wanted['sheet']}")
-
-
 def raise_if_any_failed(predictions: Sequence[Prediction], out: Path) -> None:
     """Say where the predictions are; list the files that could not be read and end with status 2 for them."""
-    errors, listed = [one.error for one in predictions if one.error], out.with_suffix(".errors.txt")
+    errors = [prediction.error for prediction in predictions if prediction.error]
+    listed = out.with_suffix(".errors.txt")
     print(f"{out}: {len(predictions) - len(errors)} images")
     if not errors:
         listed.unlink(missing_ok=True)  # of an earlier run

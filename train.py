@@ -53,17 +53,8 @@ from training.train_data import (
 from utils import locked, new_folder, seed_everything, set_threads
 
 # What may change between a run and its continuation: it does not change the numbers.
-RESUME_MAY_CHANGE = {
-    "preset",
-    "patience",
-    "resume",
-    "run_dir",
-    "num_workers",
-    "device",
-    "wandb",
-    "A_machine",
-    "log_interval",
-}
+RESUME_MAY_CHANGE = {"preset", "patience", "resume", "run_dir", "wandb", "log_interval"}
+RESUME_MAY_CHANGE |= {"num_workers", "device", "A_machine"}
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
@@ -86,15 +77,13 @@ def load_run_config(arguments: list[str]) -> dict | None:
     config = load_config(arguments)
     if config is None or config["sweeprun"]:
         return config
-    if config["init_from"] and not config["resume"]:
-        return forked_config(arguments, Path(config["init_from"]))
-    if not config["resume"]:
-        return config
-    return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(run_stem(config))))
+    if config["resume"]:
+        return resumed_config(arguments, Path(config["run_dir"] or unfinished_run(run_stem(config))))
+    return forked_config(arguments, Path(config["init_from"])) if config["init_from"] else config
 
 
 def unfinished_run(stem: str) -> Path:
-    """Return the newest run under runs/ that has begun and not ended.
+    """Return the newest unfinished run under runs/.
 
     Raises:
         ConfigError: if there is none.
@@ -107,8 +96,6 @@ def unfinished_run(stem: str) -> Path:
 
 def forked_config(arguments: list[str], folder: Path) -> dict:
     """Return the config of a new run with the settings of the run in ``folder``, started from its best weights."""
-    if not (folder / "best.pt").exists():
-        raise ConfigError(f"init_from={folder}: holds no run with a best.pt")
     saved = saved_config(folder)
     saved |= {"run_dir": None, "resume": False, "num_workers": None, "A_machine": None}
     saved["model"] |= {"weights": None, "resumed_model": str(folder / "best.pt")}
@@ -155,7 +142,7 @@ def train_run(config: dict, wandb_run: Any = None) -> dict:
 
 
 def run_stem(config: dict) -> str:
-    """Return what the folders of runs are called after."""
+    """Return the first part of the names of run folders."""
     return stem_of(config["dataset"]["name"], config["dataset"]["root"])
 
 
@@ -210,7 +197,7 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
 
 
 def count_ratios_that_gave_way(config: dict, data: DataSet, boxes: np.ndarray) -> int:
-    """Return for how many training images no exact crop of a ratio in range can keep THR of the box."""
+    """Return the number of training images in which no exact crop of a ratio in range can keep THR of the box."""
     crop, rows = config["crop"], data.rows("train")
     if not config["use_box"] or config["THR"] <= 0 or crop["mode"] != "exact":
         return 0
@@ -227,7 +214,7 @@ def resume_command(folder: Path) -> str | None:
 
 
 def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> None:
-    """Fill in what the config leaves to be derived, so that config.json tells all."""
+    """Fill in the settings that are derived from the data and the network where they are None."""
     config["run_dir"] = str(folder)
     config["dataset"]["root"] = str(data.root)
     config["model"]["n_classes"] = config["model"]["n_classes"] or len(data.class_names)
@@ -255,7 +242,7 @@ def describe(run: Run, data: DataSet) -> str:
     processes = f" in {world_size()} processes" if world_size() > 1 else ""
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
     if not len(data.rows("test")):
-        validated += "; there is no test part: the end reports on val again, which best.pt was chosen by"
+        validated += ", and tested on it too: there is no test part"
     return "\n".join(
         [
             f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import models
 from inference.photos import Photos, find_boxes
 from jobs.loader import build_loader
-from jobs.settings import DEFAULTS, nested
+from jobs.settings import DEFAULTS, leaves, nested
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localizer.networks import Localizer, configured_localizer
@@ -237,14 +237,8 @@ def training_defaults(path: Path | str) -> dict[str, Any]:
     The section ``dino`` is that of the boxes that the training evaluated on, where it knows it. Keys that the training
     did not know yet stay as they are.
     """
-    merged, content = nested(DEFAULTS), load_checkpoint(path)
-    saved = content["config"]
-    if isinstance(content.get("localizer"), dict):
-        saved = saved | {"dino": content["localizer"]["dino"]}
-    for name in OF_TRAINING:
-        if isinstance(merged[name], dict):
-            section = saved[name] if isinstance(saved.get(name), dict) else {}
-            merged[name] |= {key: value for key, value in section.items() if key in merged[name]}
-        else:
-            merged[name] = saved.get(name, merged[name])
-    return merged
+    content = load_checkpoint(path)
+    boxes = {"dino": content["localizer"]["dino"]} if isinstance(content.get("localizer"), dict) else {}
+    saved = leaves(content["config"] | boxes).items()
+    known = {key: value for key, value in saved if key in DEFAULTS and key.split(".")[0] in OF_TRAINING}
+    return nested(DEFAULTS | known)

@@ -13,24 +13,16 @@ from tqdm import tqdm
 from experiments.paired_tests import compare
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
+from inference import metrics
 from inference.classifier import Classifier
-from inference.metrics import (
-    accuracy,
-    by_size,
-    calibration,
-    confusion_counts,
-    most_confused,
-    per_class,
-    top_k_accuracy,
-)
 from jobs.loader import build_loader
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
-from training.train_data import view_boxes
+from training.train_data import view_boxes, workers_for
+from utils import markdown_table
 
-WORTH_A_WORKER = 500  # images: fewer are read sooner than spawn workers start, some seconds
 MOST_IN_TABLE = 30  # classes, the worst first
 
 
@@ -41,22 +33,24 @@ class Evaluated(NamedTuple):
     labels: np.ndarray  # (N,)
     log_probs: dict[str, np.ndarray]  # view -> (N, K)
 
-    def right(self, view: str) -> np.ndarray:
-        """Return (N,) bool: which images are classified rightly in a view."""
-        return self.log_probs[view].argmax(1) == self.labels
+    @property
+    def predicted(self) -> np.ndarray:
+        """The class of the classifier's answer for each image, (N,)."""
+        return self.log_probs[self.classifier.answer].argmax(1)
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """How many images of the class of the row were taken for the class of the column, (K, K)."""
+        return metrics.confusion_counts(self.labels, self.predicted, len(self.classifier.class_names))
 
 
-def evaluate(
-    classifier: Classifier, data: DataSet, rows: np.ndarray, *, batch_size: int, num_workers: int
-) -> Evaluated:
+def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluated:
     """Classify the images of some rows of a data set in every view.
 
     Args:
-        classifier: its config's ``eval_box`` names the boxes for the views that look at one.
+        classifier: its config names the boxes for the views that look at one (``eval_box``), batch size and workers.
         data: with labels.
         rows: which of its images.
-        batch_size: images that go through the network together.
-        num_workers: processes that decode.
     """
     if classifier.class_names != data.class_names:
         pairs = zip_longest(classifier.class_names, data.class_names)
@@ -64,10 +58,11 @@ def evaluate(
         raise UserError(
             f"{classifier.path}: trained on other classes than those of {data.root} (the first: {difference})"
         )
+    config = classifier.config
     loader = build_loader(
-        ViewImages(data, rows, view_boxes(classifier.config, data), list(classifier.views.values())),
-        batch_size=batch_size,
-        num_workers=num_workers if len(rows) >= WORTH_A_WORKER else 0,
+        ViewImages(data, rows, view_boxes(config, data), list(classifier.views.values())),
+        batch_size=config["eval"]["batch_size"],
+        num_workers=workers_for(len(rows), config),
         pin_memory=classifier.device.type == "cuda",
     )
     bar = tqdm(loader, desc=Path(classifier.path).parent.name, unit=" batches", disable=None)
@@ -78,29 +73,29 @@ def evaluate(
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
-def figures_of(one: Evaluated, shares: np.ndarray) -> dict[str, Any]:
+def figures_of(evaluated: Evaluated, shares: np.ndarray) -> dict[str, Any]:
     """Return all figures of one classifier as JSON takes them.
 
     Args:
-        one: what it said.
+        evaluated: the classifier and its answers.
         shares: (N,) of each image's area that the object's true box covers; NaN: not known.
     """
-    views, known = {}, ~np.isnan(shares)
-    for view, log_probs in one.log_probs.items():
-        views[view] = accuracy(one.right(view)) | {
-            "top5": top_k_accuracy(log_probs, one.labels, 5),
-            "loss": float(-log_probs[np.arange(len(one.labels)), one.labels].mean()),
-            "calibration": calibration(log_probs, one.labels),
-            "by_size": by_size(one.right(view)[known], shares[known]) if known.any() else None,
+    views, has_box, labels = {}, ~np.isnan(shares), evaluated.labels
+    for view, log_probs in evaluated.log_probs.items():
+        correct = log_probs.argmax(1) == labels
+        views[view] = metrics.accuracy(correct) | {
+            "top5": metrics.top_k_accuracy(log_probs, labels, 5),
+            "loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
+            "calibration": metrics.calibration(log_probs, labels),
+            "by_size": metrics.by_size(correct[has_box], shares[has_box]) if has_box.any() else None,
         }
-    names, log_probs = one.classifier.class_names, one.log_probs[one.classifier.answer]
-    counts = confusion_counts(one.labels, log_probs.argmax(1), len(names))
+    names = evaluated.classifier.class_names
     return {
-        "weights": one.classifier.weights,
-        "answer": one.classifier.answer,
+        "weights": evaluated.classifier.weights,
+        "answer": evaluated.classifier.answer,
         "views": views,
-        "per_class": per_class(counts, names),
-        "most_confused": most_confused(counts, names),
+        "per_class": metrics.per_class(evaluated.confusion, names),
+        "most_confused": metrics.most_confused(evaluated.confusion, names),
     }
 
 
@@ -108,24 +103,17 @@ def comparisons(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """Return McNemar's paired test of every two classifiers, on the answers of both."""
     pairs = []
     for a, b in combinations(evaluated, 2):
-        result = compare(a.right(a.classifier.answer)[None], b.right(b.classifier.answer)[None])
-        about = {
-            key: getattr(result, key) for key in ("difference", "only_a", "only_b", "p_images", "detectable_images")
-        }
-        pairs.append({"a": a.classifier.path, "b": b.classifier.path} | about)
+        result = compare((a.predicted == a.labels)[None], (b.predicted == b.labels)[None])._asdict()
+        tested = {key: result[key] for key in ("difference", "only_a", "only_b", "p_images", "detectable_images")}
+        pairs.append({"a": a.classifier.path, "b": b.classifier.path} | tested)
     return pairs
-
-
-def object_shares(data: DataSet, rows: np.ndarray) -> np.ndarray:
-    """Return the share of the image's area that each true box covers, (N,); NaN where an image has none."""
-    return coverage(data.boxes[rows], whole_image_boxes(data.image_sizes[rows]))
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
 
 
 def write_report(
-    folder: Path, evaluated: Sequence[Evaluated], data: DataSet, rows: np.ndarray, about: dict[str, Any]
+    folder: Path, evaluated: Sequence[Evaluated], data: DataSet, rows: np.ndarray, header: dict[str, Any]
 ) -> str:
     """Write evaluation.json, evaluation.md, predictions.csv and the pictures; return the Markdown's first table.
 
@@ -134,29 +122,25 @@ def write_report(
         evaluated: the classifiers, all on the same ``rows`` of ``data``.
         data: with labels.
         rows: which of its images.
-        about: what else evaluation.json tells.
+        header: split, seconds and whatever else evaluation.json holds of the evaluation.
     """
-    shares = object_shares(data, rows)
-    found = {one.classifier.path: figures_of(one, shares) for one in evaluated}
+    shares = coverage(data.boxes[rows], whole_image_boxes(data.image_sizes[rows]))
+    figures = {one.classifier.path: figures_of(one, shares) for one in evaluated}
     pairs = comparisons(evaluated)
-    header = {"kind": "localized-crops evaluation", "version": 1, "images": len(rows), "root": str(data.root)}
-    save_json(folder / "evaluation.json", header | about | {"checkpoints": found, "comparisons": pairs})
-    parts = [overview_table(found, evaluated), pairs_table(pairs), size_table(found), class_tables(found)]
-    title = f"# {data.root}, split {about['split']}: {len(rows)} images, {len(data.class_names)} classes\n"
-    save_text(folder / "evaluation.md", "\n".join([title, *(part for part in parts if part)]))
+    header = {"kind": "localized-crops evaluation", "version": 1, "images": len(rows), "root": str(data.root)} | header
+    save_json(folder / "evaluation.json", header | {"checkpoints": figures, "comparisons": pairs})
+    parts = [overview_table(figures, evaluated), pairs_table(pairs), size_table(figures), class_tables(figures)]
+    title = f"# {data.root}, split {header['split']}: {len(rows)} images, {len(data.class_names)} classes"
+    save_text(folder / "evaluation.md", "\n\n".join([title, *filter(None, parts)]) + "\n")
     save_text(folder / "predictions.csv", predictions_csv(evaluated, data, rows))
     for number, one in enumerate(evaluated):
-        draw(one, found[one.classifier.path], folder, f"_{number}" if len(evaluated) > 1 else "")
-    return "\n".join(parts[:2])
-
-
-def draw(one: Evaluated, figures: dict[str, Any], folder: Path, suffix: str) -> None:
-    """Draw the confusion matrix and the calibration of a classifier's answers."""
-    names, answer = one.classifier.class_names, one.classifier.answer
-    counts = confusion_counts(one.labels, one.log_probs[answer].argmax(1), len(names))
-    title = f"{one.classifier.path}, view {answer}"
-    save_figure(confusion_figure(counts, names, title), folder / f"confusion{suffix}.png")
-    save_figure(calibration_figure(figures["views"][answer]["calibration"], title), folder / f"calibration{suffix}.png")
+        name, answer = one.classifier.path, one.classifier.answer
+        title, suffix = f"{name}, view {answer}", f"_{number}.png" if len(evaluated) > 1 else ".png"
+        confusion = confusion_figure(one.confusion, data.class_names, title)
+        save_figure(confusion, folder / f"confusion{suffix}")
+        reliability = calibration_figure(figures[name]["views"][answer]["calibration"], title)
+        save_figure(reliability, folder / f"calibration{suffix}")
+    return "\n\n".join(filter(None, parts[:2]))
 
 
 def predictions_csv(evaluated: Sequence[Evaluated], data: DataSet, rows: np.ndarray) -> str:
@@ -174,78 +158,68 @@ def predictions_csv(evaluated: Sequence[Evaluated], data: DataSet, rows: np.ndar
     return text.getvalue()
 
 
-def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Return a Markdown table."""
-    rows = [heads, ["---"] * len(heads), *lines]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
-
-
 def percent(value: float | None) -> str:
     """Return a fraction per cent with one digit; n/a for None."""
     return "n/a" if value is None else f"{100 * value:.1f}"
 
 
-def overview_table(found: dict[str, Any], evaluated: Sequence[Evaluated]) -> str:
+def overview_table(figures: dict[str, Any], evaluated: Sequence[Evaluated]) -> str:
     """Return the figures of every checkpoint in every view."""
-    oracle = {one.classifier.path for one in evaluated if one.classifier.config["eval_box"] == "gt"}
     lines = []
-    for path, one in found.items():
-        for view, value in one["views"].items():
-            note = " (oracle: true boxes)" if path in oracle and view.startswith(("box", "average")) else ""
+    for path, has_true_boxes in ((one.classifier.path, one.classifier.config["eval_box"] == "gt") for one in evaluated):
+        for view, value in figures[path]["views"].items():
+            is_oracle = has_true_boxes and view.startswith(("box", "average"))
             low, high = value["interval"]
-            error = value["calibration"]["expected_calibration_error"]
-            top1 = f"{percent(value['top1'])} [{percent(low)}, {percent(high)}]"
-            shown = [top1, percent(value["top5"]), f"{value['loss']:.3f}", percent(error)]
-            lines.append([f"{path} ({one['weights']})", view + note, *shown])
-    heads = [
-        "checkpoint (weights)",
-        "view",
-        "top-1 [95%] in %",
-        "top-5 in %",
-        "cross-entropy",
-        "calibration error in %",
-    ]
-    return table(heads, lines)
+            lines.append(
+                [
+                    f"{path} ({figures[path]['weights']})",
+                    view + " (oracle: true boxes)" * is_oracle,
+                    f"{percent(value['top1'])} [{percent(low)}, {percent(high)}]",
+                    percent(value["top5"]),
+                    f"{value['loss']:.3f}",
+                    percent(value["calibration"]["expected_calibration_error"]),
+                ]
+            )
+    heads = ["checkpoint (weights)", "view", "top-1 [95%] in %", "top-5 in %", "cross-entropy"]
+    return markdown_table([*heads, "calibration error in %"], lines)
 
 
 def pairs_table(pairs: list[dict[str, Any]]) -> str:
     """Return the paired tests; nothing where there is one checkpoint."""
     if not pairs:
         return ""
-    lines = [
-        [
-            *(one["a"], one["b"], f"{100 * one['difference']:+.1f}", str(one["only_a"]), str(one["only_b"])),
-            *(f"{one['p_images']:.3g}", f"{100 * one['detectable_images']:.1f}"),
-        ]
-        for one in pairs
-    ]
+    lines = []
+    for pair in pairs:
+        counts = pair["a"], pair["b"], f"{100 * pair['difference']:+.1f}", str(pair["only_a"]), str(pair["only_b"])
+        lines.append([*counts, f"{pair['p_images']:.3g}", f"{100 * pair['detectable_images']:.1f}"])
     detectable = "detectable from, in points, at 80% power"
-    return table(["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", detectable], lines)
+    heads = ["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", detectable]
+    return markdown_table(heads, lines)
 
 
-def size_table(found: dict[str, Any]) -> str:
+def size_table(figures: dict[str, Any]) -> str:
     """Return the accuracy by the size of the object; nothing where boxes are not known."""
     lines, heads = [], []
-    for path, one in found.items():
-        for view, value in one["views"].items():
+    for path, checkpoint in figures.items():
+        for view, value in checkpoint["views"].items():
             if value["by_size"] is not None:
                 thirds = value["by_size"]
                 heads = [f"{name} (to {third['largest_share']:.2f}), n {third['n']}" for name, third in thirds.items()]
                 lines.append([path, view, *(percent(third["top1"]) for third in thirds.values())])
     if not lines:
         return ""
-    about = "Top-1 in % by the share of the image that the object's true box covers:\n\n"
-    return about + table(["checkpoint", "view", *heads], lines)
+    title = "Top-1 in % by the share of the image that the object's true box covers:\n\n"
+    return title + markdown_table(["checkpoint", "view", *heads], lines)
 
 
-def class_tables(found: dict[str, Any]) -> str:
+def class_tables(figures: dict[str, Any]) -> str:
     """Return for each checkpoint the classes with the lowest accuracy, and which are taken for which."""
     parts = []
-    for path, one in found.items():
-        known = sorted((c for c in one["per_class"] if c["n"]), key=lambda c: c["recall"])[:MOST_IN_TABLE]
-        lines = [[c["class"], str(c["n"]), percent(c["recall"]), percent(c["precision"])] for c in known]
-        parts += [f"## {path}, view {one['answer']}, the hardest {len(known)} classes\n"]
-        parts += [table(["class", "images", "right in % (recall)", "precision in %"], lines)]
-        wrong = [[c["class"], c["taken_for"], f"{c['images']} of {c['of']}"] for c in one["most_confused"]]
-        parts += [table(["class", "taken for", "images"], wrong)] if wrong else []
-    return "\n".join(parts)
+    for path, checkpoint in figures.items():
+        hardest = sorted((c for c in checkpoint["per_class"] if c["n"]), key=lambda c: c["recall"])[:MOST_IN_TABLE]
+        lines = [[c["class"], str(c["n"]), percent(c["recall"]), percent(c["precision"])] for c in hardest]
+        parts += [f"## {path}, view {checkpoint['answer']}, the hardest {len(hardest)} classes"]
+        parts += [markdown_table(["class", "images", "right in % (recall)", "precision in %"], lines)]
+        wrong = [[c["class"], c["taken_for"], f"{c['images']} of {c['of']}"] for c in checkpoint["most_confused"]]
+        parts += [markdown_table(["class", "taken for", "images"], wrong)] if wrong else []
+    return "\n\n".join(parts)

@@ -23,15 +23,18 @@ def export_classifier(classifier: Classifier, folder: Path | str) -> str:
         UserError: if something lies there already, or the packages for ONNX are missing: then the rest is written.
     """
     folder = Path(folder)
-    there = [name for name in ("model.safetensors", "config.json", "model.onnx") if (folder / name).exists()]
-    if there:
-        raise UserError(f"export={folder}: holds {there[0]} already; give another folder")
-    about = describe(classifier)
-    with whole_file(folder / "model.safetensors") as scratch:
-        weights = {key: value.contiguous().cpu() for key, value in classifier.model.state_dict().items()}
-        safetensors.torch.save_file(weights, scratch, metadata={"format": "pt"})
-    save_json(folder / "config.json", about)
-    print(f"{folder}: model.safetensors, config.json; to load: {timm_call(about, folder / 'model.safetensors')}")
+    for name in ("model.safetensors", "config.json", "model.onnx"):
+        if (folder / name).exists():
+            raise UserError(f"export={folder}: holds {name} already; give another folder")
+    description, weights = describe(classifier), folder / "model.safetensors"
+    with whole_file(weights) as scratch:
+        tensors = {key: value.contiguous().cpu() for key, value in classifier.model.state_dict().items()}
+        safetensors.torch.save_file(tensors, scratch, metadata={"format": "pt"})
+    save_json(folder / "config.json", description)
+    options = {"num_classes": len(classifier.class_names), "checkpoint_path": str(weights)} | description["model_args"]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    call = f"timm.create_model({description['architecture']!r}, {arguments})"
+    print(f"{folder}: model.safetensors, config.json; to load: {call}")
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"model.onnx was not written: pip install {' '.join(missing)}, then export to another folder")
@@ -40,9 +43,13 @@ def export_classifier(classifier: Classifier, folder: Path | str) -> str:
 
 
 def describe(classifier: Classifier) -> dict[str, Any]:
-    """Return config.json, in the form of timm's models on the hub, with what the views are beside it."""
+    """Return config.json, in the form of timm's models on the hub, with a description of the views added."""
     config, view = classifier.config, next(iter(classifier.views.values()))
-    name, arguments = timm_arguments(classifier)
+    name, arguments = models.timm_name(config["model"]["type"]), {}
+    if name == "toyresnet":
+        name, arguments = "resnet18", {"channels": list(models.TOY_CHANNELS)}
+    elif models.patch_of(classifier.model) is not None:
+        arguments = {"img_size": config["image_size"]}
     return {
         "architecture": name,
         "num_classes": len(classifier.class_names),
@@ -61,23 +68,6 @@ def describe(classifier: Classifier) -> dict[str, Any]:
         "box_margin": config["eval"]["box_margin"],
         "weights": classifier.weights,
     }
-
-
-def timm_arguments(classifier: Classifier) -> tuple[str, dict[str, Any]]:
-    """Return timm's name of the architecture and what else ``timm.create_model`` needs to build it."""
-    kind = classifier.config["model"]["type"]
-    if kind == "toyresnet":
-        return "resnet18", {"channels": list(models.TOY_CHANNELS)}
-    name = models.timm_name(kind)
-    is_vit = models.patch_of(classifier.model) is not None
-    return name, {"img_size": classifier.config["image_size"]} if is_vit else {}
-
-
-def timm_call(about: dict[str, Any], weights: Path) -> str:
-    """Return the Python call that loads the weights."""
-    more = "".join(f", {key}={value!r}" for key, value in about["model_args"].items())
-    how = f"num_classes={about['num_classes']}, checkpoint_path={str(weights)!r}"
-    return f"timm.create_model({about['architecture']!r}, {how}{more})"
 
 
 def export_onnx(classifier: Classifier, path: Path) -> float:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,21 +12,16 @@ from PIL.Image import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from dino_transform import MapCrops
 from localized_crops.boxes import coverage, crops_to_xywh
 from localized_crops.columns import compact_ids, listed_ids
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache
 from readers.images import read_image, read_reduced
-from transforms import TrainTransform
+from transforms import BoxCrops, TrainTransform
 
-LARGEST_WHOLE = 512  # pixels, short side of a crop: up to here JPEGs are decoded whole
-
-
-class Crops(Protocol):
-    """Draws the training crops of N images."""
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw the crops of one epoch, (N, 4) int64 top left height width."""
+LARGEST_WHOLE = 512  # pixels, short side of a crop: up to this size JPEGs are decoded at full resolution
+Crops = BoxCrops | MapCrops
 
 
 class Batch(NamedTuple):
@@ -35,16 +30,16 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, 3, size, size) uint8, not yet flipped
     labels: torch.Tensor  # (B,) int64
     flips: torch.Tensor  # (B,) bool, which images to flip
-    coverage: torch.Tensor  # (B,) float64, the share of the reference box that each crop keeps; NaN: there is none
-    real: int  # how many of the B images count; the rest fill up a part that would be too small for BatchNorm
+    coverage: torch.Tensor  # (B,) float64, the share of the reference box that each crop keeps; NaN: no such box
+    real: int  # number of images that count; the others pad a part that would be too small for BatchNorm
     whole: int  # images of the whole step, over all its parts
 
 
 class TrainImages(Dataset):
     """Batches of randomly cropped training images.
 
-    What is drawn depends on (seed, epoch) and the training images alone, not on batches and workers: a worker draws
-    the crops and flips of the whole epoch at once, when it is asked for the first batch of it.
+    Crops and flips depend on (seed, epoch) and the training images alone, not on batches and workers: a worker draws
+    those of a whole epoch when it loads its first batch of the epoch.
     """
 
     def __init__(
@@ -67,8 +62,8 @@ class TrainImages(Dataset):
             crops: of these images.
             transform: of images, (image, crop, seed) -> (3, size, size) uint8.
             flip: probability of a horizontal flip.
-            seed: of all that is drawn.
-            decoded: the images, decoded already; None: their files are read.
+            seed: of crops, flips and colours.
+            decoded: the cache of decoded images; None: files are read.
             reference: the boxes (N, 4) that coverage is measured on, NaN for none; None: the true boxes.
         """
         self.paths, self.decoded = data.paths[rows], decoded
@@ -77,7 +72,7 @@ class TrainImages(Dataset):
             self.ids = self.paths.names  # one array for a loader process, not two
         self.reference = data.boxes[rows] if reference is None else reference
         self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
-        self.epoch: int | None = None  # whose crops and flips are drawn
+        self.epoch: int | None = None  # the epoch whose crops and flips were drawn last
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -87,17 +82,16 @@ class TrainImages(Dataset):
         epoch, rows, real, whole = key
         if epoch != self.epoch:
             self._draw(epoch)
-        crops = self.drawn[rows]
-        ids = listed_ids(self.ids[rows])
-        loaded = [self._load(*one) for one in zip(rows, ids, crops.tolist(), strict=True)]
-        seeds = [partial(draw_seed, self.seed, epoch, image_id) for image_id in ids]
-        images = [self.transform(*one, seed) for one, seed in zip(loaded, seeds, strict=True)]
+        crops, images = self.drawn[rows], []
+        for row, image_id, crop in zip(rows, listed_ids(self.ids[rows]), crops.tolist(), strict=True):
+            seed = partial(draw_seed, self.seed, epoch, image_id)
+            images.append(self.transform(*self._load(row, image_id, crop), seed))
         kept = coverage(crops_to_xywh(crops), self.reference[rows])
-        about = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
-        return Batch(stack_images(images), *about, real, whole)
+        labels, flips, kept = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
+        return Batch(stack_images(images), labels, flips, kept, real, whole)
 
     def _load(self, row: int, image_id: int | str, crop: list[int]) -> tuple[torch.Tensor | Image, Sequence[float]]:
-        """Return an image and the crop in its pixels, which are larger than those of the file where that is large."""
+        """Return an image, at reduced resolution where crop and file are large, and the crop in its pixels."""
         if self.decoded is not None:
             return self.decoded[image_id], self.decoded.crop_as_stored(image_id, crop)
         image, reduction = read_reduced(self.paths[row], reduction_for(crop, self.transform.size))
@@ -111,9 +105,9 @@ class TrainImages(Dataset):
 
 
 def reduction_for(crop: Sequence[int], size: int) -> int:
-    """Return by how much a JPEG's sides may be reduced while a crop in it keeps ``size`` pixels a side: 1, 2, 4, 8.
+    """Return the factor, 1, 2, 4 or 8, by which a JPEG may be reduced if a crop shall keep ``size`` pixels a side.
 
-    Small crops are not reduced: images of the size of CUB's are decoded fast as they are, and to the same pixels.
+    Images with small crops are not reduced: those of the size of CUB's are decoded fast at full resolution.
     """
     if min(crop[2:]) <= LARGEST_WHOLE:
         return 1
@@ -136,11 +130,11 @@ def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:
     return int(np.random.SeedSequence([seed, epoch, number]).generate_state(1, np.uint64)[0]) >> 1
 
 
-BatchKey = tuple[int, list[int], int, int]  # epoch, rows, how many of them count, images of the whole step
+BatchKey = tuple[int, list[int], int, int]  # epoch, rows, number of them that count, images of the whole step
 
 
 class EpochBatches(Sampler):
-    """Batches, shuffled anew each epoch by (seed, epoch) alone, and each cut into parts: so many for each process."""
+    """Batches, shuffled each epoch by (seed, epoch) alone, each cut into parts for accumulation and processes."""
 
     def __init__(
         self, size: int, batch_size: int, seed: int, *, parts: int = 1, rank: int = 0, world_size: int = 1
@@ -151,8 +145,8 @@ class EpochBatches(Sampler):
             size: images.
             batch_size: images of a step, over all processes and parts.
             seed: of the order.
-            parts: into how many each process cuts its share of a step.
-            rank, world_size: which of how many processes this is.
+            parts: of one step in each process (gradient accumulation).
+            rank, world_size: of the process.
         """
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
         self.parts, self.rank, self.world_size = parts, rank, world_size
@@ -161,8 +155,7 @@ class EpochBatches(Sampler):
         return len(self._starts()) * self.parts
 
     def __iter__(self) -> Iterator[BatchKey]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        starts = self._starts()
+        order, starts = np.random.default_rng([self.seed, self.epoch]).permutation(self.size), self._starts()
         mine = slice(self.rank * self.parts, (self.rank + 1) * self.parts)
         for start, end in zip(starts, [*starts[1:], self.size], strict=True):
             for part in np.array_split(order[start:end], self.parts * self.world_size)[mine]:

@@ -1,6 +1,6 @@
-"""Training by several processes, started by torchrun: who is who, agreement, sums, and rows shared out.
+"""Training by several processes, started by torchrun: ranks, broadcast, all-reduce, sharding.
 
-Without torchrun every function here is that of one process, rank 0 of 1.
+Without torchrun there is one process, rank 0 of 1, and nothing is communicated.
 """
 
 import contextlib
@@ -18,10 +18,10 @@ from jobs.guard import DeadWorkerError
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError
 
-JOIN_SECONDS = 300  # for all processes of a run to come together
-TIMEOUT = timedelta(hours=2)  # rank 0 may make attention maps of all training images while the others wait
+JOIN_SECONDS = 300  # until all processes of a run must have joined
+TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 makes attention maps of all training images
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class LostProcessError(DeadWorkerError):
@@ -46,41 +46,39 @@ def process_group(device: torch.device) -> Iterator[None]:
         UserError: if the processes do not come together.
         LostProcessError: if another process dies.
     """
-    if process_numbers()[1] == 1:
+    rank, count = process_numbers()
+    if count == 1:
         yield
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.ExitStack() as stack:
-        store, (number, count) = meet(), process_numbers()
-        about = {"store": store, "rank": number, "world_size": count, "timeout": TIMEOUT}
-        with lost_process():
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **about)
+    with lost_process(), contextlib.ExitStack() as stack:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meet(), rank=rank, world_size=count, timeout=TIMEOUT)
         stack.callback(dist.destroy_process_group)
-        if rank():
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-        stack.enter_context(lost_process())
+        if rank:
+            devnull = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(devnull))
         yield
 
 
 def meet() -> dist.Store:
-    """Return the store through which all processes of the run know each other, once all have come.
+    """Return the key-value store that all processes of the run share, once all have joined.
 
     Raises:
         UserError: if that takes longer than JOIN_SECONDS, or they cannot come together.
     """
     rank, count = process_numbers()
-    place = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
-    who, limit = [f"joined/{number}" for number in range(count)], timedelta(seconds=JOIN_SECONDS)
+    keys, limit = [f"joined/{number}" for number in range(count)], timedelta(seconds=JOIN_SECONDS)
     try:
         store = next(dist.rendezvous("env://", timeout=limit))[0]
-        store.set(who[rank], "")
-        store.wait(who, limit)
+        store.set(keys[rank], "")
+        store.wait(keys, limit)
     except (RuntimeError, ValueError, OSError) as error:
+        address = ", ".join(f"{name}={os.environ.get(name)}" for name in ("MASTER_ADDR", "MASTER_PORT"))
         raise UserError(
-            f"rank {rank} of {count}: cannot meet the others at {place}, for which it waits {JOIN_SECONDS} s at most "
-            f"({_brief(error)}); start all of them, or give another address or port"
+            f"rank {rank} of {count}: cannot meet the others at {address} within {JOIN_SECONDS} s ({_brief(error)}); "
+            "start all of them, or give another address or port"
         ) from None
     return store
 
@@ -91,7 +89,7 @@ def lost_process() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # gloo raises a bare RuntimeError with the place in its own source
+        # gloo raises a plain RuntimeError that begins with a place in gloo's source
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise LostProcessError(
                 f"another process of this run is gone (seen by rank {process_numbers()[0]}: {_brief(error)}); "
@@ -104,16 +102,14 @@ def _brief(error: Exception) -> str:
     return str(error).splitlines()[0].rpartition("] ")[2][:100]
 
 
-def require_single_process(what: str) -> None:
-    """Raise UserError under torchrun with several processes: ``what`` shares its trainings in another way."""
+def require_single_process(setting: str) -> None:
+    """Raise UserError if ``setting``, whose trainings separate processes share, is used under torchrun."""
     if process_numbers()[1] > 1:
-        raise UserError(
-            f"{what} under torchrun: start the plain command several times instead, they share the trainings"
-        )
+        raise UserError(f"{setting} under torchrun: start the plain command several times, they share the trainings")
 
 
-def on_rank_0(function: Callable[[], Answer]) -> Answer:
-    """Return on every process what ``function`` returns on rank 0; where it fails there, all end."""
+def on_rank_0(function: Callable[[], Result]) -> Result:
+    """Call ``function`` on rank 0 and return its result on every process; if it raises UserError, all processes end."""
     if world_size() == 1:
         return function()
     if rank():
@@ -123,12 +119,12 @@ def on_rank_0(function: Callable[[], Answer]) -> Answer:
             raise SystemExit(2)  # rank 0 has the message
         return received[0][0]
     try:
-        answer = function()
+        result = function()
     except UserError:
         dist.broadcast_object_list([None])
         raise
-    dist.broadcast_object_list([(answer,)])
-    return answer
+    dist.broadcast_object_list([(result,)])
+    return result
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -139,7 +135,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def my_rows(rows: np.ndarray) -> np.ndarray:
-    """Return this process's share of rows (N,): every world_size-th; none is doubled to fill up.
+    """Return this process's shard of rows (N,): every world_size-th one; shards may differ in length by one.
 
     Raises:
         UserError: if there are fewer rows than processes.
@@ -150,7 +146,7 @@ def my_rows(rows: np.ndarray) -> np.ndarray:
 
 
 def shares_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
-    """Return, on every process, what each process holds, by rank."""
+    """Return the tensors of all processes, in the order of their ranks, on every process."""
     shares: list[torch.Tensor] = [mine] * world_size()
     if world_size() > 1:
         dist.all_gather_object(shares, mine)
@@ -158,7 +154,7 @@ def shares_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
 
 
 def all_rows(mine: torch.Tensor) -> torch.Tensor:
-    """Return, on every process, the rows (N, ...) of which each holds its share (n, ...), in their first order."""
+    """Return the rows (N, ...) whose shards of `my_rows` the processes hold (n, ...), in order, on every process."""
     shares = shares_of_all(mine)
     whole = mine.new_empty(sum(map(len, shares)), *mine.shape[1:])
     for number, share in enumerate(shares):
@@ -167,13 +163,13 @@ def all_rows(mine: torch.Tensor) -> torch.Tensor:
 
 
 def copy_buffers_of_rank_0(*models: nn.Module) -> None:
-    """Give every process rank 0's buffers: BatchNorm's statistics, which differ where they are not synchronised."""
+    """Broadcast rank 0's buffers: BatchNorm's statistics, which differ between processes without model.sync_bn."""
     if world_size() > 1:
         for buffer in (buffer for model in models for buffer in model.buffers()):
             dist.broadcast(buffer, 0)
 
 
 def seed_rank(seed: int, epoch: int) -> None:
-    """Let torch's generators of several processes draw differently, the same for a continued run."""
+    """Seed torch's generators of several processes differently, by the epoch so that a resumed run draws the same."""
     if world_size() > 1:
         torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank()]).generate_state(1)[0]))

@@ -22,7 +22,7 @@ from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
 from transforms import BoxCrops, build_train_transform, build_views
 
-WORTH_A_WORKER = 2000  # images: reading fewer takes less time than starting a worker, some seconds
+WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
 
 
 def load_data(config: dict) -> DataSet:
