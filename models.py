@@ -1,4 +1,4 @@
-"""Networks by name, which of their weights learn, their EMA, and reading checkpoints into them."""
+"""Networks by name, which of their parameters are trained, their EMA, and reading checkpoints into them."""
 
 import pickle
 import re
@@ -26,9 +26,10 @@ TORCHVISION_RESNET = {"stem": r"^conv1|^bn1", "blocks": r"^layer(\d+)", "head": 
 
 
 def timm_name(model_type: str) -> str:
-    """Return timm's name of a model type: DINOv2's names are translated, others stand as they are.
+    """Return timm's name of a model type.
 
-    DINOv2's: dinov2_vit{s,b,l,g}14, dinov2_vit{small,base,large,huge,giant}14 or the bare words.
+    Names of DINOv2 are translated: dinov2_vit{s,b,l,g}14, dinov2_vit{small,base,large,huge,giant}14, and small to
+    giant alone.
     """
     size = re.fullmatch(r"dinov2_vit(.+)14|(small|base|large|huge|giant)", model_type)
     size = size and DINOV2.get(size[1] or size[2])
@@ -47,17 +48,16 @@ def build_model(
     """Build a classifier with a new linear head.
 
     Args:
-        model_type: "toyresnet", "resnet50" (torchvision's), "dinov2_vit{s,b,l,g}14" or the words for them, or any
-            timm model name.
+        model_type: "toyresnet", "resnet50" (torchvision's), a name of DINOv2 (see `timm_name`), or any timm name.
         n_classes: outputs of the head.
         image_size: side of the input in pixels; a ViT's position embedding is resampled to it.
         patch_size: of a ViT, pixels.
-        drop_path: share of the residual branches that a training step leaves out (stochastic depth), timm's networks.
+        drop_path: rate of stochastic depth, for timm's networks.
         weights: start of the backbone: None (from scratch), "hub", or a state dict's path (its head is left out).
 
     Raises:
-        UserError: on an unknown name, weights that do not fit or cannot be had, an image size that is no multiple
-            of the patch.
+        UserError: on an unknown name, weights that do not fit or cannot be fetched, an image size that the network
+            cannot take.
     """
     options = {"drop_path_rate": drop_path} if drop_path else {}
     if options and model_type == "resnet50":
@@ -83,7 +83,7 @@ def _create(
 ) -> nn.Module:
     if model_type == "resnet50":
         model = torchvision.models.resnet50()
-        if pretrained:  # torchvision's own way runs whatever code a pickle in the hub's cache holds
+        if pretrained:  # with weights_only: resnet50(weights=...) would run code in a pickle of the hub's cache
             published = torchvision.models.ResNet50_Weights.IMAGENET1K_V2
             model.load_state_dict(published.get_state_dict(check_hash=True, weights_only=True))
         model.fc = nn.Linear(model.fc.in_features, n_classes)
@@ -105,7 +105,7 @@ def _create(
 
 
 def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
-    """Create a timm model with its input size as an argument, if it has such an argument, and try the size."""
+    """Create a timm model, with its input size as an argument if it takes one, and try the size on a blank image."""
     for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
         try:
             model = timm.create_model(name, **size, **options)
@@ -138,9 +138,9 @@ def weights_address(model_type: str) -> str:
 
 
 def input_config(model_type: str) -> dict[str, Any]:
-    """Return what timm says of a network's input: ``mean``, ``std`` (in [0, 1]), ``interpolation`` and ``crop_pct``.
+    """Return timm's preprocessing of a network: ``mean``, ``std`` (in [0, 1]), ``interpolation`` and ``crop_pct``.
 
-    The built-in networks and those that timm knows no weights of take ImageNet's statistics.
+    Built-in networks and those without published weights get ImageNet's statistics.
     """
     published = None if model_type in ("toyresnet", "resnet50") else timm.get_pretrained_cfg(timm_name(model_type))
     settings = published.to_dict() if published else {}
@@ -153,14 +153,10 @@ def input_config(model_type: str) -> dict[str, Any]:
 
 
 def check_patches(key: str, image_size: int, patch: int | None) -> None:
-    """Check that an image side is cut into whole patches; ``key`` is the setting that it comes from.
-
-    Raises:
-        UserError: if not, with the nearest good size.
-    """
+    """Raise UserError unless an image side, the setting ``key``, is a multiple of the patch (None: any side is)."""
     if patch and image_size % patch:
-        good = max(patch, round(image_size / patch) * patch)
-        raise UserError(f"{key}={image_size}: no multiple of the model's patch, {patch} pixels; set {good}")
+        nearest = max(patch, round(image_size / patch) * patch)
+        raise UserError(f"{key}={image_size}: no multiple of the model's patch, {patch} pixels; set {nearest}")
 
 
 def patch_of(model: nn.Module) -> int | None:
@@ -175,29 +171,43 @@ def head_of(model: nn.Module) -> nn.Module:
 
 
 def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (what the classifier layer sees, (B, D); what it answers, (B, K)) for images (B, 3, H, W)."""
-    seen = []
-    handle = head_of(model).register_forward_pre_hook(lambda _head, inputs: seen.append(inputs[0]))
+    """Return the inputs (B, D) of the classifier layer and the logits (B, K) for images (B, 3, H, W)."""
+    features = []
+    handle = head_of(model).register_forward_pre_hook(lambda _head, inputs: features.append(inputs[0]))
     try:
         logits = model(images)
     finally:
         handle.remove()
-    return seen[0], logits
+    return features[0], logits
 
 
-# --- what learns --------------------------------------------------------------------------------------------------
+# --- which parameters are trained ---------------------------------------------------------------------------------
 
 
 def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, freeze_layers: int = 0) -> None:
-    """Leave only the head (``freeze_backbone``) or only the CLS token and the head (``train_cls``) to learn.
+    """Freeze parameters of the model.
 
-    ``freeze_layers``: or all but the first so many layers, counted from the input, the stem being the first.
+    Args:
+        model: the network.
+        freeze_backbone: train the head alone.
+        train_cls: train the CLS token and the head alone.
+        freeze_layers: number of layers at the input to freeze: stages or blocks as timm groups parameters; the stem
+            is the first.
 
     Raises:
-        UserError: if ``train_cls`` is asked of a model without a CLS token, or it has too few layers.
+        UserError: if the model has no CLS token for ``train_cls``, or too few layers.
     """
     if freeze_layers:
-        _freeze_first_layers(model, freeze_layers)
+        matcher = TORCHVISION_RESNET
+        if not isinstance(model, torchvision.models.ResNet):
+            matcher = model.group_matcher(coarse=True)
+        layer_of = group_parameters(model, matcher, reverse=True)
+        layers = max(layer_of.values())  # the last layer is the head, or the backbone's last together with it
+        if freeze_layers > layers:
+            raise UserError(f"model.freeze_layers={freeze_layers}: this model has {layers} layers before its head")
+        for name, parameter in model.named_parameters():
+            if layer_of[name] < freeze_layers:
+                parameter.requires_grad_(False)
     if not (freeze_backbone or train_cls):
         return
     cls_token = getattr(model, "cls_token", None)
@@ -209,46 +219,25 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, f
         cls_token.requires_grad_(True)
 
 
-def _freeze_first_layers(model: nn.Module, count: int) -> None:
-    """Stop the first ``count`` layers from learning, the stages or blocks that timm groups parameters by."""
-    is_torchvision = isinstance(model, torchvision.models.ResNet)
-    matcher = TORCHVISION_RESNET if is_torchvision else model.group_matcher(coarse=True)
-    layer_of = group_parameters(model, matcher, reverse=True)
-    layers = max(layer_of.values())  # of the backbone: the last number is the head's, or the last layer's with it
-    if count > layers:
-        raise UserError(f"model.freeze_layers={count}: this model has {layers} layers before its head")
-    for name, parameter in model.named_parameters():
-        if layer_of[name] < count:
-            parameter.requires_grad_(False)
-
-
 def sync_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model with BatchNorm that takes its statistics over all processes; on the model's own modules.
-
-    Raises:
-        UserError: on the CPU, where torch has none.
-    """
+    """Replace the model's BatchNorm by torch's SyncBatchNorm; raise UserError on the CPU, which it does not support."""
     if device.type != "cuda":
         raise UserError("model.sync_bn=true: synchronised BatchNorm is for GPUs; set model.sync_bn=false")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model under torch.compile; its weights keep their names in ``model``.
-
-    Raises:
-        UserError: if compiling is not to be had on this machine, shown by a trial on one layer.
-    """
+    """Return the compiled model, which shares its weights with ``model``; raise UserError where torch.compile fails."""
     try:
         torch.compile(nn.Linear(2, 2).to(device))(torch.zeros(2, 2, device=device))
     except Exception as error:  # torch raises a dozen kinds: no compiler, no Triton, an old GPU
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise UserError(f"compile=true: torch.compile does not work here ({reason}); set compile=false") from error
     return torch.compile(model)
 
 
 def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
-    """Put the model in training mode; a frozen backbone's and ``freeze_bn``'s BatchNorm keep their statistics."""
+    """Put the model in training mode, except for BatchNorm layers with frozen weights, or all with ``freeze_bn``."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -259,7 +248,7 @@ def train_mode(model: nn.Module, *, freeze_bn: bool) -> None:
 def parameter_groups(
     model: nn.Module, *, lr: float, weight_decay: float, head_lr: float = 1.0, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Split the learning parameters into groups with their own ``lr`` and ``weight_decay``, by timm's rules.
+    """Return the trained parameters in groups of equal ``lr`` and ``weight_decay``, by timm's rules.
 
     Norms, biases, tokens and position embeddings get no weight decay.
 
@@ -288,10 +277,10 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, n_classes: int, l2: flo
     """Fit a linear classifier (multinomial logistic regression) and return its weights (K, D) and biases (K,).
 
     Args:
-        features: (N, D); they are standardised inside, the result is for them as they are.
+        features: (N, D); standardised for the fit, the returned weights are for unstandardised ones.
         labels: (N,) int64.
         n_classes: K.
-        l2: the penalty is half of it times the squared weights on standardised features.
+        l2: the penalty is l2 / 2 times the squared weights on standardised features.
     """
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
     inputs, targets = torch.from_numpy(((features - mean) / std).astype(np.float32)), torch.from_numpy(labels)
@@ -317,11 +306,11 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, n_classes: int, l2: flo
 def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
     """Return the exponential moving average of the model's weights and buffers.
 
-    Its first update is a copy; the decay of update n is `warmed_up_decay`, so that the first weights do not stay in
-    the average of a short training.
+    The first update is a copy; later ones have the decay `warmed_up_decay`, so that the average of a short training
+    does not keep the first weights.
     """
     ema = AveragedModel(model, use_buffers=True)
-    ema.n_averaged = ema.n_averaged.cpu()  # it is looked at in each update: no waiting for the device
+    ema.n_averaged = ema.n_averaged.cpu()  # each update reads it: on a GPU that would wait for the device
 
     def average(averaged: list[torch.Tensor], current: list[torch.Tensor], _updates: Any) -> None:
         get_ema_multi_avg_fn(warmed_up_decay(ema_decay, int(ema.n_averaged)))(averaged, current, None)
@@ -331,9 +320,9 @@ def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
 
 
 def warmed_up_decay(ema_decay: float, updates: int) -> float:
-    """Return the decay of an EMA after so many updates: (1 + n) / (10 + n), at most ``ema_decay``.
+    """Return the decay of an EMA after n updates, (1 + n) / (10 + n), at most ``ema_decay``.
 
-    The rule of TensorFlow's ExponentialMovingAverage (num_updates), which timm's ModelEmaV2 and V3 come from.
+    The rule of TensorFlow's ExponentialMovingAverage (num_updates).
     """
     return min(ema_decay, (1 + updates) / (10 + updates))
 

@@ -40,7 +40,8 @@ def find_images(images: str, lines: Iterable[str] | None = None) -> list[Upright
         paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
     else:
         is_file = Path(images).exists()
-        paths = [images] if is_file else sorted(filter(os.path.isfile, glob.glob(images, recursive=True)))
+        matches = map(Path, filter(os.path.isfile, glob.glob(images, recursive=True)))
+        paths = [images] if is_file else sorted(matches)
     if not paths:
         raise UserError(f"images={images}: no image there; give a file, a folder, a pattern in quotes, or - for stdin")
     return [UprightPath(path) for path in paths]
