@@ -36,7 +36,7 @@ OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box
 
 
 class Prediction(NamedTuple):
-    """What a classifier says of one image."""
+    """The answer of a classifier for one image file."""
 
     path: Path
     classes: list[str]  # the most probable first; empty if the image could not be read
@@ -47,7 +47,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network with its weights, the names of its classes, and the views that it is shown of an image."""
+    """A trained network, the names of its classes, and the views in which it is shown an image."""
 
     path: str
     model: nn.Module  # in eval mode, on ``device``
@@ -63,7 +63,7 @@ class Classifier:
 
     @property
     def answer(self) -> str:
-        """The view whose probabilities are the answer: the average where there are several."""
+        """The view whose probabilities are the answer: the average of several."""
         return AVERAGE if len(self.views) > 1 else next(iter(self.views))
 
     def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
@@ -81,7 +81,7 @@ class Classifier:
     ) -> Iterator[Prediction]:
         """Yield the prediction for each image file, in order, while the next ones are decoded.
 
-        Where a view looks at the box, the localizer first goes through all images.
+        If a view needs the object's box, the localizer first finds the boxes of all images.
 
         Args:
             images: the files; their EXIF orientation is applied.
@@ -152,10 +152,10 @@ def load_classifier(
         path: best.pt or last.pt of a run.
         config: the settings to use; None: those of its training.
         device: cpu | cuda | ...; None: CUDA where there is one.
-        localize: load the localizer of the config's section ``dino`` too where a view looks at the object's box.
+        localize: also load the localizer of the section ``dino`` if a view needs the object's box.
 
     Raises:
-        UserError: if the file is no such checkpoint, or names no classes.
+        UserError: if the file is not such a checkpoint, or names no classes.
     """
     content = load_checkpoint(path)
     config, trained, class_names = config or content["config"], content["config"], content["class_names"]
@@ -186,15 +186,15 @@ def load_classifier(
 def load_localizer(
     config: Mapping[str, Any], content: Mapping[str, Any], path: Path | str
 ) -> tuple[Localizer, ObjectHead | None]:
-    """Return what finds the object's box: a ViT, or the network and the classifier of cells of dino.method=object_head.
+    """Return the network that finds the object's box and, for dino.method=object_head, its classifier of cells.
 
     Args:
         config: the settings to use.
-        content: of the checkpoint, which holds the classifier of cells that the training's boxes were found by.
+        content: of the checkpoint, with the classifier of cells of the training's boxes.
         path: of the checkpoint.
 
     Raises:
-        UserError: if the checkpoint holds none, or a network cannot be had.
+        UserError: if the checkpoint holds no classifier of cells, or the network cannot be built.
     """
     settings = config["dino"]
     if settings["method"] != "object_head":
@@ -202,8 +202,8 @@ def load_localizer(
     saved = (content.get("localizer") or {}).get("object_head")
     if saved is None:
         raise UserError(
-            f"{path}: holds no classifier for dino.method=object_head: eval_box of its training names no boxes found "
-            "that way; give dino.method=component, or eval_box=none to leave the box out"
+            f"{path}: holds no classifier for dino.method=object_head, because eval_box of its training named no boxes "
+            "of that method; give dino.method=component, or eval_box=none to leave the box out"
         )
     network = build_features(settings["object_model"], settings["object_weights"])
     with user_errors((LookupError, TypeError, ValueError), f"{path}: its classifier of cells is damaged: "):
@@ -232,10 +232,10 @@ def load_checkpoint(path: Path | str) -> dict[str, Any]:
 
 
 def training_defaults(path: Path | str) -> dict[str, Any]:
-    """Return the default config with the sections OF_TRAINING as the checkpoint's training had them.
+    """Return the default config with the sections OF_TRAINING as in the checkpoint's training.
 
-    The section ``dino`` is that of the boxes that the training evaluated on, where it knows it. Keys that the training
-    did not know yet stay as they are.
+    The section ``dino`` is that of the boxes for its test views, if the checkpoint holds it. Keys that are newer than
+    the checkpoint keep their defaults.
     """
     content = load_checkpoint(path)
     boxes = {"dino": content["localizer"]["dino"]} if isinstance(content.get("localizer"), dict) else {}

@@ -1,4 +1,4 @@
-"""What a classifier's probabilities are worth: accuracy, confusion, calibration, accuracy by the object's size."""
+"""Metrics of a classifier's probabilities: accuracy, confusion, calibration, accuracy by the object's size."""
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def most_confused(counts: np.ndarray, class_names: list[str], most: int = 10) ->
 
 
 def calibration(log_probs: np.ndarray, labels: np.ndarray, bins: int = BINS) -> dict[str, Any]:
-    """Return how far the largest probability is from the share of right answers.
+    """Return the calibration of the largest probability against the share of correct answers.
 
     Args:
         log_probs: (N, K).
@@ -90,8 +90,8 @@ def by_size(right: np.ndarray, share: np.ndarray) -> dict[str, dict[str, Any]]:
         share: (N,) of the image's area that the object's box covers.
     """
     third = np.digitize(share, np.quantile(share, (1 / 3, 2 / 3)))
-    found = {}
-    for number, name in enumerate(SIZES):
-        inside = third == number
-        found[name] = accuracy(right[inside]) | {"largest_share": float(share[inside].max(initial=0))}
-    return found
+    groups = {name: third == number for number, name in enumerate(SIZES)}
+    return {
+        name: accuracy(right[group]) | {"largest_share": float(share[group].max(initial=0))}
+        for name, group in groups.items()
+    }

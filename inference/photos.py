@@ -1,7 +1,6 @@
 """Image files without labels: finding them, the object's box in each, and their views."""
 
 import glob
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,25 +22,25 @@ from readers.images import SUFFIXES, image_sizes, read_image
 
 
 def find_images(images: str, lines: Iterable[str] | None = None) -> list[UprightPath]:
-    """Return the image files that ``images`` names, in a stable order; they are read as their EXIF orientation says.
+    """Return the image files that ``images`` names, in a stable order, to be read with their EXIF orientation applied.
 
     Args:
-        images: a file; a folder, of which all files with an image's suffix are taken, those of its folders too; a
-            pattern such as ``photos/*.jpg`` (``**`` stands for any folders); or ``-``, the paths in ``lines``.
-        lines: one path a line, empty lines are left out; None: of stdin.
+        images: a file; a folder (all files in it and below with an image's suffix); a pattern such as
+            ``photos/*.jpg`` (``**`` stands for any folders); or ``-``, the paths in ``lines``.
+        lines: one path a line, empty lines are left out; None: those of stdin.
 
     Raises:
-        UserError: if that is no file at all.
+        UserError: if there is no such file.
     """
     if images == "-":
         paths = [line.rstrip("\r\n") for line in lines or sys.stdin if line.strip()]
     elif Path(images).is_dir():
         files = (path for path in Path(images).rglob("*") if path.is_file())
         paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+    elif Path(images).exists():
+        paths = [images]
     else:
-        is_file = Path(images).exists()
-        matches = map(Path, filter(os.path.isfile, glob.glob(images, recursive=True)))
-        paths = [images] if is_file else sorted(matches)
+        paths = sorted(Path(path) for path in glob.glob(images, recursive=True) if Path(path).is_file())
     if not paths:
         raise UserError(f"images={images}: no image there; give a file, a folder, a pattern in quotes, or - for stdin")
     return [UprightPath(path) for path in paths]
@@ -67,13 +66,13 @@ def find_boxes(
     progress: bool = True,
     head: ObjectHead | None = None,
 ) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the box of the object in each image, (N, 4) x y width height in upright pixels, and why some have none.
+    """Return the box of the object in each image, (N, 4) x y width height in upright pixels, and errors by row.
 
-    An image whose map points nowhere gets the whole image; one that cannot be read gets zeros and a reason.
+    An image with a blank map gets the whole image; one that cannot be read gets zeros and an error.
 
     Args:
         paths: of the images.
-        localizer: the Vision Transformer whose attention is followed, or the network whose cells ``head`` classifies.
+        localizer: the Vision Transformer that makes the maps, or the network whose cells ``head`` classifies.
         settings: the section ``dino`` of the config.
         device: where the localizer works.
         precision: float32 | bf16 | fp16 (on CUDA).

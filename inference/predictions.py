@@ -39,27 +39,17 @@ def save_predictions(path: Path, predictions: Sequence[Prediction], top_k: int) 
     CSV: path,class_1,probability_1,class_2,... JSON lines: {"path", "top": [{"class", "probability"}], "box"}; box is
     x y width height in pixels of the upright image, null without a localizer.
     """
-    known = [one for one in predictions if one.error is None]
-    save_text(path, _csv(known, top_k) if path.suffix == ".csv" else _json_lines(known))
-
-
-def _csv(predictions: Sequence[Prediction], top_k: int) -> str:
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("class", "probability"))])
-    for one in predictions:
-        pairs = zip(one.classes, one.probabilities, strict=True)
-        table.writerow([one.path, *(cell for name, value in pairs for cell in (name, f"{value:.6f}"))])
-    return text.getvalue()
-
-
-def _json_lines(predictions: Sequence[Prediction]) -> str:
-    lines = []
-    for one in predictions:
-        pairs = zip(one.classes, one.probabilities, strict=True)
-        top = [{"class": name, "probability": round(value, 6)} for name, value in pairs]
-        lines.append(json.dumps({"path": str(one.path), "top": top, "box": one.box_xywh}, allow_nan=False) + "\n")
-    return "".join(lines)
+    lines, table = [], io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["path", *(f"{name}_{k}" for k in range(1, top_k + 1) for name in ("class", "probability"))])
+    for prediction in predictions:
+        if prediction.error is None:
+            top = list(zip(prediction.classes, prediction.probabilities, strict=True))
+            writer.writerow([prediction.path, *(cell for name, value in top for cell in (name, f"{value:.6f}"))])
+            entries = [{"class": name, "probability": round(value, 6)} for name, value in top]
+            line = {"path": str(prediction.path), "top": entries, "box": prediction.box_xywh}
+            lines.append(json.dumps(line, allow_nan=False) + "\n")
+    save_text(path, table.getvalue() if path.suffix == ".csv" else "".join(lines))
 
 
 def sheet_figure(predictions: Sequence[Prediction], most: int) -> Figure:
@@ -69,23 +59,25 @@ def sheet_figure(predictions: Sequence[Prediction], most: int) -> Figure:
         predictions: those with an error are left out.
         most: images at most.
     """
-    known = [one for one in predictions if one.error is None]
+    known = [prediction for prediction in predictions if prediction.error is None]
     chosen = [known[n] for n in np.unique(np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int))]
     columns = min(COLUMNS, len(chosen))
     rows = -(-len(chosen) // columns)
     figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.4), layout="constrained")
-    for axes, one in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, chosen):
+    for axes, prediction in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, chosen):
         axes.set_axis_off()
-        if one is not None:
-            draw_panel(axes, _panel(one))
-            name = one.classes[0] if len(one.classes[0]) <= LONGEST_NAME else one.classes[0][:LONGEST_NAME] + "…"
-            axes.set_title(f"{name}\n{one.probabilities[0]:.0%}", fontsize=7)
+        if prediction is not None:
+            draw_panel(axes, _panel(prediction))
+            name = prediction.classes[0]
+            name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"
+            axes.set_title(f"{name}\n{prediction.probabilities[0]:.0%}", fontsize=7)
     figure.suptitle(f"{len(chosen)} of {len(known)} images: the most probable class", fontsize=9)
     return figure
 
 
-def _panel(one: Prediction) -> Panel:
-    image = read_image(one.path)
+def _panel(prediction: Prediction) -> Panel:
+    image = read_image(prediction.path)
     width, _ = image.size
     image.thumbnail((SHEET_SIDE, SHEET_SIDE))
-    return Panel(image, box_xywh=None if one.box_xywh is None else np.array(one.box_xywh) * image.width / width)
+    box = prediction.box_xywh
+    return Panel(image, box_xywh=None if box is None else np.array(box) * image.width / width)

@@ -88,7 +88,10 @@ class TrainImages(Dataset):
             images.append(self.transform(*self._load(row, image_id, crop), seed))
         kept = coverage(crops_to_xywh(crops), self.reference[rows])
         labels, flips, kept = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
-        return Batch(stack_images(images), labels, flips, kept, real, whole)
+        stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(
+            0, 3, 1, 2
+        )  # in channels-last order
+        return Batch(stacked, labels, flips, kept, real, whole)
 
     def _load(self, row: int, image_id: int | str, crop: list[int]) -> tuple[torch.Tensor | Image, Sequence[float]]:
         """Return an image, at reduced resolution where crop and file are large, and the crop in its pixels."""
@@ -117,11 +120,6 @@ def reduction_for(crop: Sequence[int], size: int) -> int:
 def load_image(path: Path, image_id: int | str, decoded: ImageCache | None) -> torch.Tensor:
     """Return an image, (3, H, W) uint8 in channels-last order, from the cache of decoded images or from its file."""
     return pil_to_tensor(read_image(path)) if decoded is None else decoded[image_id]
-
-
-def stack_images(images: list[torch.Tensor]) -> torch.Tensor:
-    """Return images (3, H, W) as one batch (B, 3, H, W), in channels-last order as they are."""
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
 
 
 def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:

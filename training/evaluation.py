@@ -25,13 +25,13 @@ def predict(
 ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
     """Return for each model the log-probabilities by view, each (N, K) on the CPU, and the labels (N,).
 
-    The images are loaded once for all models. With several views their average (of the probabilities) is added as
-    ``average``. Several processes look at the rows of their own loaders and get the answers on all of them.
+    With several views the mean of their probabilities is added as ``average``. Each of several processes evaluates
+    its own shard and gets the results of all.
 
     Args:
         models: map (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
         loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
-        view_names: of the tuple's members.
+        view_names: of the views in the tuple.
         device: where the models are.
         amp: precision of the forward passes on CUDA: none | bf16 | fp16.
         normalize: turns images into what the models take.

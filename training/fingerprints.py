@@ -1,4 +1,4 @@
-"""What a run was made from, so that a continuation is refused where the data, boxes, maps or settings are others."""
+"""Fingerprints of a run's inputs and the structure of its checkpoint: it is resumed only if both are the same."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from training.optimization import build_optimizer
 
 
 def fingerprints(data: DataSet, boxes: np.ndarray, views: np.ndarray, maps: Any) -> dict[str, str]:
-    """Return a hash of each thing that the numbers of a run depend on beside its settings.
+    """Return hashes of all inputs, besides the settings, that the results of a run depend on.
 
     Args:
         data: the data set, with its split.
-        boxes: (N, 4), that training crops are held to.
-        views: (N, 4), that test views look at.
+        boxes: (N, 4), of the training crops.
+        views: (N, 4), of the test views.
         maps: the attention maps (anything with a ``header``), or None.
     """
     header = getattr(maps, "header", {})

@@ -17,9 +17,9 @@ def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = True) -> tor
 def build_scheduler(
     optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int, done: int = 0
 ) -> lr_scheduler.LambdaLR:
-    """Build the schedule that gives every epoch its `learning_rate`, for every parameter group in proportion.
+    """Build the schedule of `learning_rate`, which scales the rate of every parameter group.
 
-    ``done`` epochs of the training lie behind an optimizer that goes on.
+    ``done``: number of epochs that a resumed optimizer has been trained for.
     """
     return lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate(epoch, opt, num_epochs) / opt["lr"], done - 1)
 
@@ -27,9 +27,9 @@ def build_scheduler(
 def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:
     """Return the learning rate of an epoch, counted from 0.
 
-    After ``warmup_epochs`` of a linear rise the first epoch has ``lr`` and the last one ``target_lr``: along half a
-    cosine, or by equal factors every ``step_size`` epochs. A ``gamma`` that is given is the factor of a step, wherever
-    it ends. The rise and the fall share the epochs; where there is no room for a fall the last epoch has ``lr``.
+    It rises linearly to ``lr`` over ``warmup_epochs``, then falls to ``target_lr`` in the last epoch: along half a
+    cosine, or by equal factors every ``step_size`` epochs. If ``gamma`` is given, it is the factor of a step and
+    ``target_lr`` is not used. If the warm-up takes all epochs, the last one has ``lr``.
 
     Args:
         epoch: 0 to num_epochs - 1; beyond, the last one's.
@@ -48,9 +48,9 @@ def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:
 
 
 def step_gamma(opt: dict, num_epochs: int) -> float:
-    """Return the factor of one step of the schedule: ``gamma``, or the one with which the last step ends at target_lr.
+    """Return the factor of one step of the schedule: ``gamma``, or the one that reaches target_lr with the last step.
 
-    With the published (target_lr / lr) ** (step_size / num_epochs) the last step would end one step above it.
+    The published (target_lr / lr) ** (step_size / num_epochs) would end one step above target_lr.
     """
     if opt["gamma"] is not None:
         return opt["gamma"]

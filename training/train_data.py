@@ -1,4 +1,4 @@
-"""From the config to what a training loads: the data set, boxes, crops, decoded images, the loaders."""
+"""The data set, boxes, crops, decoded images and loaders of a training, from its config."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a w
 
 
 def load_data(config: dict) -> DataSet:
-    """Read the data set; training images are needed and others to test on; print what is odd of it."""
+    """Return the data set, with images to train and to test on, and print the notes of its reader."""
     data = read_dataset(**config["dataset"])
     if len(data.class_names) < 2 or not len(data.rows("train")):
         counts = f"{len(data.class_names)} classes, {len(data.rows('train'))} images in the train split"
@@ -75,9 +75,9 @@ def crop_boxes(config: dict, data: DataSet) -> tuple[np.ndarray, dict]:
 
 
 def reference(config: dict, data: DataSet) -> str:
-    """Return the source of the boxes that maIoU is measured on: true boxes where there are any, else the run's own.
+    """Return the source of the boxes that maIoU is measured on: true boxes if the data set has any, else ``source``.
 
-    A run without either measures it on the whole image: the mean share of it that the crops keep.
+    Without either it is measured on the whole image: the mean share of the image that crops keep.
     """
     if data.has_box[data.rows("train")].any():
         return "gt"
@@ -88,7 +88,7 @@ def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
     """Return the cache of decoded images that ``cache`` asks for.
 
     Raises:
-        UserError: if ``cache_side`` is less than what crops and views show enlarged already.
+        UserError: if ``cache_side`` is so small that crops or views would be enlarged.
     """
     if config["cache"] == "none":
         return None
@@ -104,7 +104,7 @@ def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
 
 
 def needed_side(config: dict, data: DataSet) -> int:
-    """Return the short side in pixels of which the smallest crop and view have as many pixels as the network sees."""
+    """Return the short side in pixels of an image whose smallest crop and view need not be enlarged."""
     scale, ratio = config["crop"]["scale"][0], config["crop"]["ratio"]
     crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
     rows = np.concatenate([report_rows(data), validation_rows(data)])
@@ -161,12 +161,12 @@ def build_view_loaders(
 
 
 def workers_for(images: int, config: dict) -> int:
-    """Return how many processes load so many images once: none for few, which this process reads sooner."""
+    """Return the number of worker processes for one pass over so many images: 0 for few."""
     return config["num_workers"] if images >= WORTH_A_WORKER else 0
 
 
 def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | MapCrops:
-    """Build what draws the training crops: held to boxes, centred by attention maps, or plain."""
+    """Build the crops of the training images: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
         return map_crops(config, data, open_maps(config, data))
     rows, pool = data.rows("train"), None
@@ -188,7 +188,7 @@ def map_crops(config: dict, data: DataSet, maps: Mapping[int, np.ndarray]) -> Ma
 
 
 def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
-    """Return the maps that the crops start with; with self-distillation the run has none yet."""
+    """Return the maps of ``dino_maps``; none with self-distillation, which makes them later."""
     if config["self_distillation"]["every"]:
         return {}
     if config["dino_maps"] is None:
