@@ -53,8 +53,8 @@ from training.train_data import (
 from utils import locked, new_folder, seed_everything, set_threads
 
 # What may change between a run and its continuation: it does not change the numbers.
-RESUME_MAY_CHANGE = {"preset", "patience", "resume", "run_dir", "wandb", "log_interval"}
-RESUME_MAY_CHANGE |= {"num_workers", "device", "A_machine"}
+MACHINE_KEYS = {"num_workers", "device", "A_machine"}
+RESUME_MAY_CHANGE = MACHINE_KEYS | {"preset", "patience", "resume", "run_dir", "wandb", "log_interval"}
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
