@@ -88,10 +88,8 @@ class TrainImages(Dataset):
             images.append(self.transform(*self._load(row, image_id, crop), seed))
         kept = coverage(crops_to_xywh(crops), self.reference[rows])
         labels, flips, kept = (torch.from_numpy(values) for values in (self.labels[rows], self.flips[rows], kept))
-        stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(
-            0, 3, 1, 2
-        )  # in channels-last order
-        return Batch(stacked, labels, flips, kept, real, whole)
+        channels_last = torch.stack([image.permute(1, 2, 0) for image in images])
+        return Batch(channels_last.permute(0, 3, 1, 2), labels, flips, kept, real, whole)
 
     def _load(self, row: int, image_id: int | str, crop: list[int]) -> tuple[torch.Tensor | Image, Sequence[float]]:
         """Return an image, at reduced resolution where crop and file are large, and the crop in its pixels."""
