@@ -122,10 +122,7 @@ def build_train_loader(
     transform = build_train_transform(
         config["image_size"],
         config["crop"]["interpolation"],
-        augment=config["augment"],
-        augment_p=config["augment_p"],
-        augment_strength=config["augment_strength"],
-        use_augment_mix=config["use_augment_mix"],
+        **{key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")},
     )
     rows, source, seed = data.rows("train"), reference(config, data), config["seed"]
     measured = (data.boxes if source == "gt" else source_boxes(source, data, **config["boxes"])[0])[rows]
