@@ -5,9 +5,8 @@ row is wanted, so a pre-hook on the last block's attention recomputes just that:
 the keys of all tokens, O(N). The pass ends there, as nothing behind it is needed.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +19,6 @@ SUPPORTED_ATTENTION = (Attention, AttentionRope, EvaAttention)
 
 class _LastAttentionReachedError(Exception):
     """Ends a forward pass whose remaining output nobody reads."""
-
-
-@dataclass
-class _Record:
-    """What the hook leaves behind: ``row`` (B, heads, N) float32 softmaxed; ``keys`` (B, kv heads, N, head_dim)."""
-
-    row: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
 
 
 @torch.no_grad()
@@ -55,8 +46,8 @@ def cls_attention(
     feat_h, feat_w = feature_size(model, images.shape)
     with _last_attention_hook(model, keep_keys=return_keys, stop=True) as record, suppress(_LastAttentionReachedError):
         model.forward_features(images)
-    attn = _patch_cells(model, record.row[..., None], feat_h, feat_w)[..., 0]
-    return (attn, _patch_cells(model, record.keys, feat_h, feat_w)) if return_keys else attn
+    attn = _patch_cells(model, record["row"][..., None], feat_h, feat_w)[..., 0]
+    return (attn, _patch_cells(model, record["keys"], feat_h, feat_w)) if return_keys else attn
 
 
 @torch.no_grad()
@@ -65,7 +56,7 @@ def cls_attention_and_logits(model: nn.Module, images: torch.Tensor) -> tuple[to
     feat_h, feat_w = feature_size(model, images.shape)
     with _last_attention_hook(model, keep_keys=False, stop=False) as record:
         logits = model(images)
-    return _patch_cells(model, record.row[..., None], feat_h, feat_w)[..., 0], logits
+    return _patch_cells(model, record["row"][..., None], feat_h, feat_w)[..., 0], logits
 
 
 def feature_size(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -85,7 +76,12 @@ def feature_size(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, i
             f"images of {height} x {width} (H x W) are not whole patches of {patch_h} x {patch_w}: "
             f"the nearest good size is {good[0]} x {good[1]}"
         )
-    _check_fixed_size(model.patch_embed, height, width)
+    fixed = getattr(model.patch_embed, "img_size", None)
+    if getattr(model.patch_embed, "strict_img_size", False) and fixed is not None and tuple(fixed) != good:
+        raise ValueError(
+            f"the model takes images of {fixed[0]} x {fixed[1]} only, got {height} x {width} (H x W): "
+            "build it with timm.create_model(..., dynamic_img_size=True)"
+        )
     return tuple(model.patch_embed.dynamic_feat_size((height, width)))
 
 
@@ -113,39 +109,34 @@ def last_attention(model: nn.Module) -> nn.Module:
     return attn
 
 
-def _check_fixed_size(patch_embed: nn.Module, height: int, width: int) -> None:
-    """Raise ValueError if the model takes one image size only and this is another."""
-    fixed = getattr(patch_embed, "img_size", None) if getattr(patch_embed, "strict_img_size", False) else None
-    if fixed is not None and tuple(fixed) != (height, width):
-        raise ValueError(
-            f"the model takes images of {fixed[0]} x {fixed[1]} only, got {height} x {width} (H x W): "
-            "build it with timm.create_model(..., dynamic_img_size=True)"
-        )
-
-
 @contextmanager
-def _last_attention_hook(model: nn.Module, keep_keys: bool, stop: bool) -> Iterator[_Record]:
-    """Record the CLS row of the next pass; the hook is gone afterwards, whatever happened in between."""
-    attn, record = last_attention(model), _Record()
-    handle = attn.register_forward_pre_hook(_recording_hook(record, keep_keys, stop), with_kwargs=True)
-    try:
-        yield record
-    finally:
-        handle.remove()
+def _last_attention_hook(model: nn.Module, *, keep_keys: bool, stop: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the CLS row of the next pass; the hook is gone afterwards, whatever happened in between.
 
+    Args:
+        model: one that `last_attention` accepts.
+        keep_keys: record the keys too.
+        stop: end the pass there, by _LastAttentionReachedError.
 
-def _recording_hook(record: _Record, keep_keys: bool, stop: bool) -> Callable:
-    """Return a pre-hook that fills ``record`` and, with ``stop``, ends the pass."""
+    Yields:
+        A dict that the pass fills: ``row`` (B, heads, N) float32 softmaxed, ``keys`` (B, kv heads, N, head_dim).
+    """
+    record = {}
 
     def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
         query, keys = _cls_query_and_keys(attn, args[0])
         # computed here, not after the pass: kept tokens would raise the peak memory of the block's MLP
-        record.row = _cls_row(attn, query, keys, kwargs.get("rope"))
-        record.keys = keys if keep_keys else None
+        record["row"] = _cls_row(attn, query, keys, kwargs.get("rope"))
+        if keep_keys:
+            record["keys"] = keys
         if stop:
             raise _LastAttentionReachedError
 
-    return hook
+    handle = last_attention(model).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield record
+    finally:
+        handle.remove()
 
 
 def _cls_query_and_keys(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,18 +153,13 @@ def _cls_query_and_keys(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Te
         query, keys = attn.q_proj(tokens[:, :1]), attn.k_proj(tokens)
     else:
         weight_q, weight_k, _ = attn.qkv.weight.chunk(3)
-        bias_q, bias_k = _query_and_key_bias(attn)
+        bias_q, bias_k = getattr(attn, "q_bias", None), None  # EVA's, whose keys have no bias
+        if attn.qkv.bias is not None:
+            bias_q, bias_k, _ = attn.qkv.bias.chunk(3)
         query, keys = F.linear(tokens[:, :1], weight_q, bias_q), F.linear(tokens, weight_k, bias_k)
     head_dim = query.shape[-1] // attn.num_heads
     query, keys = (part.unflatten(-1, (-1, head_dim)).transpose(1, 2) for part in (query, keys))
     return attn.q_norm(query), attn.k_norm(keys)
-
-
-def _query_and_key_bias(attn: nn.Module) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the two biases of a fused qkv projection: the layer's own, or EVA's separate one (its keys have none)."""
-    if attn.qkv.bias is not None:
-        return attn.qkv.bias.chunk(3)[:2]
-    return getattr(attn, "q_bias", None), None
 
 
 def _cls_row(attn: nn.Module, query: torch.Tensor, keys: torch.Tensor, rope: torch.Tensor | None) -> torch.Tensor:

@@ -53,14 +53,14 @@ class Rows:
 
     def of(self, ids: Sequence[ImageId] | np.ndarray) -> np.ndarray:
         """Return the row of each image (M,), -1 where there is none."""
-        wanted = ids_to_keys(ids)
-        if np.array_equal(wanted, self.keys):
-            return np.arange(len(wanted))
+        keys = ids_to_keys(ids)
+        if np.array_equal(keys, self.keys):
+            return np.arange(len(keys))
         if not len(self.keys):
-            return np.full(len(wanted), -1)
-        places = np.minimum(self.keys.searchsorted(wanted, sorter=self._order), len(self.keys) - 1)
+            return np.full(len(keys), -1)
+        places = np.minimum(self.keys.searchsorted(keys, sorter=self._order), len(self.keys) - 1)
         rows = self._order[places]
-        return np.where(self.keys[rows] == wanted, rows, -1)
+        return np.where(self.keys[rows] == keys, rows, -1)
 
     def one(self, image_id: ImageId) -> int:
         """Return the row of an image; KeyError if there is none."""

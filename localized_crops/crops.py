@@ -48,7 +48,9 @@ def sample_crops(
 
     def draw(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
         if thr < 0:
-            return _plain_crops(sizes, scale, ratio, rng)
+            shapes, fitted = random_shapes(sizes, scale, ratio, rng)
+            left, top = plain_corners(shapes, fitted, sizes, rng.random(shapes.shape)).T
+            return np.stack([top, left, shapes[:, 1], shapes[:, 0]], axis=1)
         if mode == "reference":
             edges = _reference_edges(boxes, sizes, thr, scale, ratio, rng)
             return _to_crops(np.rint(edges), sizes)
@@ -63,7 +65,7 @@ def sample_crops(
 def _part_by_part(draw: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
     """Return ``draw`` of the arrays (N, ...), of `ROWS_AT_ONCE` rows at a time."""
     starts = range(0, max(1, len(arrays[0])), ROWS_AT_ONCE)
-    return np.concatenate([draw(*(one[start : start + ROWS_AT_ONCE] for one in arrays)) for start in starts])
+    return np.concatenate([draw(*(array[start : start + ROWS_AT_ONCE] for array in arrays)) for start in starts])
 
 
 def ratio_gives_way(
@@ -151,29 +153,18 @@ def _random_shapes(sizes: np.ndarray, scale: Range, ratio: Range, rng: np.random
     shapes = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1)))
     fits = ((shapes > 0) & (shapes <= sizes[:, None])).all(axis=-1)  # (N, tries)
     first = shapes[np.arange(len(sizes)), fits.argmax(axis=1)]
-    found = fits.any(axis=1)
-    shapes = np.where(found[:, None], first, _largest_shapes(sizes, ratio))
-    return np.concatenate([shapes, found[:, None]], axis=1).astype(np.int64)
+    any_fits = fits.any(axis=1, keepdims=True)
+    # else the largest shape inside the image whose ratio is in range
+    largest = np.minimum(sizes, np.rint(np.stack([sizes[:, 1] * ratio[1], sizes[:, 0] / ratio[0]], axis=1)))
+    shapes = np.where(any_fits, first, np.maximum(largest, 1))
+    return np.concatenate([shapes, any_fits], axis=1).astype(np.int64)
 
 
-def _largest_shapes(sizes: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """Return the largest (width, height), (N, 2), inside the images whose ratio is in range."""
-    width, height = sizes.T
-    widest, tallest = np.rint(height * ratio[1]), np.rint(width / ratio[0])
-    return np.maximum(np.stack([np.minimum(width, widest), np.minimum(height, tallest)], axis=1), 1)
-
-
-def plain_corners(shapes: np.ndarray, found: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+def plain_corners(shapes: np.ndarray, fitted: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Return where RandomResizedCrop lays crops of `random_shapes`: (N, 2) int64 left top; ``uniform`` is (N, 2)."""
     room = np.asarray(image_sizes, dtype=np.int64) - shapes
     anywhere = np.minimum((uniform * (room + 1)).astype(np.int64), room)
-    return np.where(found[:, None], anywhere, room // 2)
-
-
-def _plain_crops(sizes: np.ndarray, scale: Range, ratio: Range, rng: np.random.Generator) -> np.ndarray:
-    shapes, found = random_shapes(sizes, scale, ratio, rng)
-    left, top = plain_corners(shapes, found, sizes, rng.random(shapes.shape)).T
-    return np.stack([top, left, shapes[:, 1], shapes[:, 0]], axis=1)
+    return np.where(fitted[:, None], anywhere, room // 2)
 
 
 # --- the published crop -------------------------------------------------------------------------------------------
@@ -275,26 +266,15 @@ def _ratio_interval(
     boxes: np.ndarray, sizes: np.ndarray, thr: float, scale: Range, ratio: Range
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the interval of ratios to draw from; ``thr`` takes precedence over ``scale``, that over ``ratio``."""
-    low, high = _moved_into(ratio[0], ratio[1], *_ratios_that_reach(boxes, sizes, thr, scale[1]))
+    least, most = _ratios_that_reach(boxes, sizes, thr, scale[1])
+    low, high = np.maximum(ratio[0], least), np.minimum(ratio[1], most)
+    # where no ratio in range reaches thr, the one nearest to the range that does
+    empty, nearest = low > high, np.where(least > ratio[1], least, most)
+    low, high = np.where(empty, nearest, low), np.where(empty, nearest, high)
+    # then cut to the ratios with which scale[0] fits into the image, as far as the intervals overlap
     width, height = sizes.T
-    return _narrowed_by(low, high, scale[0] * width / height, width / (scale[0] * height))
-
-
-def _moved_into(
-    low: float, high: float, required_low: np.ndarray, required_high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return [low, high] cut to the required interval, or the required end nearest to it where they are disjoint."""
-    new_low, new_high = np.maximum(low, required_low), np.minimum(high, required_high)
-    empty = new_low > new_high
-    nearest = np.where(required_low > high, required_low, required_high)
-    return np.where(empty, nearest, new_low), np.where(empty, nearest, new_high)
-
-
-def _narrowed_by(
-    low: np.ndarray, high: np.ndarray, wish_low: np.ndarray, wish_high: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return [low, high] cut to the wished interval, or its own end nearest to that where they are disjoint."""
-    return np.minimum(np.maximum(low, wish_low), high), np.maximum(np.minimum(high, wish_high), low)
+    least, most = scale[0] * width / height, width / (scale[0] * height)
+    return np.minimum(np.maximum(low, least), high), np.maximum(np.minimum(high, most), low)
 
 
 def _exact_positions(

@@ -196,30 +196,32 @@ def component_box(
     if is_blank(attention_map):
         return whole_image(image_size)
     fine = upsample_map(np.asarray(attention_map, dtype=np.float64), upsample)
-    labels, count = ndimage.label(fine >= resolve_threshold(fine, threshold), np.ones((3, 3)))
-    if count == 0:
+    mask = component_mask(fine, resolve_threshold(fine, threshold), choose)
+    if not mask.any():
         return whole_image(image_size)
-    rows, columns = ndimage.find_objects(labels)[_chosen_label(labels, fine, choose) - 1]
-    near = np.array([columns.start, rows.start], dtype=np.float64)
-    far = np.array([columns.stop, rows.stop], dtype=np.float64)
+    rows, columns = np.nonzero(mask)
+    near = np.array([columns.min(), rows.min()], dtype=np.float64)
+    far = np.array([columns.max() + 1, rows.max() + 1], dtype=np.float64)
     margin = (size_factor - 1) * (far - near) / 2
     return _scaled_box(near - margin, far + margin, fine.shape, image_size)
 
 
 def component_mask(values: np.ndarray, threshold: float, choose: str = "heaviest") -> np.ndarray:
-    """Return one connected component of the cells from ``threshold`` on, (feat_h, feat_w) bool; none: all False."""
+    """Return one connected component of the cells from ``threshold`` on, (feat_h, feat_w) bool; none: all False.
+
+    Args:
+        values: (feat_h, feat_w).
+        threshold: of the cells.
+        choose: "heaviest" (largest sum of ``values``) or "strongest" (the component that holds the maximum).
+    """
     labels, count = ndimage.label(values >= threshold, np.ones((3, 3)))
-    return labels == _chosen_label(labels, values, choose) if count else np.zeros(values.shape, dtype=bool)
-
-
-def _chosen_label(labels: np.ndarray, values: np.ndarray, choose: str) -> int:
-    """Return the label, from 1, of the heaviest component or of the one that holds the maximum."""
+    if count == 0:
+        return labels > 0
     if choose == "strongest":
-        return int(labels.flat[values.argmax()])
+        return labels == labels.flat[values.argmax()]
     if choose != "heaviest":
         raise ValueError(f"choose={choose!r} must be 'heaviest' or 'strongest'")
-    weights = np.bincount(labels.ravel(), weights=values.ravel())
-    return int(weights[1:].argmax()) + 1
+    return labels == np.bincount(labels.ravel(), weights=values.ravel())[1:].argmax() + 1
 
 
 def upsample_map(attention_map: np.ndarray, factor: int) -> np.ndarray:

@@ -127,18 +127,28 @@ class MapCache(Mapping):
             UserError: one line, if it is missing, damaged, or of another data set or model.
         """
         cache = cls(maps_path(path))
-        _check_origin(cache, {"dataset": dataset, "model": model, "weights_sha256": weights_sha256})
+        origin = {
+            "dataset": (dataset, "another data set"),
+            "model": (model, "another model"),
+            "weights_sha256": (weights_sha256, "other weights"),
+        }
+        for key, (expected, other) in origin.items():
+            made_for = cache.header.get(key)
+            if expected not in (None, made_for):
+                raise UserError(
+                    f"{cache.path}: made for {other} ({str(made_for)[:40]!r}, here {expected[:40]!r}); make the maps "
+                    f"again: {remake_command(cache.path)}"
+                )
         cache._sha256 = cache.header["sha256"]
         return cache
 
     @cached_property
     def _opened(self) -> _Opened:
         try:
-            opened = _open(self.path, known=self._sha256)
+            return _open(self.path, known=self._sha256)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0][:200]
             raise UserError(f"{self.path}: {reason}; make the maps again: {remake_command(self.path)}") from error
-        return opened
 
     @property
     def header(self) -> dict[str, Any]:
@@ -188,18 +198,6 @@ def _open(path: Path, known: str | None) -> _Opened:
         if (shapes < 1).any() or not np.isfinite(tensors["cells"]).all():
             raise ValueError("a map in it is empty or holds values that are no numbers")
     return _Opened(header, ids.view(f"S{ids.shape[1]}").ravel(), shapes, starts, cells)
-
-
-def _check_origin(cache: MapCache, expected: dict[str, str | None]) -> None:
-    """Raise UserError if the maps were made for something else than ``expected``."""
-    words = {"dataset": "another data set", "model": "another model", "weights_sha256": "other weights"}
-    for key, value in expected.items():
-        found = cache.header.get(key)
-        if value is not None and found != value:
-            raise UserError(
-                f"{cache.path}: made for {words[key]} ({str(found)[:40]!r}, here {value[:40]!r}); make the maps again: "
-                f"{remake_command(cache.path)}"
-            )
 
 
 def remake_command(path: Path) -> str:
