@@ -38,7 +38,7 @@ def load_request(arguments: list[str]) -> dict | None:
 
 
 def main(request: dict) -> None:
-    """Read the one file, write the other."""
+    """Read the boxes and write them in the other format."""
     config, out = request["config"], Path(request["out"])
     source = config["source"]
     if out.suffix:

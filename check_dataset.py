@@ -8,7 +8,6 @@ Reads any data set that dataset.name knows, writes nothing. Status 2 if anything
 
 import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -26,6 +25,7 @@ from localized_crops.files import UserError
 from readers.data_set import DataSet
 from readers.images import unreadable_images
 from readers.splits import class_notes
+from utils import file_sha256
 
 SHOWN = 20  # lines of one kind; the rest is counted
 
@@ -38,8 +38,8 @@ def main(config: dict) -> None:
     if not len(data.ids):
         raise UserError(f"{data.root}: none of {total} images can be read: {next(iter(data.unreadable.values()))}")
     print(report(data))
-    by_content = config["find_duplicates"]
-    same = same_files(data, _content, "equal images") if by_content else same_files(data, _place, "one file")
+    key, what = (file_sha256, "equal images") if config["find_duplicates"] else (_place, "one file")
+    same = same_files(data, key, what)
     faults = [*data.unreadable.values(), *unreadable_images(data.paths)]
     for lines in (data.notes, class_notes(data), faults, same):
         print_some(lines)
@@ -62,17 +62,15 @@ def report(data: DataSet) -> str:
     """Return a few lines on images, classes, splits and boxes."""
     splits = Counter(data.split.tolist())
     per_class = np.bincount(data.labels[data.labels >= 0], minlength=max(1, len(data.class_names)))
-    turned = f"{data.rotated} images are rotated by EXIF: boxes and crops are in the {data.pixel_grid} pixels"
-    return "\n".join(
-        [
-            f"{data.root}: {len(data.ids)} images, {len(data.class_names)} classes",
-            f"images a class: {per_class.min()} to {per_class.max()}",
-            "splits: " + ", ".join(f"{name} {count}" for name, count in sorted(splits.items())),
-            f"image sizes: {data.image_sizes.min(0).tolist()} to {data.image_sizes.max(0).tolist()} (width, height)",
-            *([turned] if data.rotated else []),
-            *box_lines(data),
-        ]
-    )
+    lines = [
+        f"{data.root}: {len(data.ids)} images, {len(data.class_names)} classes",
+        f"images a class: {per_class.min()} to {per_class.max()}",
+        "splits: " + ", ".join(f"{name} {count}" for name, count in sorted(splits.items())),
+        f"image sizes: {data.image_sizes.min(0).tolist()} to {data.image_sizes.max(0).tolist()} (width, height)",
+    ]
+    if data.rotated:
+        lines.append(f"{data.rotated} images are rotated by EXIF: boxes and crops are in the {data.pixel_grid} pixels")
+    return "\n".join([*lines, *box_lines(data)])
 
 
 def box_lines(data: DataSet) -> list[str]:
@@ -82,22 +80,22 @@ def box_lines(data: DataSet) -> list[str]:
         return ["no true boxes"]
     boxes, sizes = data.boxes[rows], data.image_sizes[rows]
     low, median, high = np.quantile(boxes[:, 2:].prod(1) / sizes.prod(1), (0.05, 0.5, 0.95))
-    without = [f"images without a box: {len(data.ids) - len(rows)}"] if len(rows) < len(data.ids) else []
-    return [
-        *without,
+    lines = [
         f"box area / image area: median {median:.2f}, 90% between {low:.2f} and {high:.2f}",
         f"boxes that reached past their image, clipped: {data.clipped}",
         f"IoU of a constant centred box with the true one: {iou(center_boxes(sizes), boxes).mean():.3f}",
     ]
+    without = len(data.ids) - len(rows)
+    return [f"images without a box: {without}", *lines] if without else lines
 
 
 def same_files(data: DataSet, key: Callable[[Path], Hashable], what: str) -> list[str]:
     """Return a line for each group of images whose files have the same ``key``."""
     groups = defaultdict(list)
     with ThreadPoolExecutor(16) as pool:
-        found = tqdm(pool.map(key, data.paths), total=len(data.ids), desc="comparing files", unit=" images", delay=5)
-        for row, one in enumerate(found):
-            groups[one].append(row)
+        keys = tqdm(pool.map(key, data.paths), total=len(data.ids), desc="comparing files", unit=" images", delay=5)
+        for row, value in enumerate(keys):
+            groups[value].append(row)
     ids, splits = data.ids.tolist(), data.split.tolist()
     return [
         f"{what} under {len(rows)} ids: {', '.join(f'{ids[row]} ({splits[row]})' for row in rows[:4])}"
@@ -107,14 +105,9 @@ def same_files(data: DataSet, key: Callable[[Path], Hashable], what: str) -> lis
 
 
 def _place(path: Path) -> tuple[int, int]:
-    """Return which file it is on the disk: links are one."""
-    about = os.stat(path)
-    return about.st_dev, about.st_ino
-
-
-def _content(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
+    """Return the file's device and inode, which all its links share."""
+    stat = os.stat(path)
+    return stat.st_dev, stat.st_ino
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def stem_of(name: str, root: Path | str | None) -> str:
 
 
 def dino_boxes_path(name: str, root: Path | str | None) -> Path:
-    """Return where generate_dino_boxes.py writes the boxes of a data set unless it is told another place."""
+    """Return where generate_dino_boxes.py writes the boxes of a data set by default."""
     return Path("runs") / f"dino_boxes_{stem_of(name, root)}" / "boxes.json"
 
 
@@ -126,7 +126,7 @@ def dino_boxes_path(name: str, root: Path | str | None) -> Path:
 def source_boxes(
     source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0
 ) -> tuple[np.ndarray, int]:
-    """Return boxes as `known_boxes`, the whole image where there is none, and for how many images there is none."""
+    """Return `known_boxes` with the whole image in place of missing boxes, and the number of missing boxes."""
     boxes = known_boxes(source, data, several=several, allow_missing=allow_missing)
     return fill_missing(boxes, data.image_sizes), int(np.isnan(boxes[:, 0]).sum())
 
@@ -210,7 +210,7 @@ def box_file_of(source: str, data: DataSet) -> Path | None:
 
 
 def source_set(source: str, data: DataSet, allow_missing: float) -> BoxSet | None:
-    """Return all boxes of a source that may hold several an image; None: it holds one."""
+    """Return all boxes of a source that may hold several per image, else None."""
     if source in NAMED_SOURCES or not is_foreign(source):
         return None
     return read_foreign(source, data, allow_missing)

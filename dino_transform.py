@@ -71,9 +71,9 @@ class MapCrops:
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the crops of one epoch, (N, 4) int64 top left height width."""
-        shapes, found = random_shapes(self.image_sizes, self.scale, self.ratio, rng)
+        shapes, fitted = random_shapes(self.image_sizes, self.scale, self.ratio, rng)
         uniform = rng.random((len(shapes), 3))
-        left_top = plain_corners(shapes, found, self.image_sizes, uniform[:, 1:])  # of the images without a map
+        left_top = plain_corners(shapes, fitted, self.image_sizes, uniform[:, 1:])  # of the images without a map
         crops = np.concatenate([left_top[:, ::-1], shapes[:, ::-1]], axis=1)
         for start in range(0, len(self.ids), MAPS_AT_ONCE):
             sums = self._sums_from(start)
@@ -89,15 +89,15 @@ class MapCrops:
             return self._kept[start]
         ids = enumerate(listed_ids(self.ids[start : start + MAPS_AT_ONCE]), start)
         maps = {row: cells for row, image_id in ids if (cells := self.maps.get(image_id)) is not None}
-        sums = self._sums_of(maps) if maps else None
-        if self._room >= (size := sums.sums.nbytes if maps else 0):
+        sums, size = None, 0
+        if maps:
+            feats = np.array([cells.shape for cells in maps.values()])
+            densities = unnormalised_densities(list(maps.values()), feats, self.temperature)
+            sums = MapSums(np.array(list(maps)), feats, densities.shape[2], running_sums(densities))
+            size = sums.sums.nbytes
+        if self._room >= size:
             self._kept[start], self._room = sums, self._room - size
         return sums
-
-    def _sums_of(self, maps: dict[int, np.ndarray]) -> "MapSums":
-        feats = np.array([cells.shape for cells in maps.values()])
-        densities = unnormalised_densities(list(maps.values()), feats, self.temperature)
-        return MapSums(np.array(list(maps)), feats, densities.shape[2], running_sums(densities))
 
 
 class MapSums(NamedTuple):

@@ -1,4 +1,4 @@
-"""What happens to one image: the localized crop, colour-only augmentation, training transform and test views."""
+"""Transforms of one image: the localized crop, colour-only augmentation, training transform and test views."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -70,12 +70,12 @@ class BoxCrops:
         ``redraw`` returns the boxes of one epoch, for images that have several.
         """
         self.boxes, self.image_sizes, self.redraw = boxes_xywh, image_sizes, redraw
-        self.how = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
+        self.settings = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the crops of one epoch, (N, 4) int64 top left height width."""
         boxes = self.boxes if self.redraw is None else self.redraw(rng)
-        return sample_crops(boxes, self.image_sizes, rng=rng, **self.how)
+        return sample_crops(boxes, self.image_sizes, rng=rng, **self.settings)
 
 
 class TrainTransform:
@@ -102,8 +102,8 @@ class TrainTransform:
         """
         if isinstance(image, PIL.Image.Image):
             top, left, height, width = crop
-            how = PIL.Image.Resampling[self.interpolation.upper()], (left, top, left + width, top + height)
-            image = F.pil_to_tensor(image.resize((self.size, self.size), *how))
+            resample, edges = PIL.Image.Resampling[self.interpolation.upper()], (left, top, left + width, top + height)
+            image = F.pil_to_tensor(image.resize((self.size, self.size), resample, edges))
         else:
             image = resized_crop(image, crop, self.size, self.interpolation)
         if self.colour is not None:
@@ -177,14 +177,15 @@ class View:
 def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: float) -> tuple[int, int, int, int]:
     """Return (top, left, height, width) around a box with a margin, widened towards a square inside the image.
 
-    Context rather than distortion: the short side grows to the long one's length as far as the image goes.
+    The box is not distorted: its short side grows to the length of the long side, as far as the image allows.
 
     Args:
         box_xywh: in pixels, inside the image.
         image_size: width, height.
         margin: on each side, as a share of the box's side.
     """
-    box, size = expand_boxes(np.asarray(box_xywh, float), np.array(image_size), margin), np.array(image_size)
+    size = np.array(image_size)
+    box = expand_boxes(box_xywh, size, margin)
     near, far = np.floor(box[:2]), np.ceil(box[:2] + box[2:])
     side = np.minimum((far - near).max(), size)
     near = np.clip(np.round((near + far - side) / 2), 0, size - side)

@@ -108,15 +108,18 @@ def _parse(content: Any) -> BoxFile:
     _check_header(content)
     ids, boxes, sizes, scores = (_columns if content["version"] == COLUMNS_VERSION else _entries)(content)
     rows, has_box = Rows(ids_to_keys(ids)), ~np.isnan(boxes[:, 0])
-    near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    is_bad = {
-        "a box has four finite numbers": ~(np.isfinite(boxes).all(1) | np.isnan(boxes).all(1)),
-        "a size has two whole numbers from 1 on": ~(((sizes >= 1) & (sizes % 1 == 0)).all(1) | np.isnan(sizes).all(1)),
-        "an image with a box has a size": has_box & np.isnan(sizes[:, 0]),
-        "a box has an area": has_box & ~((near >= 0) & (boxes[:, 2:] > 0)).all(1),
-        "a box lies inside its image": ((far > sizes + OVERSHOOT) | (near >= sizes)).any(1),
-        "a score is a finite number": np.isinf(scores[:, 0]),
-    }
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        is_bad = {
+            "a box has four finite numbers": ~(np.isfinite(boxes).all(1) | np.isnan(boxes).all(1)),
+            "a size has two whole numbers from 1 on": ~(
+                ((sizes >= 1) & (sizes % 1 == 0)).all(1) | np.isnan(sizes).all(1)
+            ),
+            "an image with a box has a size": has_box & np.isnan(sizes[:, 0]),
+            "a box has an area": has_box & ~((near >= 0) & (boxes[:, 2:] > 0)).all(1),
+            "a box lies inside its image": ((far > sizes + OVERSHOOT) | (near >= sizes)).any(1),
+            "a score is a finite number": np.isinf(scores[:, 0]),
+        }
     for rule, bad in is_bad.items():
         if bad.any():
             row = int(bad.argmax())
@@ -178,10 +181,10 @@ def _entries(content: dict[str, Any]) -> Numbers:
 
 
 def _rows_of(ids: Iterable[str], lists: Mapping[str, Any], length: int) -> np.ndarray:
-    """Return the lists of the images as one array (N, length); NaN for None.
+    """Return the lists of the images as an array (N, length), NaN for None.
 
     Raises:
-        ValueError: if one is no list of so many finite numbers.
+        ValueError: if a value is not a list of ``length`` finite numbers.
     """
     rows = []
     for key in ids:

@@ -13,7 +13,7 @@ def ids_to_keys(ids: Sequence[ImageId] | np.ndarray) -> np.ndarray:
     """Return image ids as files name them, (N,) UTF-8 bytes.
 
     Raises:
-        ValueError: if one cannot be kept so: it holds the character NUL or is no text.
+        ValueError: if an id holds the character NUL or a character that UTF-8 does not have.
     """
     if isinstance(ids, np.ndarray) and ids.dtype.kind in "iuS":
         return ids.astype(np.bytes_)
@@ -29,15 +29,15 @@ def compact_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def listed_ids(ids: np.ndarray) -> list[ImageId]:
-    """Return the ids of `compact_ids` one by one."""
-    return [one.decode() for one in ids.tolist()] if ids.dtype.kind == "S" else ids.tolist()
+    """Return the ids of `compact_ids` as integers or text."""
+    return [key.decode() for key in ids.tolist()] if ids.dtype.kind == "S" else ids.tolist()
 
 
 class Rows:
     """Which row belongs to which image."""
 
     def __init__(self, keys: np.ndarray) -> None:
-        """Keep the keys (N,) bytes of `ids_to_keys`, one a row.
+        """Number the images by their keys (N,) bytes, as `ids_to_keys` gives them.
 
         Raises:
             ValueError: if an image has two rows.
@@ -62,7 +62,7 @@ class Rows:
         rows = self._order[places]
         return np.where(self.keys[rows] == keys, rows, -1)
 
-    def one(self, image_id: ImageId) -> int:
+    def row(self, image_id: ImageId) -> int:
         """Return the row of an image; KeyError if there is none."""
         key = str(image_id).encode()
         place = int(self.keys.searchsorted(key, sorter=self._order))
@@ -80,7 +80,7 @@ class Column(Mapping):
     """A mapping from image ids to tuples of numbers, or single ones; None where the numbers are NaN."""
 
     def __init__(self, rows: Rows, numbers: np.ndarray, kind: type = float) -> None:
-        """Keep the numbers (N, K) or (N,) float64 of the rows; as ``kind``, float or int, they are given out."""
+        """Keep the numbers (N, K) or (N,) float64 of the rows; values come out as ``kind``, float or int."""
         self.rows, self.numbers, self.kind = rows, numbers, kind
 
     def __len__(self) -> int:
@@ -90,14 +90,14 @@ class Column(Mapping):
         return iter(self.rows.ids)
 
     def __getitem__(self, image_id: ImageId) -> Any:
-        return self._given(self.numbers[self.rows.one(image_id)].tolist())
+        return self._value(self.numbers[self.rows.row(image_id)].tolist())
 
-    def _given(self, numbers: list[float] | float) -> Any:
+    def _value(self, numbers: list[float] | float) -> Any:
         if isinstance(numbers, list):
             return None if numbers[0] != numbers[0] else tuple(map(self.kind, numbers))
         return None if numbers != numbers else self.kind(numbers)
 
-    # one image after the other would be looked up by the parent's
+    # faster than Mapping's own, which look up image by image
 
     def keys(self) -> KeysView:
         return dict.fromkeys(self).keys()
@@ -109,4 +109,4 @@ class Column(Mapping):
         return self._dict().items()
 
     def _dict(self) -> dict[ImageId, Any]:
-        return dict(zip(self, map(self._given, self.numbers.tolist()), strict=True))
+        return dict(zip(self, map(self._value, self.numbers.tolist()), strict=True))

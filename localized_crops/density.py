@@ -114,9 +114,9 @@ def crops_around(centres: np.ndarray, shapes: np.ndarray, image_sizes: np.ndarra
 
 def unnormalised_densities(maps: Sequence[np.ndarray], feats: np.ndarray, temperature: float) -> torch.Tensor:
     """Return what `map_to_density` of each map is proportional to: (B, most feat_h, most feat_w), zero beyond a map."""
-    padded = np.full((len(maps), *feats.max(axis=0)), -np.inf, dtype=np.result_type(*{one.dtype for one in maps}))
-    for cells, one in zip(padded, maps, strict=True):
-        cells[: one.shape[0], : one.shape[1]] = one
+    padded = np.full((len(maps), *feats.max(axis=0)), -np.inf, dtype=np.result_type(*{cells.dtype for cells in maps}))
+    for place, cells in zip(padded, maps, strict=True):
+        place[: cells.shape[0], : cells.shape[1]] = cells
     cells = torch.from_numpy(padded).float()
     largest = cells.amax((1, 2), keepdim=True)
     weights = cells.sub_(largest).mul_(1 / temperature).exp_()

@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 class UserError(Exception):
-    """A fault that the user can mend. The message is one line: what was found, where, what to do."""
+    """A fault that the user can mend. The message is one line: what is wrong, where, what to do."""
 
     def __init__(self, message: str) -> None:
         # a loader's worker hands its error over as a whole traceback with the message at its end
@@ -41,11 +42,11 @@ REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "what was fi
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that you may write to")
 REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file lies where a folder is needed; name another")
 SCRATCH = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # .NAME.PID.tmp.SUFFIX
-HEAD_BYTES = 2**20  # of a file that are looked at to tell who wrote it
+HEAD_BYTES = 2**20  # of a file that are read to recognise what wrote it
 
 
 def remedy(error: OSError) -> str:
-    """Return what can be done about a system error of writing; nothing where that is not known."""
+    """Return the remedy of a system error of writing, as text; empty where none is known."""
     return REMEDIES.get(error.errno, "")
 
 
@@ -65,7 +66,7 @@ def whole_file(path: Path | str, *, new_folder: bool = True) -> Iterator[Path]:
 
     Args:
         path: the file to write.
-        new_folder: make its folder where there is none; false: that is an error, for a folder that was there before.
+        new_folder: make its folder if it is missing; false: a missing folder is an error.
 
     Raises:
         DiskError: if it cannot be written; then ``path`` is as it was.
@@ -90,9 +91,9 @@ def whole_file(path: Path | str, *, new_folder: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def scratch_folder(path: Path | str) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``, to be filled and renamed; it is removed where it was not.
+    """Yield an empty folder beside ``path``, to be filled and renamed to it; if it is not renamed, it is removed.
 
-    What killed processes left of such folders is removed first.
+    Scratch folders that killed processes left there are removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +111,7 @@ def scratch_folder(path: Path | str) -> Iterator[Path]:
 
 
 def remove_scratch(folder: Path | str) -> None:
-    """Remove what killed writers left in ``folder``; a living one holds its scratch file or folder."""
+    """Remove scratch files and folders that killed processes left in ``folder``; running ones lock theirs."""
     for path in Path(folder).glob(".*.tmp*"):
         if SCRATCH.fullmatch(path.name):
             with contextlib.suppress(OSError):
@@ -131,14 +132,14 @@ def no_empty_folder(folder: Path | str, *, is_new: bool = False) -> Iterator[Non
         is_new: it was made just before, for what the with block does.
     """
     folder = Path(folder)
-    made = [one for one in (folder, *folder.parents) if not one.exists()] or [folder] * is_new
+    made = [path for path in (folder, *folder.parents) if not path.exists()] or [folder] * is_new
     try:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
         with contextlib.suppress(OSError):
-            for one in made:
-                one.rmdir()
+            for path in made:
+                path.rmdir()
 
 
 def check_output(path: Path | str, ours: bytes | None = None) -> None:
@@ -146,8 +147,7 @@ def check_output(path: Path | str, ours: bytes | None = None) -> None:
 
     Args:
         path: the file.
-        ours: a regular expression that is found at the beginning of what this program writes there; None: it replaces
-            nothing at all.
+        ours: regular expression that matches the beginning of a file that may be replaced; None: no file may be.
 
     Raises:
         UserError: if something else lies there, or it cannot be written.
@@ -219,8 +219,7 @@ def parse_json(text: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return values
 

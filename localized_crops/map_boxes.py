@@ -51,7 +51,7 @@ def clean_map(
         temperature: of the softmax.
 
     Returns:
-        (feat_h, feat_w) float64. A map with NaN comes back with NaN: `is_blank` tells.
+        (feat_h, feat_w) float64; NaN in the input stays NaN (`is_blank` is then true).
 
     Raises:
         ValueError: on an unknown step, or steps without "heads".
@@ -119,7 +119,7 @@ def box_filter(maps: np.ndarray, filter_size: int) -> np.ndarray:
 def min_max(maps: np.ndarray) -> np.ndarray:
     """Scale each map to [0, 1]; a constant map becomes all zeros, so that no threshold above 0 finds anything.
 
-    A map with an infinite value comes back with NaN: `is_blank` tells.
+    A map with an infinite value becomes NaN (`is_blank` is then true).
     """
     low = maps.min(axis=(-2, -1), keepdims=True)
     with np.errstate(invalid="ignore"):  # infinity less infinity

@@ -98,8 +98,8 @@ class _Opened(NamedTuple):
 class MapCache(Mapping):
     """The maps of a file by image id, each read when it is asked for.
 
-    A pickled one is small: each process opens the file anew, when it reads the first map, and makes sure that it is
-    still the file that was opened first. The file stays readable where it is replaced, as it is mapped into memory.
+    It pickles to a path and a hash: each process opens the file when it reads its first map, and checks that it is the
+    same file. The file is mapped into memory, so a process that has opened it can read on after it was replaced.
     """
 
     def __init__(self, path: Path, sha256: str | None = None) -> None:

@@ -1,6 +1,7 @@
 """Random crops as torchvision v2 transforms: held to a box, or centred by an attention map."""
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,8 @@ class _RandomCrop(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Apply the drawn crop to one input (a hook of v2 transforms)."""
-        crop = {side: params[side] for side in CROP_SIDES}
-        return self._call_kernel(
-            F.resized_crop, inpt, **crop, size=self.size, interpolation=self.interpolation, antialias=True
-        )
+        settings = {"size": self.size, "interpolation": self.interpolation, "antialias": True}
+        return self._call_kernel(F.resized_crop, inpt, *(params[side] for side in CROP_SIDES), **settings)
 
 
 class LocalizedRandomResizedCrop(_RandomCrop):
@@ -141,9 +140,9 @@ def _only_box(flat_inputs: list[Any]) -> np.ndarray:
     """
     boxes = [item for item in flat_inputs if isinstance(item, tv_tensors.BoundingBoxes)]
     if len(boxes) != 1 or boxes[0].shape[-2:] not in ((1, 4), (4,)):
-        found = [tuple(item.shape) for item in boxes]
+        shapes = [tuple(item.shape) for item in boxes]
         raise ValueError(
-            f"LocalizedRandomResizedCrop needs one box an image, found BoundingBoxes of shapes {found}; choose one of "
+            f"LocalizedRandomResizedCrop needs one box an image, got BoundingBoxes of shapes {shapes}; choose one of "
             "several, or give box="
         )
     xywh = F.convert_bounding_box_format(boxes[0], new_format=tv_tensors.BoundingBoxFormat.XYWH)
@@ -225,7 +224,7 @@ class DinoRandomResizedCrop(_RandomCrop):
 
     def forward(self, *inputs: Any, attention_map: np.ndarray | torch.Tensor | None = None) -> Any:
         """Crop and resize; ``attention_map`` (feat_h, feat_w) where no `AttentionMap` is among the inputs."""
-        if len(inputs) == 2 and _is_image(inputs[0]) and _is_array_or_none(inputs[1]):
+        if len(inputs) == 2 and _is_image(inputs[0]) and type(inputs[1]) in (np.ndarray, torch.Tensor, NoneType):
             inputs, attention_map = inputs[:1], inputs[1]
             if attention_map is None:
                 return self.plain(inputs[0])
@@ -237,8 +236,9 @@ class DinoRandomResizedCrop(_RandomCrop):
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the crop for one sample (a hook of v2 transforms)."""
         height, width = F.get_size(next(filter(_is_image, flat_inputs)))
-        attention_map = _only_map(flat_inputs)
-        density = attention_map if self.temperature is None else map_to_density(attention_map, self.temperature)
+        density = _only_map(flat_inputs)
+        if self.temperature is not None:
+            density = map_to_density(density, self.temperature)
         crop = sample_density_crops(density, (width, height), 1, self.scale, self.ratio, _torch_rng())[0]
         return dict(zip(CROP_SIDES, crop.tolist(), strict=True)) | {"canvas": (height, width)}
 
@@ -255,10 +255,6 @@ class DinoRandomResizedCrop(_RandomCrop):
         return f"size={self.size}, scale={self.scale}, ratio={self.ratio}, temperature={self.temperature}"
 
 
-def _is_array_or_none(item: Any) -> bool:
-    return item is None or isinstance(item, np.ndarray) or type(item) is torch.Tensor
-
-
 def _only_map(flat_inputs: list[Any]) -> np.ndarray:
     """Return the one map among the inputs, (feat_h, feat_w).
 
@@ -267,7 +263,7 @@ def _only_map(flat_inputs: list[Any]) -> np.ndarray:
     """
     maps = [item for item in flat_inputs if isinstance(item, AttentionMap)]
     if len(maps) != 1:
-        raise ValueError(f"DinoRandomResizedCrop needs one AttentionMap an image, found {len(maps)}")
+        raise ValueError(f"DinoRandomResizedCrop needs one AttentionMap an image, got {len(maps)}")
     cells = np.asarray(maps[0].as_subclass(torch.Tensor).cpu())
     cells = cells[0] if cells.ndim == 3 and len(cells) == 1 else cells
     if cells.ndim != 2 or not np.isfinite(cells).all():

@@ -98,9 +98,9 @@ def _read_numbers(
         path: the table.
         ids: of the images.
         kind: dtype of the numbers.
-        count: how many stand behind the id.
+        count: numbers of a line, after the id.
         expected: what they must be, for the error.
-        are_good: tells which numbers are.
+        are_good: returns a bool for each row or number.
     """
     lines, row_type = _lines(path), np.dtype([("id", np.int64), ("numbers", kind, (count,))])
 

@@ -1,4 +1,4 @@
-"""What a data set is to the program: one row an image."""
+"""The data set as the program sees it: one row per image."""
 
 import hashlib
 import os
@@ -59,7 +59,7 @@ class DataSet:
     pixel_grid: str = "stored"  # of boxes and sizes: "stored", or "upright" (EXIF orientation applied)
     clipped: int = 0  # boxes that reached past their image
     rotated: int = 0  # images whose EXIF orientation is not upright
-    notes: tuple[str, ...] = ()  # what is odd about the files, a line each
+    notes: tuple[str, ...] = ()  # oddities of the files that users should know, a line each
     unreadable: dict[int | str, str] = field(default_factory=dict)  # image id -> why; these images have no row
 
     def rows(self, split: str) -> np.ndarray:
@@ -82,10 +82,10 @@ class DataSet:
 def clip_checked(
     path: Path, ids: np.ndarray, boxes_xywh: np.ndarray, image_sizes: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Return boxes (N, 4) cut at their images, and how many reached past theirs; NaN stays.
+    """Clip boxes (N, 4) to their images; return them and how many were changed. NaN stays NaN.
 
     Raises:
-        UserError: if one lies outside its image; ``path`` is the file that says so.
+        UserError: if a box lies outside its image; ``path`` is the file that holds it.
     """
     boxes = clip_boxes(boxes_xywh, image_sizes)
     outside = (boxes[:, 2:] <= 0).any(1)

@@ -4,7 +4,6 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,37 +31,33 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
     Raises:
         UserError: if there are no images, or the layout is neither, or an image cannot be read.
     """
-    parts = {entry.name: SPLIT_NAMES[entry.name.lower()] for entry in _folders(root) if _is_split(entry.name)}
+    folders = {folder.name: SPLIT_NAMES.get(folder.name.lower()) for folder in _folders(root)}
+    parts = {name: split for name, split in folders.items() if split}
     if "train" not in parts.values():
         parts = {"": "train"}
     names, classes, splits, notes = [], [], [], []
     for part, split in sorted(parts.items()):
         for folder in _folders(root / part):
-            found, others = _images_in(folder)
-            notes += _folder_notes(folder.relative_to(root), found, others)
-            names += [os.path.relpath(path, root) for path in found]
-            classes += [folder.name] * len(found)
-            splits += [split] * len(found)
-    if not names:
-        return unlabelled(name, root, keep_going)
+            images, others = _images_in(folder)
+            place = folder.relative_to(root)
+            if not images:
+                notes.append(f"{place}: a class folder without images")
+            if others:
+                notes.append(f"{place}: {others} files that are no images are left out")
+            names += [os.path.relpath(path, root) for path in images]
+            classes += [folder.name] * len(images)
+            splits += [split] * len(images)
+    if not names:  # images without labels, if any
+        names = [os.path.relpath(path, root) for path in _images_in(root)[0]]
+        if not names:
+            raise UserError(f"{root}: holds no images; put them into {root}/CLASS/ or {root}/train/CLASS/")
+        labels, split_of = np.full(len(names), -1), np.full(len(names), "test", dtype="<U5")
+        return from_columns(name, root, names, labels, [], split_of, keep_going, [])
     class_names = sorted(set(classes))
     notes += _alike(class_names)
-    number_of = {one: number for number, one in enumerate(class_names)}
-    labels = np.array([number_of[one] for one in classes], dtype=np.int64)
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = np.array([label_of[class_name] for class_name in classes], dtype=np.int64)
     return from_columns(name, root, names, labels, class_names, np.array(splits, dtype="<U5"), keep_going, notes)
-
-
-def unlabelled(name: str, root: Path, keep_going: bool) -> DataSet:
-    """Return all images in a folder, without labels, as test images.
-
-    Raises:
-        UserError: if there is none.
-    """
-    found, _ = _images_in(root)
-    if not found:
-        raise UserError(f"{root}: holds no images; put them into {root}/CLASS/ or {root}/train/CLASS/")
-    names, count = [os.path.relpath(path, root) for path in found], len(found)
-    return from_columns(name, root, names, np.full(count, -1), [], np.full(count, "test", dtype="<U5"), keep_going, [])
 
 
 def from_columns(
@@ -105,44 +100,29 @@ def from_columns(
 def _check_names(root: Path, names: list[str]) -> None:
     for name in names:
         # control characters, ends of lines, and what is no UTF-8; others that cannot be seen are in many files' names
-        if name.isdigit() or any(unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in name):
+        if name.isdigit() or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
             raise UserError(f"{root}: {name!r}: a file name of digits alone, or with control characters; rename it")
-
-
-def _is_split(name: str) -> bool:
-    return name.lower() in SPLIT_NAMES
 
 
 def _folders(root: Path) -> list[Path]:
     with os.scandir(root) as entries:
         folders = [Path(entry) for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
-    return sorted(one for one in folders if not MASKS.fullmatch(one.name))
+    return sorted(folder for folder in folders if not MASKS.fullmatch(folder.name))
 
 
 def _images_in(folder: Path) -> tuple[list[str], int]:
-    """Return the paths of all images below a folder, sorted, and how many other files lie there."""
-    found, others = [], 0
-    for path in _files_below(folder):
-        if os.path.splitext(path)[1].lower() in SUFFIXES:
-            found.append(path)
-        else:
-            others += 1
-    return sorted(found), others
-
-
-def _files_below(folder: Path) -> Iterator[str]:
-    for place, folders, files in os.walk(folder):
-        folders[:] = [one for one in folders if not one.startswith(".")]
-        yield from (os.path.join(place, one) for one in files if not one.startswith("."))
-
-
-def _folder_notes(folder: Path, found: list[str], others: int) -> list[str]:
-    notes = [] if found else [f"{folder}: a class folder without images"]
-    return notes + [f"{folder}: {others} files that are no images are left out"] * bool(others)
+    """Return the paths of all images below a folder, sorted, and how many other files lie there; no hidden ones."""
+    files = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [os.path.join(place, name) for name in names if not name.startswith(".")]
+    images = sorted(file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES)
+    return images, len(files) - len(images)
 
 
 def _alike(class_names: list[str]) -> list[str]:
     """Return a line on class names that differ in case or spaces alone."""
-    counts = Counter(" ".join(one.lower().split()) for one in class_names)
-    alike = [one for one in class_names if counts[" ".join(one.lower().split())] > 1]
-    return [f"classes whose names differ in case or spaces alone: {', '.join(map(repr, alike))}"] if alike else []
+    plain = {name: " ".join(name.lower().split()) for name in class_names}
+    counts = Counter(plain.values())
+    alike = [repr(name) for name in class_names if counts[plain[name]] > 1]
+    return [f"classes whose names differ in case or spaces alone: {', '.join(alike)}"] if alike else []

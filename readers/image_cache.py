@@ -35,7 +35,7 @@ LOCK = ".decoded_images.lock"  # held by the process that builds
 class ImageCache:
     """Decoded images by id. Cheap to pickle: a worker maps the file anew, nothing is copied."""
 
-    used: IO | None = None  # the file, locked as long as this process uses it: nobody removes it meanwhile
+    used: IO | None = None  # the file, locked while this process uses it, so that no other process removes it
 
     def __init__(self, path: Path, key: str, rows: Rows, sizes: np.ndarray, image_sizes: np.ndarray) -> None:
         """Use `cached_images`.
@@ -59,7 +59,7 @@ class ImageCache:
             if not self.is_whole():
                 raise UserError(f"{self.path}: was removed or replaced while it was in use; start the run again")
             self._pixels = np.memmap(self.path, np.uint8, "c")  # copy-on-write: no writer can reach the file
-        row = self.rows.one(image_id)
+        row = self.rows.row(image_id)
         width, height = self.sizes[row].tolist()
         content = self._pixels[self.offsets[row] : self.offsets[row + 1]]
         return torch.from_numpy(content.reshape(height, width, 3)).permute(2, 0, 1)
@@ -77,7 +77,7 @@ class ImageCache:
         """Return a crop, top left height width in pixels of the image, in pixels as stored, rounded outward."""
         if self.scales is None:
             return crop
-        row = self.rows.one(image_id)
+        row = self.rows.row(image_id)
         scale = self.scales[row, ::-1]
         near = np.floor(np.array(crop[:2]) * scale + ROUNDING)
         far = np.minimum(np.ceil((np.array(crop[:2]) + crop[2:]) * scale - ROUNDING), self.sizes[row, ::-1])
@@ -85,7 +85,7 @@ class ImageCache:
 
     def box_as_stored(self, image_id: int | str, box_xywh: np.ndarray) -> np.ndarray:
         """Return a box (4,), x y width height in pixels of the image, in pixels as stored."""
-        return box_xywh if self.scales is None else box_xywh * np.tile(self.scales[self.rows.one(image_id)], 2)
+        return box_xywh if self.scales is None else box_xywh * np.tile(self.scales[self.rows.row(image_id)], 2)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_pixels": None, "used": None}
@@ -106,13 +106,13 @@ def cached_images(
     final names.
 
     Args:
-        folder: where the cache lies; files of other images there go, unless a process uses them.
+        folder: of the cache; cache files of other images in it are removed unless a process uses them.
         fingerprint: of the data set.
         ids: (N,) image ids.
         paths: of the image files.
         image_sizes: (N, 2) width height in pixels.
         read: decodes an image file as RGB.
-        side: images with a longer short side are stored with this one, pixels; None: as they are.
+        side: largest short side in pixels: larger images are stored reduced to it; None: no limit.
 
     Raises:
         UserError: if there is no room, or an image cannot be read.
@@ -200,7 +200,7 @@ def _head(key: str) -> bytes:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Be the only process that looks whether the cache is there and builds it; say so when another one does."""
+    """Hold the lock under which the cache is looked for and built; print a line if another process holds it."""
     lock = lock_file(folder / LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if lock is None:
         print(f"another process decodes the images to {folder}: waiting for it", flush=True)

@@ -30,13 +30,11 @@ warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 def _open_image(path: Path) -> PIL.Image.Image:
+    refuse_special(path)
     try:
-        refuse_special(path)
         image = PIL.Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{path}: the image is missing; restore it or remove its rows from the text files") from None
-    except UserError:
-        raise
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
         raise _bomb(path) from None
     except Exception as error:  # Pillow's readers raise errors of many unrelated kinds
@@ -94,35 +92,30 @@ def image_sizes(
     Raises:
         UserError: if an image cannot be read.
     """
-    faults, kept = {}, isinstance(paths, ImagePaths) and len(paths) > MOST_HEADERS
-    stats = file_stats(paths.files()) if kept else None
-    found = _kept_headers(paths, stats) if kept else np.zeros((len(paths), 3), dtype=np.int64)
-    todo = np.flatnonzero(found[:, 0] == 0).tolist()
+    faults, in_file = {}, isinstance(paths, ImagePaths) and len(paths) > MOST_HEADERS
+    stats = file_stats(paths.files()) if in_file else None
+    headers = _kept_headers(paths, stats) if in_file else np.zeros((len(paths), 3), dtype=np.int64)
+    todo = np.flatnonzero(headers[:, 0] == 0).tolist()
 
-    def read(rows: tuple[int, ...]) -> list[tuple[int, int, bool]]:
-        return [_size_or_fault(paths[row], row, faults if keep_going else None) for row in rows]
+    def read(rows: tuple[int, ...]) -> None:
+        for row in rows:
+            try:
+                headers[row] = image_size(paths[row])
+            except UserError as error:
+                if not keep_going:
+                    raise
+                faults[row] = str(error)
 
     with (
         ThreadPoolExecutor(16) as pool,  # headers only: the time goes to the disk
         tqdm(total=len(todo), desc="reading image sizes", unit=" images", delay=5, leave=False) as bar,
     ):
-        for rows, sizes in zip(batched(todo, 64), pool.map(read, batched(todo, 64)), strict=True):
-            found[list(rows)] = sizes
-            bar.update(len(rows))
-    if kept and len(todo) > len(faults):
-        _keep_headers(paths, stats, found)
-    return found[:, :2], found[:, 2].astype(bool), dict(sorted(faults.items()))
-
-
-def _size_or_fault(path: Path, row: int, faults: dict[int, str] | None) -> tuple[int, int, bool]:
-    """Return `image_size`; note a fault under ``row`` where ``faults`` are kept, and return zeros."""
-    try:
-        return image_size(path)
-    except UserError as error:
-        if faults is None:
-            raise
-        faults[row] = str(error)
-        return 0, 0, False
+        parts = list(batched(todo, 64))
+        for part, _ in zip(parts, pool.map(read, parts), strict=True):
+            bar.update(len(part))
+    if in_file and len(todo) > len(faults):
+        _keep_headers(paths, stats, headers)
+    return headers[:, :2], headers[:, 2].astype(bool), dict(sorted(faults.items()))
 
 
 def _headers_file(paths: ImagePaths) -> Path:
@@ -131,22 +124,20 @@ def _headers_file(paths: ImagePaths) -> Path:
 
 def _kept_headers(paths: ImagePaths, stats: np.ndarray) -> np.ndarray:
     """Return width, height and whether it is turned, (N, 3) int64, of files that did not change; 0 of the others."""
-    found = np.zeros((len(paths), 3), dtype=np.int64)
-    try:
+    headers = np.zeros((len(paths), 3), dtype=np.int64)
+    with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # there is none, or it is damaged
         rows = np.load(_headers_file(paths), allow_pickle=False)
         places = Rows(rows["name"]).of(paths.names)
         kept = (places >= 0) & (rows["stats"][places] == stats).all(1) & (stats[:, 0] >= 0)
-        found[kept] = rows["found"][places[kept]]
-    except (OSError, ValueError, EOFError, IndexError):  # there is none, or it is damaged
-        return found
-    return found
+        headers[kept] = rows["found"][places[kept]]
+    return headers
 
 
-def _keep_headers(paths: ImagePaths, stats: np.ndarray, found: np.ndarray) -> None:
-    known = found[:, 0] > 0
+def _keep_headers(paths: ImagePaths, stats: np.ndarray, headers: np.ndarray) -> None:
+    known = headers[:, 0] > 0
     names = paths.names[known]
     rows = np.zeros(len(names), [("name", names.dtype), ("stats", np.int64, 3), ("found", np.int32, 3)])
-    rows["name"], rows["stats"], rows["found"] = names, stats[known], found[known]
+    rows["name"], rows["stats"], rows["found"] = names, stats[known], headers[known]
     with contextlib.suppress(DiskError), whole_file(_headers_file(paths), new_folder=False) as scratch:  # read-only
         np.save(scratch, rows)
 
@@ -163,7 +154,7 @@ def read_image(path: Path) -> PIL.Image.Image:
 
 
 def read_reduced(path: Path, reduction: int) -> tuple[PIL.Image.Image, int]:
-    """Return an image as `read_image`, a JPEG with sides of a 2nd, 4th or 8th; and by how much it was reduced.
+    """Return an image as `read_image`, a JPEG at a half, quarter or eighth of its sides, and the reduction.
 
     The JPEG decoder leaves out the high frequencies of each block, which takes a fraction of the time. The sides are
     rounded up: pixel (x, y) stands for the whole pixels from (x, y) times the reduction on.

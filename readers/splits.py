@@ -1,4 +1,4 @@
-"""Which images are trained on, validated on, tested on: by the data set's own rule or drawn class by class."""
+"""The train, val and test splits: the official ones, filled up, or drawn class by class."""
 
 import hashlib
 import math
@@ -15,8 +15,8 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 
 def fill_train(data: DataSet) -> DataSet:
     """Return the data set with the first test images, in file order, moved to train until it holds 70%."""
-    wanted = math.ceil(TRAIN_SHARE * len(data.ids))
-    moved = data.rows("test")[: max(0, wanted - len(data.rows("train")))]
+    count = math.ceil(TRAIN_SHARE * len(data.ids)) - len(data.rows("train"))
+    moved = data.rows("test")[: max(0, count)]
     return _with_split(data, moved, "train")
 
 
@@ -32,15 +32,13 @@ def hold_out(data: DataSet, fraction: float, split: str = "val", seed: int | Non
     """
     train = data.rows("train")
     if seed is not None:
-        keys = [hashlib.blake2b(f"{seed}/{one}".encode(errors="surrogateescape"), digest_size=8).digest()
-                for one in data.ids[train].tolist()]  # fmt: skip
+        texts = (f"{seed}/{image_id}".encode(errors="surrogateescape") for image_id in data.ids[train].tolist())
+        keys = [hashlib.blake2b(text, digest_size=8).digest() for text in texts]
         train = train[np.argsort(np.array(keys, dtype="S8"), kind="stable")[::-1]]
     train = train[np.argsort(data.labels[train], kind="stable")]
     counts = np.bincount(data.labels[train], minlength=len(data.class_names))
     moved = np.minimum(np.round(fraction * counts).astype(np.int64), np.maximum(counts - 1, 0))
-    ends = np.cumsum(counts)
-    place = np.arange(len(train))
-    is_moved = place >= np.repeat(ends - moved, counts)
+    is_moved = np.arange(len(train)) >= np.repeat(np.cumsum(counts) - moved, counts)  # the last ones of each class
     return _with_split(data, train[is_moved], split)
 
 
@@ -51,7 +49,7 @@ def _with_split(data: DataSet, rows: Iterable[int], name: str) -> DataSet:
 
 
 def class_notes(data: DataSet) -> list[str]:
-    """Return a line on each kind of class that its images cannot teach or test."""
+    """Return a line for each kind of class that has too few images to learn or to test."""
     count = len(data.class_names)
     if not count:
         return [f"{len(data.ids)} images without labels: there are no class folders; they cannot be trained on"]
@@ -66,9 +64,9 @@ def class_notes(data: DataSet) -> list[str]:
         if labels[split].any():
             left = f"{(labels[split] > 0).sum()} classes are left there"
             kinds[f"have no image in {split}, {left}"] = (labels[split] == 0) & (used > 0)
-    return [_classes_line(data.class_names, which, what) for what, which in kinds.items() if which.any()]
-
-
-def _classes_line(names: list[str], which: np.ndarray, what: str) -> str:
-    first = ", ".join(repr(names[n]) for n in np.flatnonzero(which)[:3])
-    return f"{which.sum()} of {len(names)} classes {what}: {first}{', ...' if which.sum() > 3 else ''}"
+    lines = []
+    for what, which in kinds.items():
+        if which.any():
+            first = ", ".join(repr(data.class_names[label]) for label in np.flatnonzero(which)[:3])
+            lines.append(f"{which.sum()} of {count} classes {what}: {first}{', ...' if which.sum() > 3 else ''}")
+    return lines

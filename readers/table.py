@@ -33,18 +33,18 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     """
     path = Path(table) if table else _only_table(root)
     columns, lines = read_columns(path, ("path", "label"), ("split", *BOX_COLUMNS))
-    _refuse_lines(path, lines, columns["path"], [not one for one in columns["path"]], "has no path")
-    _refuse_lines(path, lines, columns["label"], [not one for one in columns["label"]], "has no label")
+    _refuse_lines(path, lines, columns["path"], [not field for field in columns["path"]], "has no path")
+    _refuse_lines(path, lines, columns["label"], [not field for field in columns["label"]], "has no label")
     first_line = dict(zip(reversed(columns["path"]), reversed(lines), strict=True))
-    twice = [first_line[one] < line for one, line in zip(columns["path"], lines, strict=True)]
+    twice = [first_line[image] < line for image, line in zip(columns["path"], lines, strict=True)]
     _refuse_lines(path, lines, columns["path"], twice, "stands in an earlier line already; remove one")
     raw_boxes = boxes_of(path, columns, lines)
     split_names = columns.get("split", ["train"] * len(lines))
-    splits = [SPLIT_NAMES.get(one.lower()) for one in split_names]
-    _refuse_lines(path, lines, split_names, [one is None for one in splits], "is no split: train, val, test")
-    class_names = sorted(set(columns["label"]), key=lambda one: one.zfill(18) if one.isdigit() else one)
-    number_of = {one: number for number, one in enumerate(class_names)}
-    labels = np.array([number_of[one] for one in columns["label"]], dtype=np.int64)
+    splits = [SPLIT_NAMES.get(field.lower()) for field in split_names]
+    _refuse_lines(path, lines, split_names, [split is None for split in splits], "is no split: train, val, test")
+    class_names = sorted(set(columns["label"]), key=lambda label: label.zfill(18) if label.isdigit() else label)
+    label_of = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = np.array([label_of[class_name] for class_name in columns["label"]], dtype=np.int64)
     data = from_columns(name, root, columns["path"], labels, class_names, np.array(splits, dtype="<U5"), keep_going, [])
     raw_boxes = raw_boxes[~np.isin(columns["path"], list(data.unreadable))]
     has_box = ~np.isnan(raw_boxes[:, 0])
@@ -55,10 +55,10 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
 
 
 def _only_table(root: Path) -> Path:
-    found = sorted(root.glob("*.csv"))
-    if len(found) != 1:
-        raise UserError(f"{root}: holds {len(found)} CSV files; name the table: dataset.table=FILE.csv")
-    return found[0]
+    tables = sorted(root.glob("*.csv"))
+    if len(tables) != 1:
+        raise UserError(f"{root}: holds {len(tables)} CSV files; name the table: dataset.table=FILE.csv")
+    return tables[0]
 
 
 def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[dict[str, list[str]], list]:
@@ -71,11 +71,11 @@ def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...])
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
     try:
-        header = [one.strip().lower() for one in next(reader, [])]
-        rows = [(reader.line_num, [one.strip() for one in row]) for row in reader if row]
+        header = [field.strip().lower() for field in next(reader, [])]
+        rows = [(reader.line_num, [field.strip() for field in row]) for row in reader if row]
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from None
-    lacking = [one for one in needed if one not in header]
+    lacking = [name for name in needed if name not in header]
     if lacking:
         raise UserError(f"{path}:1: has no column {lacking[0]!r}; it needs {', '.join(needed)}")
     bad = next((line for line, row in rows if len(row) != len(header)), None)
@@ -84,7 +84,7 @@ def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...])
     if not rows:
         raise UserError(f"{path}: has no rows")
     columns = dict(zip(header, map(list, zip(*(row for _, row in rows), strict=True)), strict=True))
-    return {one: columns[one] for one in (*needed, *optional) if one in columns}, [line for line, _ in rows]
+    return {name: columns[name] for name in (*needed, *optional) if name in columns}, [line for line, _ in rows]
 
 
 def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.ndarray:
@@ -93,12 +93,12 @@ def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.
     Raises:
         UserError: if a field is no number, or only some of the columns or of a line's fields are there.
     """
-    given = [one for one in BOX_COLUMNS if one in columns]
+    given = [name for name in BOX_COLUMNS if name in columns]
     if not given:
         return no_boxes(len(lines))
     if len(given) < len(BOX_COLUMNS):
         raise UserError(f"{path}:1: has {', '.join(given)}, but a box needs all of {', '.join(BOX_COLUMNS)}")
-    fields = list(zip(*(columns[one] for one in BOX_COLUMNS), strict=True))
+    fields = list(zip(*(columns[name] for name in BOX_COLUMNS), strict=True))
     boxes = np.array([[_number(field) for field in row] for row in fields])
     empty = np.array([not any(row) for row in fields])
     bad = ~(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)) & ~empty
@@ -107,7 +107,7 @@ def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.
 
 
 def _number(field: str) -> float:
-    """Return the number of a field, NaN for an empty one and what is no number."""
+    """Return a field as a number, NaN if it is empty or not a number."""
     try:
         return float(field)
     except ValueError:

@@ -41,8 +41,8 @@ def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) ->
         names += [os.path.relpath(file, root) for file in files]
         labels += part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
         splits += [ours] * len(files)
-    about = np.array(labels, dtype=np.int64), list(part.classes), np.array(splits, dtype="<U5")
-    return from_columns(name, root, names, *about, keep_going, [])
+    labels, splits = np.array(labels, dtype=np.int64), np.array(splits, dtype="<U5")
+    return from_columns(name, root, names, labels, list(part.classes), splits, keep_going, [])
 
 
 def _files(part: torchvision.datasets.VisionDataset) -> list[str | Path]:
