@@ -40,8 +40,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from config import load_config
 from datasets import known_boxes, read_dataset
 from dino_transform import MapCrops
-from experiments.grid import crop_family, settings_key
-from figures.box_report import METHOD_NAMES, SPLITS
+from experiments.grid import crop_family, load_summary, settings_key
+from figures.box_report import METHOD_NAMES, split_rows
 from figures.plots import (
     Panel,
     Sample,
@@ -133,14 +133,12 @@ def read_subject(config: dict) -> Subject:
     if not has_box.all():
         print(f"{config['source']}: no box for {(~has_box).sum()} images; the whole image serves as theirs")
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
-    candidates = read_candidates(Path(config["masks"]), data) if config["masks"] else None
+    candidates = None
+    if config["masks"]:
+        setup, info = load_masks_info(Path(config["masks"]), dataset=data.fingerprint())
+        names = mask_names(data.ids.tolist(), data.paths)
+        candidates = Candidates(Path(config["masks"]), setup.get("store") != "none", names, info)
     return Subject(data, fill_missing(boxes, data.image_sizes), has_box, maps, candidates)
-
-
-def read_candidates(folder: Path, data: DataSet) -> Candidates:
-    """Read which candidate masks there are."""
-    setup, info = load_masks_info(folder, dataset=data.fingerprint())
-    return Candidates(folder, setup.get("store") != "none", mask_names(data.ids.tolist(), data.paths), info)
 
 
 def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, Crops]:
@@ -184,26 +182,21 @@ def crops_picture(config: dict) -> tuple[Figure, str]:
     return figure, f"{len(rows)} images of {subject.data.root}"
 
 
-def choose_rows(wanted: dict, data: DataSet, rng: np.random.Generator) -> np.ndarray:
-    """Return the rows of the images that are named, or of a sample."""
-    if wanted["ids"]:
-        return named_rows(wanted["ids"], data)
-    rows = data.rows(wanted["split"])
-    if not len(rows):
-        raise UserError(f"visualize.split={wanted['split']}: {data.root} has no image in it")
-    return np.sort(rng.choice(rows, min(wanted["images"], len(rows)), replace=False))
-
-
-def named_rows(ids: list[str], data: DataSet) -> np.ndarray:
-    """Return the rows of images by their ids."""
+def choose_rows(settings: dict, data: DataSet, rng: np.random.Generator) -> np.ndarray:
+    """Return the rows of the images that the section visualize names, or of a sample."""
+    if not settings["ids"]:
+        rows = data.rows(settings["split"])
+        if not len(rows):
+            raise UserError(f"visualize.split={settings['split']}: {data.root} has no image in it")
+        return np.sort(rng.choice(rows, min(settings["images"], len(rows)), replace=False))
     row_of = {str(image_id): row for row, image_id in enumerate(data.ids.tolist())}
-    unknown = [image_id for image_id in ids if image_id not in row_of]
+    unknown = [image_id for image_id in settings["ids"] if image_id not in row_of]
     if unknown:
-        where = "see its images.txt" if data.name in ("cub", "toybirds") else "an id is the path below root"
-        raise UserError(f"visualize.ids: {data.root} has no image {unknown[0]}; {where}")
-    if len(ids) > MAX_IMAGES:
-        raise UserError(f"visualize.ids: names {len(ids)} images; {MAX_IMAGES} at most fit into a picture")
-    return np.array([row_of[image_id] for image_id in ids])
+        ids = "an id is a number of images.txt or a path below root"
+        raise UserError(f"visualize.ids: {data.root} has no image {unknown[0]}; {ids}")
+    if len(settings["ids"]) > MAX_IMAGES:
+        raise UserError(f"visualize.ids: names {len(settings['ids'])} images; {MAX_IMAGES} at most fit into a picture")
+    return np.array([row_of[image_id] for image_id in settings["ids"]])
 
 
 def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image]) -> dict[str, list[list[Panel]]]:
@@ -228,12 +221,12 @@ def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     """Return an image with its true box and, where it is another, the source's."""
     true, box, title = true_box(subject, row), subject.boxes[row], short(subject.data.ids[row])
     if not subject.has_box[row]:
-        return Panel(image, true_xywh=true, title=f"{title}, no box")
-    if true is None:
-        return Panel(image, None, box, title=title)
-    if np.array_equal(true, box):
-        return Panel(image, true_xywh=true, title=title)
-    return Panel(image, None, box, true, f"{title}, IoU {iou(box, true):.2f}")
+        box, title = None, f"{title}, no box"
+    elif true is not None and np.array_equal(true, box):
+        box = None
+    elif true is not None:
+        title = f"{title}, IoU {iou(box, true):.2f}"
+    return Panel(image, None, box, true, title)
 
 
 def crop_panels(
@@ -265,13 +258,11 @@ def boxes_picture(config: dict) -> tuple[Figure, str]:
         raise UserError(
             f"{subject.data.root}: has no true boxes to compare with; visualize.what=crops draws the images"
         )
-    known = subject.data.has_box
-    parts = {name: np.flatnonzero(np.isin(subject.data.split, members) & known) for name, members in SPLITS.items()}
     columns = {CROPS_KEEP.format("true box"): subject.data.boxes}
     if source != "gt":
         columns[CROPS_KEEP.format(f"box of {Path(source).name}")] = subject.boxes
     histograms = {}
-    for name, rows in ((name, rows) for name, rows in parts.items() if len(rows)):
+    for name, rows in split_rows(subject.data.split, subject.data.has_box).items():
         methods = crop_methods(config, subject, rows)
         crops = {column: crop_samples(methods, boxes[rows], rng) for column, boxes in columns.items()}
         histograms[f"{name}, {len(rows)} images"] = box_samples(source, subject, rows) | crops
@@ -296,14 +287,12 @@ def box_samples(source: str, subject: Subject, rows: np.ndarray) -> dict[str, li
 
 
 def crop_samples(methods: dict[str, Crops], boxes: np.ndarray, rng: np.random.Generator) -> list[Sample]:
-    """Return what the crops of each method keep of boxes (N, 4)."""
-    pairs = zip(methods.items(), CROP_COLOURS, strict=False)
-    return [Sample(name, kept_shares(crops, boxes, rng), colour) for (name, crops), colour in pairs]
-
-
-def kept_shares(crops: Crops, boxes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the shares of the boxes (N, 4) that drawn crops keep, over EPOCHS epochs."""
-    return coverage(crops_to_xywh(np.stack([crops.draw(rng) for _ in range(EPOCHS)])), boxes).ravel()
+    """Return the shares of boxes (N, 4) that the crops of each method keep, drawn over EPOCHS epochs."""
+    samples = []
+    for (name, crops), colour in zip(methods.items(), CROP_COLOURS, strict=False):
+        drawn = np.stack([crops.draw(rng) for _ in range(EPOCHS)])
+        samples.append(Sample(name, coverage(crops_to_xywh(drawn), boxes).ravel(), colour))
+    return samples
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -331,15 +320,13 @@ def run_folders(names: list[str]) -> list[Path]:
     """
     if not names:
         raise UserError("visualize.runs: none given; name run folders: visualize.runs=runs/a,runs/b")
-    found = []
+    folders = {}
     for folder in map(Path, names):
-        inside = (
-            [folder] if (folder / "config.json").exists() else sorted(p.parent for p in folder.glob("*/config.json"))
-        )
-        if not inside:
+        configs = [*folder.glob("config.json"), *sorted(folder.glob("*/config.json"))]
+        if not configs:
             raise UserError(f"visualize.runs: {folder} is no run folder of train.py and holds none (no config.json)")
-        found += inside
-    return list(dict.fromkeys(found))
+        folders |= dict.fromkeys(config.parent for config in configs)
+    return list(folders)
 
 
 def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
@@ -379,14 +366,11 @@ def read_point(folder: Path, view: str) -> dict[str, Any]:
         raise UserError(
             f"{folder}: has not ended (no summary.json); go on: python train.py resume=true run_dir={folder}"
         )
-    summary = load_json(folder / "summary.json")
-    with user_errors((KeyError, TypeError), f"{folder / 'summary.json'}: not a summary of train.py, it lacks "):
-        if view not in summary["top1"]:
-            raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
-        point = {"x": summary["maiou"], "top1": summary["top1"][view]["ema"]}
-    with user_errors((KeyError, TypeError), f"{folder / 'config.json'}: not of this version: "):
-        saved = load_json(folder / "config.json")
-        return point | {"family": f"{crop_family(saved)}, {saved['num_epochs']} epochs"}
+    summary, config = load_summary(folder), load_json(folder / "config.json")
+    if view not in summary["top1"]:
+        raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
+    family = f"{crop_family(config)}, {config['num_epochs']} epochs"
+    return {"x": summary["maiou"], "top1": summary["top1"][view]["ema"], "family": family}
 
 
 PICTURES = {"crops": crops_picture, "boxes": boxes_picture, "curves": curves_picture, "accuracy": accuracy_picture}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jobs.settings import set_key
 from localized_crops.files import UserError, load_json, user_errors
 from utils import UNREADABLE
 
@@ -71,11 +72,7 @@ def point_config(config: dict, point: Point) -> dict:
     """Return the config of one training: a copy of ``config`` with the overrides of the point."""
     changed = copy.deepcopy(config) | {"run_dir": str(point.folder), "sweeprun": False}
     for key, value in point.overrides.items():
-        *sections, name = key.split(".")
-        target = changed
-        for section in sections:
-            target = target[section]
-        target[name] = copy.deepcopy(value)
+        set_key(changed, key, copy.deepcopy(value))
     changed["resume"] = (point.folder / "config.json").exists()
     return changed
 

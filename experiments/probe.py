@@ -5,8 +5,7 @@ interrupted run goes on with the view that it had reached.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +14,15 @@ import torch
 from tqdm import tqdm
 
 from datasets import source_boxes
-from experiments.table_report import compare
+from experiments.paired_tests import compare
+from experiments.table_report import spread
 from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import save_json, save_text, whole_file
 from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
 from readers.images import read_image
 from transforms import View, normalize
-from utils import environment, set_threads
+from utils import environment, markdown_table, set_threads
 
 PLAIN_VIEWS = ("full", "center", "whole")
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, view by view
@@ -53,7 +53,12 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
     """
     labels, texts, numbers = data.labels[data.rows("test")], [], {}
     for title, config in configs.items():
-        rows = view_rows(config, sources, folder, data)
+        set_threads(config["num_threads"])
+        features = {view: view_features(config, data, view, None, folder) for view in PLAIN_VIEWS}
+        for row, source in sources.items():
+            features[f"box: {row}"] = view_features(config, data, f"box: {row}", source, folder)
+        rows = {view: probe(found, data) for view, found in features.items()}
+        rows |= {f"full and box: {row}": averaged(rows["full"], rows[f"box: {row}"]) for row in sources}
         best = max(PLAIN_VIEWS, key=lambda view: rows[view].validation)
         about = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
         texts.append(
@@ -66,17 +71,6 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
     save_text(folder / f"{name}.md", text + "\n")
     save_json(folder / f"{name}.json", numbers)
     print(f"\n{text}\nwritten to {folder / name}.md and .json")
-
-
-def view_rows(config: dict, sources: dict[str, str], folder: Path, data: DataSet) -> dict[str, Answers]:
-    """Return the probes of all views at one input size."""
-    set_threads(config["num_threads"])
-    views = dict.fromkeys(PLAIN_VIEWS) | {f"box: {label}": source for label, source in sources.items()}
-    features = {view: view_features(config, data, view, source, folder) for view, source in views.items()}
-    rows = {view: probe(features[view], data) for view in views}
-    for view in list(views)[len(PLAIN_VIEWS) :]:
-        rows[f"full and {view}"] = averaged(rows["full"], rows[view], data)
-    return rows
 
 
 # --- features -----------------------------------------------------------------------------------------------------
@@ -100,21 +94,17 @@ def view_features(config: dict, data: DataSet, view: str, source: str | None, fo
 
 @torch.inference_mode()
 def _batches(config: dict, data: DataSet, view: View, boxes: np.ndarray | None) -> Iterator[np.ndarray]:
-    model, as_trained = frozen_network(config)
+    """Yield the pretrained network's features (B, D) of all images, normalised as in its own training."""
+    settings, sizes = config["model"], {"image_size": config["image_size"], "patch_size": config["patch_size"]}
+    model = build_model(settings["type"], 2, weights=settings["weights"], **sizes)
+    model = model.eval().to(memory_format=torch.channels_last)
+    as_trained = {key: input_config(settings["type"])[key] for key in ("mean", "std")}
     for start in range(0, len(data.ids), BATCH):
         images = []
         for row in range(start, min(start + BATCH, len(data.ids))):
             image = torch.from_numpy(np.array(read_image(data.paths[row]))).permute(2, 0, 1)
             images.append(view(image, None if boxes is None else boxes[row]))
-        yield features_of(model, as_trained(torch.stack(images)))[0].flatten(1).numpy()
-
-
-def frozen_network(config: dict) -> tuple[torch.nn.Module, Callable[[torch.Tensor], torch.Tensor]]:
-    """Return the pretrained network and what normalises (B, 3, H, W) uint8 images as in its own training."""
-    wanted, sizes = config["model"], {"image_size": config["image_size"], "patch_size": config["patch_size"]}
-    model = build_model(wanted["type"], 2, weights=wanted["weights"], **sizes)
-    about = input_config(wanted["type"])
-    return model.eval().to(memory_format=torch.channels_last), partial(normalize, mean=about["mean"], std=about["std"])
+        yield features_of(model, normalize(torch.stack(images), **as_trained))[0].flatten(1).numpy()
 
 
 # --- probes -------------------------------------------------------------------------------------------------------
@@ -136,7 +126,7 @@ def probe(features: np.ndarray, data: DataSet) -> Answers:
     return Answers(top1[penalty], _log_probs(features[test], fitted), float((nearest == labels[test]).mean()), few)
 
 
-def averaged(a: Answers, b: Answers, data: DataSet) -> Answers:
+def averaged(a: Answers, b: Answers) -> Answers:
     """Return the row whose probabilities are the mean of two rows'; few images are not averaged."""
     return Answers(np.nan, np.logaddexp(a.log_probs, b.log_probs) - np.log(2), None, {})
 
@@ -174,18 +164,19 @@ def _neighbours(known: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.
 def probe_text(rows: dict[str, Answers], best: str, labels: np.ndarray) -> str:
     """Return the Markdown: top-1, the difference to the plain view ``best``, McNemar's p, few images a class."""
     right = {name: (row.log_probs.argmax(1) == labels)[None] for name, row in rows.items()}
-    few = " | ".join(f"{count} a class" for count in FEW)
-    lines = [f"| view | val | test | against {best} | p | {NEIGHBOURS}-NN | {few} |", "|---" * (6 + len(FEW)) + "|"]
+    heads = ["view", "val", "test", f"against {best}", "p", f"{NEIGHBOURS}-NN", *(f"{count} a class" for count in FEW)]
+    lines = []
     for name, row in rows.items():
         result = compare(right[name], right[best])
-        shares = [f"{100 * row.few[n].mean():.1f} ± {100 * row.few[n].mean(1).std(ddof=1):.1f}" if row.few else ""
-                  for n in FEW]  # fmt: skip
-        near = "" if row.neighbours is None else f"{100 * row.neighbours:.1f}"
-        val = "" if np.isnan(row.validation) else f"{100 * row.validation:.1f}"
-        cells = [name, val, f"{100 * right[name].mean():.1f}", f"{100 * result.difference:+.1f}"]
-        lines.append("| " + " | ".join([*cells, f"{result.p_images:.3f}", near, *shares]) + " |")
-    return "\n".join([*lines, "", f"{len(labels)} test images; p: McNemar against {best}, the plain view that "
-                      f"validates best; few images: mean ± deviation over {DRAWS} draws."])  # fmt: skip
+        val, near = ("" if x is None or np.isnan(x) else f"{100 * x:.1f}" for x in (row.validation, row.neighbours))
+        few = [spread(row.few[count].mean(1)) if row.few else "" for count in FEW]
+        gain = f"{100 * result.difference:+.1f}", f"{result.p_images:.3f}"
+        lines.append([name, val, f"{100 * right[name].mean():.1f}", *gain, near, *few])
+    note = (
+        f"{len(labels)} test images; p: McNemar against {best}, the plain view that validates best; few images: mean ± "
+        f"deviation over {DRAWS} draws."
+    )
+    return f"{markdown_table(heads, lines)}\n\n{note}"
 
 
 def groups_text(rows: dict[str, Answers], data: DataSet, sources: dict[str, str]) -> list[str]:
@@ -201,13 +192,13 @@ def groups_text(rows: dict[str, Answers], data: DataSet, sources: dict[str, str]
     for label, source in sources.items():
         if source != "gt":
             measures[f"IoU of the boxes: {label}"] = iou(source_boxes(source, data)[0][test], true)
-    lines = [f"| test images in thirds by | of | {' | '.join(rows)} |", "|---" * (2 + len(rows)) + "|"]
+    lines = []
     for name, values in measures.items():
         for third in np.array_split(np.argsort(values, kind="stable"), 3):
-            top1 = [100 * (row.log_probs[third].argmax(1) == labels[third]).mean() for row in rows.values()]
+            right = [row.log_probs[third].argmax(1) == labels[third] for row in rows.values()]
             span = f"{values[third].min():.2f} to {values[third].max():.2f}"
-            lines.append(f"| {name} | {span} | {' | '.join(f'{value:.1f}' for value in top1)} |")
-    return ["\n".join(lines)]
+            lines.append([name, span, *(f"{100 * some.mean():.1f}" for some in right)])
+    return [markdown_table(["test images in thirds by", "of", *rows], lines)]
 
 
 def numbers_of(rows: dict[str, Answers], labels: np.ndarray) -> dict[str, Any]:

@@ -128,38 +128,30 @@ def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Pat
     Raises:
         UserError: if wandb cannot be reached.
     """
-    wandb = _import_wandb()
-    keys = list(points[0].overrides)
-    values = {key: [] for key in keys}
-    for point in points:
-        for key in keys:
-            values[key] += [point.overrides[key]] if point.overrides[key] not in values[key] else []
+    wandb, sweep = _import_wandb(), config["sweep"]
+    seeds = list(range(config["seed"], config["seed"] + sweep["seeds"]))
+    parameters = {sweep["parameter"]: {"values": sweep["values"]}, "seed": {"values": seeds}}
+    metric = {"name": "validation_top1", "goal": "maximize"}
+    grid = {"method": "grid", "metric": metric, "parameters": parameters}
 
     def train_point() -> None:
         with wandb.init(dir=str(folder)) as run:
-            overrides = {key: run.config[key] for key in keys}
+            overrides = {key: run.config[key] for key in parameters}
             point = next((point for point in points if point.overrides == overrides), None)
             if point is None:
-                raise UserError(f"sweep.id={config['sweep']['id']}: asks for {overrides}, not among sweep.values")
+                raise UserError(f"sweep.id={sweep['id']}: asks for {overrides}, not among sweep.values")
             run.config.update(point_config(config, point), allow_val_change=True)
             summary = run_point(config, point, train, run)
             first_view = next(iter(summary["top1"].values()))
             figures = {"test_top1": first_view["ema"], "validation_top1": summary["best_validation_top1"]}
             run.log(figures | {"maiou": summary["maiou"]})
 
-    project, swept = config["sweep"]["project"], config["sweep"]
     try:
-        sweep_id = swept["id"] if swept["resume"] else _new_wandb_sweep(wandb, values, project)
+        sweep_id = sweep["id"] if sweep["resume"] else wandb.sweep(grid, sweep["project"])
         print(f"wandb sweep {sweep_id}; to join it: sweep.resume=true sweep.id={sweep_id} run_dir={folder}")
-        wandb.agent(sweep_id, train_point, project=project, count=swept["count"])
+        wandb.agent(sweep_id, train_point, project=sweep["project"], count=sweep["count"])
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
             f"sweeprun=true, wandb=true: wandb cannot be reached ({_first_line(error)}); log in with `wandb login`, "
             "or set wandb=false to run the same grid here"
         ) from None
-
-
-def _new_wandb_sweep(wandb: Any, values: dict[str, list], project: str) -> str:
-    metric = {"name": "validation_top1", "goal": "maximize"}
-    parameters = {key: {"values": several} for key, several in values.items()}
-    return wandb.sweep({"method": "grid", "metric": metric, "parameters": parameters}, project)

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from figures.plots import Panel, draw_panel, save_figure, short
+from figures.plots import Panel, panel_sheet, save_figure, short
 from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, fill_missing, iou, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from readers.images import read_image
-from utils import environment
+from utils import environment, markdown_table
 
 SHEET_COLUMNS = 5  # images a row of the contact sheet
 IOU_LEVELS = (0.3, 0.5, 0.7)
@@ -54,13 +53,17 @@ def evaluate_boxes(
         "center": (center_boxes(image_sizes), everywhere),
         "median_train": (median_boxes(true_xywh, image_sizes, is_train), everywhere),
     }
-    parts = {name: np.flatnonzero(np.isin(split, members) & known) for name, members in SPLITS.items()}
+    parts = split_rows(split, known)
     return {
-        method: {
-            name: score_boxes(boxes[rows], true_xywh[rows], has_box[rows]) for name, rows in parts.items() if len(rows)
-        }
+        method: {name: score_boxes(boxes[rows], true_xywh[rows], has_box[rows]) for name, rows in parts.items()}
         for method, (boxes, has_box) in methods.items()
     }
+
+
+def split_rows(split: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the rows of training (val with it) and test images that are ``known`` (N,) bool, where there are any."""
+    rows = {name: np.flatnonzero(np.isin(split, members) & known) for name, members in SPLITS.items()}
+    return {name: some for name, some in rows.items() if len(some)}
 
 
 def score_boxes(boxes_xywh: np.ndarray, true_xywh: np.ndarray, found: np.ndarray) -> dict[str, Any]:
@@ -96,18 +99,15 @@ def report_table(scores: dict[str, Any]) -> str:
     """Return the figures of `evaluate_boxes` as a Markdown table, shares in per cent."""
     if not scores["boxes"]:
         return "The data set has no true boxes to compare these boxes with."
-    shares = " | ".join(f"IoU ≥ {level}" for level in IOU_LEVELS)
-    lines = [f"| box | split | n | none found | mean IoU | coverage | {shares} |", "|---" * (6 + len(IOU_LEVELS)) + "|"]
+    heads = ["box", "split", "n", "none found", "mean IoU", "coverage", *(f"IoU ≥ {level}" for level in IOU_LEVELS)]
+    rows = []
     for split in SPLITS:
-        lines += [_table_row(name, split, scores[method][split]) for method, name in METHOD_NAMES.items()
-                  if split in scores[method]]  # fmt: skip
-    return "\n".join(lines)
-
-
-def _table_row(name: str, split: str, score: dict[str, Any]) -> str:
-    shares = " | ".join(f"{100 * score['iou_at'][str(level)]:.1f}%" for level in IOU_LEVELS)
-    means = f"{score['mean_iou']:.3f} | {score['coverage']:.3f}"
-    return f"| {name} | {split} | {score['n']} | {score['n_without_box']} | {means} | {shares} |"
+        for method, name in METHOD_NAMES.items():
+            if score := scores[method].get(split):
+                shares = [f"{100 * share:.1f}%" for share in score["iou_at"].values()]
+                means = f"{score['mean_iou']:.3f}", f"{score['coverage']:.3f}"
+                rows.append([name, split, score["n"], score["n_without_box"], *means, *shares])
+    return markdown_table(heads, rows)
 
 
 def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, float], **about: Any) -> None:
@@ -189,10 +189,9 @@ def contact_panels(
     def panel(place: int) -> Panel:
         row, image_id = rows[place], data.ids[rows[place]].item()
         attention_map = None if maps is None else maps.get(image_id)
-        if np.isnan(ious[place]):
-            return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], title=short(image_id))
-        title = f"image {short(image_id)}, IoU {ious[place]:.2f}"
-        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], title)
+        true = data.boxes[row] if data.has_box[row] else None
+        title = short(image_id) if true is None else f"image {short(image_id)}, IoU {ious[place]:.2f}"
+        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], true, title)
 
     if np.isnan(ious).all():  # no true boxes: images at equal distances
         places = np.linspace(0, len(rows) - 1, min(len(rows), 3 * SHEET_COLUMNS)).astype(int).tolist()
@@ -211,15 +210,6 @@ def best_median_worst(ious: np.ndarray, each: int) -> dict[str, list[int]]:
 
 def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
     """Draw a row of panels per name, with attention (colour), box (orange) and true box (white dashes), as PNG."""
-    columns = max(map(len, rows.values()))
-    figure = Figure(figsize=(2.2 * columns, 2.3 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes_row, (name, panels) in zip(grid, rows.items(), strict=True):
-        for axes in axes_row:
-            axes.set_axis_off()
-        for axes, panel in zip(axes_row, panels, strict=False):
-            draw_panel(axes, panel)
-            axes.set_title(f"{name}: {panel.title}", fontsize=7)
-    has_true = any(panel.true_xywh is not None for panels in rows.values() for panel in panels)
-    figure.suptitle("box: orange" + "; true box: white dashes" * has_true, fontsize=9)
-    save_figure(figure, path)
+    lines = [[panel._replace(title=f"{name}: {panel.title}") for panel in panels] for name, panels in rows.items()]
+    has_true = any(panel.true_xywh is not None for line in lines for panel in line)
+    save_figure(panel_sheet(lines, "box: orange" + "; true box: white dashes" * has_true), path)

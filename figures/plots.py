@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
-from itertools import chain, cycle
+from itertools import chain, cycle, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from localized_crops.files import UserError, check_output, whole_file
 OUTLINE = [withStroke(linewidth=2.8, foreground="#000a")]  # so that a line is seen on bright images too
 TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
 FOUND_BOX = {"edgecolor": "orange"}
+NOTE = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}  # behind a title on an image
 CELL = 1.3  # inches, both sides of a panel in a picture of images
 LONGEST_TITLE = 18  # characters of an image id
 BINS = 50  # of a histogram over [0, 1]
@@ -92,7 +93,12 @@ def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: di
     for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for number, logs in enumerate(groups.values()):
             epochs = reduce(np.intersect1d, [log["epoch"] for log in logs])
-            _mean_and_band(axes, epochs, [log[key][np.isin(log["epoch"], epochs)] for log in logs], f"C{number}")
+            values = np.array([log[key][np.isin(log["epoch"], epochs)] for log in logs])
+            mean = values.mean(0)
+            axes.plot(epochs, mean, color=f"C{number}", marker="." if len(epochs) < 60 else "")
+            if len(values) > 1:
+                spread = values.std(0, ddof=1)
+                axes.fill_between(epochs, mean - spread, mean + spread, color=f"C{number}", alpha=0.2, linewidth=0)
         axes.set(xlabel="epoch", ylabel=title)
         axes.grid(alpha=0.3)
     figure.legend(figure.axes[0].lines, list(groups), loc="outside lower center", ncols=LEGEND_COLUMNS, fontsize=8)
@@ -101,14 +107,6 @@ def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: di
 
 def _legend_lines(labels: dict) -> int:
     return -(-len(labels) // LEGEND_COLUMNS)
-
-
-def _mean_and_band(axes: Axes, epochs: np.ndarray, values: list[np.ndarray], colour: str) -> None:
-    mean = np.mean(values, axis=0)
-    axes.plot(epochs, mean, color=colour, marker="." if len(epochs) < 60 else "")
-    if len(values) > 1:
-        spread = np.std(values, axis=0, ddof=1)
-        axes.fill_between(epochs, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
 
 
 def accuracy_figure(
@@ -253,6 +251,20 @@ def _colour(number: int) -> tuple[float, float, float, float]:
     return matplotlib.colormaps["hsv"](0.618 * number % 1)  # by the golden section: neighbours differ
 
 
+def panel_sheet(lines: Sequence[Sequence[Panel]], title: str) -> Figure:
+    """Return a contact sheet: lines of panels, which may differ in length, each under its own title."""
+    columns = max(map(len, lines))
+    figure = Figure(figsize=(2.1 * columns, 2.2 * len(lines) + 0.4), layout="constrained")
+    for axes_of_line, panels in zip(figure.subplots(len(lines), columns, squeeze=False), lines, strict=True):
+        for axes, panel in zip_longest(axes_of_line, panels):
+            axes.set_axis_off()
+            if panel is not None:
+                draw_panel(axes, panel)
+                axes.set_title(panel.title, fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
 def panels_figure(groups: dict[str, list[list[Panel]]], legend: str) -> Figure:
     """Return a figure with a line per image and a group of columns per name.
 
@@ -268,21 +280,8 @@ def panels_figure(groups: dict[str, list[list[Panel]]], legend: str) -> Figure:
         grid = part.subplots(len(lines), len(lines[0]), squeeze=False)
         for axes, panel in zip(grid.flat, chain.from_iterable(lines), strict=True):
             draw_panel(axes, panel)
-            _note(axes, panel.title)
+            axes.annotate(
+                panel.title, (0, 0), (3, 3), "axes fraction", "offset points", fontsize=7, color="white", bbox=NOTE
+            )
     figure.supxlabel(legend, fontsize=8)
     return figure
-
-
-def _note(axes: Axes, text: str) -> None:
-    """Write into the lower left corner of a panel."""
-    behind = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}
-    axes.annotate(
-        text,
-        (0, 0),
-        (3, 3),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=7,
-        color="white",
-        bbox=behind,
-    )

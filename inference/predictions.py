@@ -4,16 +4,16 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from figures.plots import Panel, draw_panel
+from figures.plots import Panel, panel_sheet
 from inference.classifier import Prediction
 from localized_crops.files import UserError, check_output, save_text
 from readers.images import read_image
+from utils import batched
 
 SUFFIXES = (".csv", ".jsonl")
 COLUMNS = 6  # of the contact sheet
@@ -61,23 +61,15 @@ def sheet_figure(predictions: Sequence[Prediction], most: int) -> Figure:
     """
     known = [prediction for prediction in predictions if prediction.error is None]
     chosen = [known[n] for n in np.unique(np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int))]
-    columns = min(COLUMNS, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(1.9 * columns, 2.1 * rows + 0.4), layout="constrained")
-    for axes, prediction in zip_longest(figure.subplots(rows, columns, squeeze=False).flat, chosen):
-        axes.set_axis_off()
-        if prediction is not None:
-            draw_panel(axes, _panel(prediction))
-            name = prediction.classes[0]
-            name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"
-            axes.set_title(f"{name}\n{prediction.probabilities[0]:.0%}", fontsize=7)
-    figure.suptitle(f"{len(chosen)} of {len(known)} images: the most probable class", fontsize=9)
-    return figure
+    lines = list(batched(map(_panel, chosen), COLUMNS))
+    return panel_sheet(lines, f"{len(chosen)} of {len(known)} images: the most probable class")
 
 
 def _panel(prediction: Prediction) -> Panel:
     image = read_image(prediction.path)
     width, _ = image.size
     image.thumbnail((SHEET_SIDE, SHEET_SIDE))
-    box = prediction.box_xywh
-    return Panel(image, box_xywh=None if box is None else np.array(box) * image.width / width)
+    name, box = prediction.classes[0], prediction.box_xywh
+    name = name if len(name) <= LONGEST_NAME else name[:LONGEST_NAME] + "…"
+    box = None if box is None else np.array(box) * image.width / width
+    return Panel(image, box_xywh=box, title=f"{name}\n{prediction.probabilities[0]:.0%}")

@@ -12,6 +12,7 @@ from localizer import networks
 from localizer.networks import build_localizer
 from toybirds import drawing, make_localizer
 from toybirds.network import build_toy_vit
+from transforms import normalize
 from utils import load_tensors
 
 SMALL = {"image_size": 32, "stride": 8, "width": 32, "depth": 1, "heads": 2}
@@ -54,7 +55,7 @@ def test_divergence_is_zero_where_all_attention_is_right():
 
 
 def test_the_trained_rows_are_those_that_cls_attention_reads(drawings):
-    batch = make_localizer._normalize(drawings[0][:3])
+    batch = normalize(drawings[0][:3])
     model = build_toy_vit(**SMALL)
     rows = make_localizer._attention_with_gradient(model)
     model.eval()  # the stem's batch norm must do the same in both

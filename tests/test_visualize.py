@@ -156,7 +156,7 @@ def write_run(folder, root, seed, thr, epochs=3, summary=True):
     save_log(folder / "log.jsonl", [{"epoch": n} | dict.fromkeys(keys, 0.1 * n + seed) for n in range(1, epochs + 1)])
     if summary:
         about = {"THR": thr, "maiou": 0.8 + 0.1 * thr + 0.01 * seed, "top1": {"full": {"ema": 0.5 + 0.2 * thr}}}
-        save_json(folder / "summary.json", about)
+        save_json(folder / "summary.json", about | {"best_validation_top1": 0.5})
     return folder
 
 
@@ -269,7 +269,7 @@ def test_runs_that_are_damaged(few_birds, runs, tmp_path):
     (folder / "log.jsonl").write_text('{"epoch": 1}\n')
     assert "train_loss" in fault(few_birds, "visualize.what=curves", f"visualize.runs={folder.parent}")
     save_json(folder / "summary.json", {"maiou": 0.5})
-    assert "top1" in fault(few_birds, "visualize.what=accuracy", f"visualize.runs={folder.parent}")
+    assert "summary.json" in fault(few_birds, "visualize.what=accuracy", f"visualize.runs={folder.parent}")
     (folder / "config.json").write_text(json.dumps([load_json(folder / "config.json")]))
     assert "not of this version" in fault(few_birds, "visualize.what=curves", f"visualize.runs={folder.parent}")
 

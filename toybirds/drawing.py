@@ -324,13 +324,6 @@ def _stencil(size: np.ndarray, bird: list[_Shape], front: list[_Shape]) -> np.nd
     return np.asarray(stencil.reduce(SUPERSAMPLE)) >= 128
 
 
-def _tight_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """Return the tight box x, y, width, height around the True pixels of ``mask`` (H, W)."""
-    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-    left, top = int(columns[0]), int(rows[0])
-    return float(left), float(top), float(columns[-1] + 1 - left), float(rows[-1] + 1 - top)
-
-
 def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PALETTE) -> ToyBird:
     """Return one drawing of a bird of class ``label``.
 
@@ -352,19 +345,11 @@ def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PAL
     bird = _bird(rng, label, palette)
     place = _place_bird(rng, bird, size)
     shapes = place.shapes(bird.plain + bird.parts)
-    front = _foliage(rng, size, _corners(place.shapes(bird.plain)), _zones_in_pixels(bird, place), palette)
+    plain = np.concatenate([shape.points for shape in place.shapes(bird.plain)])
+    scale = math.sqrt(abs(np.linalg.det(place.matrix)))
+    zones = np.column_stack([place.points(bird.zones[:, :2]), bird.zones[:, 2] * scale])
+    front = _foliage(rng, size, np.stack([plain.min(axis=0), plain.max(axis=0)]), zones, palette)
     _paint(image, shapes + front)
     mask = _stencil(size, shapes, front)
-    return ToyBird(_lit(rng, image.reduce(SUPERSAMPLE)), mask, _tight_box(mask))
-
-
-def _corners(shapes: list[_Shape]) -> np.ndarray:
-    """Return the (2, 2) lower and upper corner (x, y) of a list of polygons."""
-    points = np.concatenate([shape.points for shape in shapes])
-    return np.stack([points.min(axis=0), points.max(axis=0)])
-
-
-def _zones_in_pixels(bird: _Bird, place: _Placement) -> np.ndarray:
-    """Return the (4, 3) x, y, radius in pixels of the circles that nothing may cover."""
-    scale = math.sqrt(abs(np.linalg.det(place.matrix)))
-    return np.column_stack([place.points(bird.zones[:, :2]), bird.zones[:, 2] * scale])
+    left, top, right, bottom = map(float, Image.fromarray(mask).getbbox())
+    return ToyBird(_lit(rng, image.reduce(SUPERSAMPLE)), mask, (left, top, right - left, bottom - top))

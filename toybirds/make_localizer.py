@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.utils import AttentionExtract
 from torch import nn
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from jobs.guard import run_script
 from localized_crops.files import check_output
 from toybirds import drawing
 from toybirds.network import build_toy_vit
+from transforms import normalize
 from utils import environment, save_tensors, seed_everything, set_threads
 
 ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
@@ -49,7 +49,7 @@ def main(config: dict) -> None:
     start = time.perf_counter()
     model = build_toy_vit(**ARCHITECTURE)
     loss = train(model, images, mask_to_density(masks, ARCHITECTURE["stride"]), epochs=EPOCHS)
-    save_localizer(out, model, about(config["seed"], loss, time.perf_counter() - start))
+    save_localizer(out, model, describe(config["seed"], loss, time.perf_counter() - start))
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, divergence {loss:.3f} nats at the end")
 
 
@@ -80,8 +80,7 @@ def random_palette(rng: np.random.Generator) -> drawing.Palette:
         drawn = rng.integers(*COLOR_RANGE, np.shape(like)).tolist()
         return tuple(drawn) if np.ndim(like) == 1 else tuple(map(tuple, drawn))
 
-    own = drawing.PALETTE
-    return own._replace(**{kind: colors(like) for kind, like in own._asdict().items()})
+    return drawing.Palette(*map(colors, drawing.PALETTE))
 
 
 def mask_to_density(masks: torch.Tensor, stride: int) -> torch.Tensor:
@@ -112,8 +111,8 @@ def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, ep
     losses = []
     for _ in tqdm(range(steps), desc="training", unit=" steps", mininterval=1.0):
         rows = torch.randint(len(images), (BATCH_SIZE,))
-        batch, wanted = _flip(_normalize(images[rows]), densities[rows])
-        loss = divergence(attention(batch), wanted)
+        batch, expected = _flip(normalize(images[rows]), densities[rows])
+        loss = divergence(attention(batch), expected)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,17 +134,12 @@ def _attention_with_gradient(model: nn.Module):
 
 def divergence(attention: torch.Tensor, densities: torch.Tensor) -> torch.Tensor:
     """Return the mean KL(density || attention) in nats; what CLS gives itself is lost mass and counts against it."""
-    wanted = densities.flatten(1)
-    return (torch.xlogy(wanted, wanted) - wanted * (attention + 1e-8).log()).sum(1).mean()
-
-
-def _normalize(images: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return (images / 255 - mean) / std
+    expected = densities.flatten(1)
+    return (torch.xlogy(expected, expected) - expected * (attention + 1e-8).log()).sum(1).mean()
 
 
 def _flip(images: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror half of the images and what is wanted of them."""
+    """Mirror half of the images, with the densities that their attention shall match."""
     mirrored = torch.rand(len(images)) < 0.5
     images[mirrored], densities[mirrored] = images[mirrored].flip(-1), densities[mirrored].flip(-1)
     return images, densities
@@ -154,7 +148,7 @@ def _flip(images: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, 
 # --- the file -----------------------------------------------------------------------------------------------------
 
 
-def about(seed: int, loss: float, seconds: float) -> dict[str, Any]:
+def describe(seed: int, loss: float, seconds: float) -> dict[str, Any]:
     """Return what the weights file says of itself."""
     return {
         "architecture": ARCHITECTURE,
@@ -172,11 +166,11 @@ def about(seed: int, loss: float, seconds: float) -> dict[str, Any]:
     }
 
 
-def save_localizer(path: Path, model: nn.Module, about: dict[str, Any]) -> None:
+def save_localizer(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
     """Write weights in float16 (counters as they are) and what they are."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_tensors(path, {"model": state, "about": about})
+    save_tensors(path, {"model": state, "about": description})
 
 
 if __name__ == "__main__":
