@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from localized_crops.files import UserError, read_text, refuse_special, remove_scratch, scratch_folder, whole_file
 from localized_crops.image_ids import MOST_DIGITS
-from readers.data_set import DataSet, ImagePaths, clip_checked
-from readers.images import image_sizes
+from readers.build import build_data_set
+from readers.data_set import DataSet, ImagePaths
 from utils import file_sha256
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
@@ -37,30 +37,24 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     classes, names = _read_names(root / "classes.txt"), _read_names(root / "images.txt")
     ids = np.array(list(names), dtype=np.int64)
     class_of = _read_numbers(root / "image_class_labels.txt", ids, np.int64, 1, "a whole number", lambda n: n >= 0)
-    raw_boxes = _read_numbers(root / "bounding_boxes.txt", ids, np.float64, 4, "a box with an area", _are_boxes)
+    boxes = _read_numbers(root / "bounding_boxes.txt", ids, np.float64, 4, "a box with an area", _are_boxes)
     is_train = _read_numbers(
         root / "train_test_split.txt", ids, np.int64, 1, "1 (train) or 0 (test)", lambda n: np.isin(n, (0, 1))
     )
     labels = _labels(root, np.array(list(classes), dtype=np.int64), ids, class_of[:, 0])
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
     paths = ImagePaths(folder, [_image_name(root, folder, *item) for item in names.items()])
-    sizes, rotated, faults = image_sizes(paths, keep_going=keep_going)
-    kept = np.ones(len(paths), dtype=bool)
-    kept[list(faults)] = False
-    boxes, clipped = clip_checked(root / "bounding_boxes.txt", ids[kept], raw_boxes[kept], sizes[kept])
-    return DataSet(
-        name=name,
-        root=root,
-        ids=ids[kept],
-        paths=paths[kept],
-        labels=labels[kept],
+    return build_data_set(
+        name,
+        root,
+        paths,
+        ids=ids,
+        labels=labels,
         class_names=list(classes.values()),
-        boxes=boxes,
-        split=np.where(is_train[kept, 0] == 1, "train", "test").astype("<U5"),
-        image_sizes=sizes[kept],
-        clipped=clipped,
-        rotated=int(rotated.sum()),
-        unreadable={ids[row].item(): fault for row, fault in faults.items()},
+        split=np.where(is_train[:, 0] == 1, "train", "test").astype("<U5"),
+        keep_going=keep_going,
+        boxes_xywh=boxes,
+        boxes_file=root / "bounding_boxes.txt",
     )
 
 

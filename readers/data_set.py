@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from localized_crops.boxes import clip_boxes
-from localized_crops.files import UserError
-
 
 class UprightPath(type(Path())):
     """An image file that is read as its EXIF orientation shows it; a plain Path is read as it is stored."""
@@ -77,23 +74,6 @@ class DataSet:
         ids = "\n".join(map(str, self.ids[order].tolist())).encode()
         names, sizes = b"\n".join(self.paths.names[order].tolist()), self.image_sizes[order].astype("<i8").tobytes()
         return hashlib.sha256(b"\0".join((ids, names, sizes))).hexdigest()
-
-
-def clip_checked(
-    path: Path, ids: np.ndarray, boxes_xywh: np.ndarray, image_sizes: np.ndarray
-) -> tuple[np.ndarray, int]:
-    """Clip boxes (N, 4) to their images; return them and how many were changed. NaN stays NaN.
-
-    Raises:
-        UserError: if a box lies outside its image; ``path`` is the file that holds it.
-    """
-    boxes = clip_boxes(boxes_xywh, image_sizes)
-    outside = (boxes[:, 2:] <= 0).any(1)
-    if outside.any():
-        row = int(outside.argmax())
-        box, size = tuple(boxes_xywh[row].tolist()), tuple(image_sizes[row].tolist())
-        raise UserError(f"{path}: image {ids[row]}: box {box} lies outside the image, {size}")
-    return boxes, int((np.abs(boxes - boxes_xywh) > 1e-6).any(1).sum())
 
 
 def no_boxes(count: int) -> np.ndarray:

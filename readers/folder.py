@@ -5,12 +5,14 @@ import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from localized_crops.files import UserError
-from readers.data_set import DataSet, ImagePaths, no_boxes
-from readers.images import SUFFIXES, image_sizes
+from readers.build import build_data_set
+from readers.data_set import DataSet, ImagePaths
+from readers.images import SUFFIXES
 from readers.splits import SPLIT_NAMES
 
 MASKS = re.compile(r"masks_\d+")  # what generate_mask.py writes beside the class folders
@@ -51,57 +53,44 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
         names = [os.path.relpath(path, root) for path in _images_in(root)[0]]
         if not names:
             raise UserError(f"{root}: holds no images; put them into {root}/CLASS/ or {root}/train/CLASS/")
-        labels, split_of = np.full(len(names), -1), np.full(len(names), "test", dtype="<U5")
-        return from_columns(name, root, names, labels, [], split_of, keep_going, [])
+        return from_names(name, root, names, [-1] * len(names), [], ["test"] * len(names), keep_going)
     class_names = sorted(set(classes))
     notes += _alike(class_names)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    labels = np.array([label_of[class_name] for class_name in classes], dtype=np.int64)
-    return from_columns(name, root, names, labels, class_names, np.array(splits, dtype="<U5"), keep_going, notes)
+    labels = [label_of[class_name] for class_name in classes]
+    return from_names(name, root, names, labels, class_names, splits, keep_going, notes=notes)
 
 
-def from_columns(
+def from_names(
     name: str,
     root: Path,
     names: list[str],
-    labels: np.ndarray,
+    labels: list[int],
     class_names: list[str],
-    split: np.ndarray,
+    splits: list[str],
     keep_going: bool,
-    notes: list[str],
+    **more: Any,
 ) -> DataSet:
-    """Return the data set of N image files named by their paths below ``root``, sizes read; it has no boxes.
+    """Return the data set of N image files whose ids are their paths below ``root``; see `build_data_set`.
 
     Raises:
         UserError: if an image cannot be read, unless ``keep_going``; or a name cannot be an id.
     """
-    _check_names(root, names)
-    paths = ImagePaths(root, names, upright=True)
-    sizes, rotated, faults = image_sizes(paths, keep_going=keep_going)
-    kept = np.ones(len(names), dtype=bool)
-    kept[list(faults)] = False
-    return DataSet(
-        name=name,
-        root=root,
-        ids=np.array(names, dtype=np.str_)[kept],
-        paths=paths[kept],
-        labels=labels[kept],
+    for image in names:
+        # control characters, ends of lines, and what is no UTF-8; other invisible ones are in many files' names
+        if image.isdigit() or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in image):
+            raise UserError(f"{root}: {image!r}: a file name of digits alone, or with control characters; rename it")
+    return build_data_set(
+        name,
+        root,
+        ImagePaths(root, names, upright=True),
+        ids=np.array(names, dtype=np.str_),
+        labels=np.array(labels, dtype=np.int64),
         class_names=class_names,
-        boxes=no_boxes(int(kept.sum())),
-        split=split[kept],
-        image_sizes=sizes[kept],
-        pixel_grid="upright",
-        rotated=int(rotated.sum()),
-        notes=tuple(notes),
-        unreadable={names[row]: fault for row, fault in faults.items()},
+        split=np.array(splits, dtype="<U5"),
+        keep_going=keep_going,
+        **more,
     )
-
-
-def _check_names(root: Path, names: list[str]) -> None:
-    for name in names:
-        # control characters, ends of lines, and what is no UTF-8; others that cannot be seen are in many files' names
-        if name.isdigit() or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in name):
-            raise UserError(f"{root}: {name!r}: a file name of digits alone, or with control characters; rename it")
 
 
 def _folders(root: Path) -> list[Path]:

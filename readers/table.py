@@ -3,14 +3,13 @@
 import csv
 import io
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from localized_crops.files import UserError, read_text
-from readers.data_set import DataSet, clip_checked, no_boxes
-from readers.folder import from_columns
+from readers.data_set import DataSet, no_boxes
+from readers.folder import from_names
 from readers.splits import SPLIT_NAMES
 
 BOX_COLUMNS = ("x", "y", "width", "height")
@@ -38,20 +37,15 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     first_line = dict(zip(reversed(columns["path"]), reversed(lines), strict=True))
     twice = [first_line[image] < line for image, line in zip(columns["path"], lines, strict=True)]
     _refuse_lines(path, lines, columns["path"], twice, "stands in an earlier line already; remove one")
-    raw_boxes = boxes_of(path, columns, lines)
+    boxes = boxes_of(path, columns, lines)
     split_names = columns.get("split", ["train"] * len(lines))
     splits = [SPLIT_NAMES.get(field.lower()) for field in split_names]
     _refuse_lines(path, lines, split_names, [split is None for split in splits], "is no split: train, val, test")
     class_names = sorted(set(columns["label"]), key=lambda label: label.zfill(18) if label.isdigit() else label)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    labels = np.array([label_of[class_name] for class_name in columns["label"]], dtype=np.int64)
-    data = from_columns(name, root, columns["path"], labels, class_names, np.array(splits, dtype="<U5"), keep_going, [])
-    raw_boxes = raw_boxes[~np.isin(columns["path"], list(data.unreadable))]
-    has_box = ~np.isnan(raw_boxes[:, 0])
-    if has_box.any() and raw_boxes[has_box].max() <= 1 and data.image_sizes[has_box].min() > 1:
-        raise UserError(f"{path}: no box reaches past 1: shares of the image, it seems; pixels are expected")
-    boxes, clipped = clip_checked(path, data.ids, raw_boxes, data.image_sizes)
-    return replace(data, boxes=boxes, clipped=clipped)
+    labels = [label_of[class_name] for class_name in columns["label"]]
+    more = {"boxes_xywh": boxes, "boxes_file": path}
+    return from_names(name, root, columns["path"], labels, class_names, splits, keep_going, **more)
 
 
 def _only_table(root: Path) -> Path:
@@ -91,7 +85,8 @@ def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.
     """Return the boxes (N, 4) of a table's columns x, y, width, height; NaN where the four fields are empty.
 
     Raises:
-        UserError: if a field is no number, or only some of the columns or of a line's fields are there.
+        UserError: if a field is no number, only some of the columns or of a line's fields are there, or all boxes seem
+            to be shares of the image.
     """
     given = [name for name in BOX_COLUMNS if name in columns]
     if not given:
@@ -103,6 +98,8 @@ def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.
     empty = np.array([not any(row) for row in fields])
     bad = ~(np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)) & ~empty
     _refuse_lines(path, lines, fields, bad.tolist(), "is no box with an area")
+    if not empty.all() and np.nanmax(boxes) <= 1:
+        raise UserError(f"{path}: no box reaches past 1: shares of the image, it seems; pixels are expected")
     return boxes
 
 

@@ -3,12 +3,11 @@
 import os
 from pathlib import Path
 
-import numpy as np
 import torchvision.datasets
 
 from localized_crops.files import UserError
 from readers.data_set import DataSet
-from readers.folder import from_columns
+from readers.folder import from_names
 
 SETS = {  # name of the class -> torchvision's split -> ours
     "FGVCAircraft": {"train": "train", "val": "val", "test": "test"},
@@ -41,8 +40,7 @@ def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) ->
         names += [os.path.relpath(file, root) for file in files]
         labels += part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
         splits += [ours] * len(files)
-    labels, splits = np.array(labels, dtype=np.int64), np.array(splits, dtype="<U5")
-    return from_columns(name, root, names, labels, list(part.classes), splits, keep_going, [])
+    return from_names(name, root, names, labels, list(part.classes), splits, keep_going)
 
 
 def _files(part: torchvision.datasets.VisionDataset) -> list[str | Path]:
