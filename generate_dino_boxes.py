@@ -183,7 +183,7 @@ def mapped_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
 def gather_maps(stage: Stage) -> MapCache:
     """Put all maps into one file, in the order of the data set; the parts are removed once it is written."""
     path = maps_path(stage.out)
-    if stage.work.is_new or not path.exists():
+    if stage.work.has_new_units or not path.exists():
         with timed(stage.seconds, "cache"):
             errors, maps = {}, dict(MapCache.open(stage.out)) if path.exists() else {}
             for about, arrays in stage.work.results():

@@ -223,7 +223,7 @@ def gather_info(stage: Stage) -> dict[ImageId, str]:
     failed = {name for name, i in zip(stage.names, stage.data.ids.tolist(), strict=True) if i in errors}
     stage.info = {name: info[name] for name in stage.names if name in info and name not in failed}
     counts, seconds = [len(entries) for entries in stage.info.values()], stage.seconds["masks"]
-    if stage.work.is_new or not (stage.folder / "masks_info.json").exists():
+    if stage.work.has_new_units or not (stage.folder / "masks_info.json").exists():
         setup = stage.work.identity | {"made_by": Path(__file__).name, "seconds": seconds, "batches": stage.work.keys}
         save_masks_info(stage.folder, setup, stage.info)
         save_errors(stage.folder / "errors.txt", errors)

@@ -169,7 +169,7 @@ class SharedWork:
         return (self.folder / "identity.json").exists()
 
     @property
-    def is_new(self) -> bool:
+    def has_new_units(self) -> bool:
         """Whether there are units that no earlier run's final file holds."""
         return len(self.earlier) < len(self.units)
 
