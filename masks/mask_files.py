@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import torch
 
 from localized_crops.files import UserError, load_json, save_json
@@ -99,9 +100,8 @@ def _is_whole(tensor: torch.Tensor) -> bool:
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return (x, y, width, height) of a mask (H, W) bool that is not empty; it holds every True pixel."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    x, y = int(columns[0]), int(rows[0])
-    return x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y
+    left, top, right, bottom = PIL.Image.fromarray(mask).getbbox()
+    return left, top, right - left, bottom - top
 
 
 # --- info ---------------------------------------------------------------------------------------------------------
