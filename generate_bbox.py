@@ -34,7 +34,7 @@ from config import load_config
 from datasets import read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
-from jobs.loader import build_loader
+from jobs.loader import build_loader, start_server
 from jobs.settings import ConfigError, check_value, get_key
 from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from localized_crops.box_file import load_boxes
@@ -89,6 +89,7 @@ def prepare(config: dict) -> Stage:
     set_threads(config["num_threads"])
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
+    start_server(CutOuts, config["num_workers"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     candidates, setup = read_folders(config["masks"], settings["folders"], data)
     device = choose_device(config["device"])

@@ -34,6 +34,7 @@ from config import load_config
 from datasets import dino_boxes_path, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
+from jobs.loader import start_server
 from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from localized_crops import map_boxes
 from localized_crops.attention import last_attention
@@ -41,6 +42,7 @@ from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, maps_path, save_map_cache
 from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
+from localizer.batches import BatchImages
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
 from readers.data_set import DataSet
@@ -86,6 +88,7 @@ def prepare(config: dict) -> Stage:
     settings = config["dino"]
     out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     set_threads(config["num_threads"])
+    start_server(BatchImages, config["num_workers"])
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
     read = time.perf_counter()

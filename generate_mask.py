@@ -30,8 +30,8 @@ from segment_anything import SamAutomaticMaskGenerator
 from config import load_config
 from datasets import read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes, save_errors
-from jobs.guard import dead_workers, run_script, same_command, with_resume_hint
-from jobs.loader import build_loader
+from jobs.guard import DeadWorkerError, run_script, same_command, with_resume_hint
+from jobs.loader import build_loader, start_server
 from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from jobs.torchrun import process_numbers
 from localized_crops.box_file import load_boxes
@@ -93,6 +93,7 @@ class Stage:
 def prepare(config: dict) -> Stage:
     """Read the data set, build the engine, and find the folder."""
     set_threads(config["num_threads"])
+    start_server(ImageBatches, config["num_workers"])
     settings = config["mask"]
     if process_numbers()[1] > 1 and settings["folder"] is None:
         raise UserError("several processes write to one folder: name it, such as mask.folder=CUB_200_2011/masks_0")
@@ -204,9 +205,9 @@ def records_of(stage: Stage, images: dict[int, np.ndarray], errors: dict[str, st
     try:
         with torch.no_grad():
             return dict(zip(images, stage.generate(list(images.values()), ids), strict=True))
+    except DeadWorkerError:  # thrown by a signal into the work on an image, which is not at fault
+        raise
     except Exception as error:  # whatever an image raises, the others go on
-        if dead_workers():  # torch's signal handler threw it into the work on an image, which is not at fault
-            raise
         if len(images) == 1:
             errors[str(ids[0])] = " ".join(str(error).split())[:300] or type(error).__name__
             return {}

@@ -27,12 +27,14 @@ from datasets import stem_of
 from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import run_script, with_resume_hint
+from jobs.loader import start_server
 from jobs.settings import ConfigError, check_config, leaves
 from jobs.shared_work import choose_device
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
 from localized_crops.files import UserError, check_output, load_json, user_errors
 from readers.data_set import DataSet
+from training.batches import TrainImages
 from training.distributed import lost_process, on_rank_0, process_group, rank, require_single_process, world_size
 from training.fingerprints import fingerprints
 from training.head_start import start_head_as_probe
@@ -163,6 +165,7 @@ def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
 
 def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
     set_threads(config["num_threads"])
+    start_server(TrainImages, config["num_workers"])
     config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
     seed_everything(config["seed"], config["deterministic"])
     data = on_rank_0(lambda: load_data(config))

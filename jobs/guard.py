@@ -18,7 +18,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_LINE = 600  # characters of an error: a longer one, which may quote a whole file, is cut in the middle
 
 
-WORKERS: weakref.WeakSet = weakref.WeakSet()  # the processes that jobs/loader.py started
+WORKERS: weakref.WeakSet = weakref.WeakSet()  # processes that load images and were not asked to end
 
 
 class DeadWorkerError(UserError):
@@ -48,7 +48,8 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         with user_errors(ValueError):
             config = load_config(sys.argv[1:])
         if config is not None:
-            main(config)
+            with _dead_workers():
+                main(config)
         sys.stdout.flush()
     except (UserError, OSError) as error:
         if _reader_has_gone():
@@ -91,25 +92,37 @@ def with_resume_hint(command: Callable[[], str | None]) -> Iterator[None]:
         command: returns it; None: there is none.
     """
     try:
-        try:
+        with _dead_workers():
             yield
-        except (RuntimeError, OSError, EOFError):  # torch raises these of a dead worker, at any point
-            dead = dead_workers()
-            if not dead:
-                raise
-            raise DeadWorkerError(
-                f"processes that load images died (pid {', '.join(map(str, dead))}); if memory ran out (see dmesg) "
-                "lower num_workers"
-            ) from None
     except (KeyboardInterrupt, Terminated, DiskError, DeadWorkerError) as error:
         error.command = command()
         raise
 
 
-def dead_workers() -> list[int]:
-    """Return the pids of the processes that load images and have ended by themselves; one may still be ending."""
-    multiprocessing.connection.wait([worker.sentinel for worker in WORKERS if worker.pid], timeout=1.0)
-    return [worker.pid for worker in WORKERS if worker.pid and worker.exitcode not in (None, 0)]
+@contextlib.contextmanager
+def _dead_workers() -> Iterator[None]:
+    """Turn what torch's loader raises of a dead worker into DeadWorkerError."""
+    try:
+        yield
+    except (RuntimeError, OSError, EOFError) as error:  # the last two: it died while it handed a batch over
+        if isinstance(error.__cause__, DeadWorkerError):  # raised while the loader waited, which words it anew
+            raise error.__cause__ from None
+        if WORKERS:
+            multiprocessing.connection.wait([one.sentinel for one in WORKERS], timeout=1.0)  # it may still be ending
+            raise_for_dead_workers()
+        raise
+
+
+def raise_for_dead_workers(*_: Any) -> None:
+    """Raise DeadWorkerError if processes that load images have ended by themselves; as a handler of signals too."""
+    # their exit codes can be read once only, and this may interrupt what reads them
+    dead = [worker for worker in WORKERS if multiprocessing.connection.wait([worker.sentinel], timeout=0)]
+    WORKERS.difference_update(dead)
+    if dead:
+        raise DeadWorkerError(
+            f"processes that load images died (pid {', '.join(str(worker.pid) for worker in dead)}); if memory ran out "
+            "(see dmesg) lower num_workers"
+        )
 
 
 def same_command(*words: str) -> str:
@@ -124,8 +137,7 @@ def _stop(number: int, _frame: Any) -> None:
     """End the script in order; of a second signal it dies at once, which leaves no file half either."""
     for stopping in STOPPING:
         signal.signal(stopping, signal.SIG_DFL)
-    # torch takes loader workers that die of the same signal for a fault; Python wants a handler for a pending one
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    WORKERS.clear()  # that some die of the same signal is no fault
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
 
 
@@ -143,9 +155,9 @@ def _exit(message: str, error: BaseException, status: int) -> None:
     with contextlib.suppress(OSError):  # of a full disk or a reader that has gone
         sys.stdout.flush()
     print(f"{message}; to go on: {command}" if command else message, file=sys.stderr, flush=True)
-    for worker in WORKERS:
-        if worker.pid and worker.is_alive():  # one that was stopped could not be ended
-            os.kill(worker.pid, signal.SIGCONT)
+    for child in multiprocessing.active_children():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child.pid, signal.SIGCONT)  # one that was stopped could not be ended
     if isinstance(error, DeadWorkerError):  # the dead may hold what the others, for whose end Python waits, wait for
         for child in multiprocessing.active_children():
             child.kill()

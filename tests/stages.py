@@ -124,6 +124,7 @@ class Python(subprocess.Popen):
 def lead_group() -> None:
     """Begin a process group, with the signals that shells let background jobs and nohup ignore."""
     os.setsid()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})  # a loader's server blocks them
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -78,7 +78,7 @@ def plain(birds, tmp_path_factory):
 
 def test_torchrun_with_two_processes_trains_the_same_and_one_writes(birds, plain, tmp_path):
     folder = tmp_path / "two"
-    words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}"]
+    words = [*SMALL, f"dataset.root={birds}", f"run_dir={folder}", "num_workers=1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     done = subprocess.run([*torchrun, TRAIN, *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
