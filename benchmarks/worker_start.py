@@ -46,7 +46,10 @@ def main(rounds: int) -> None:
             for kind, count in found:
                 code = f"import worker_start; worker_start.measure({str(root)!r}, {kind!r}, {count})"
                 done = subprocess.run(  # without a script, which spawned workers would import
-                    [sys.executable, "-W", "ignore", "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, check=True
+                    [sys.executable, "-W", "ignore", "-c", code],
+                    cwd=Path(__file__).parent,
+                    stdout=subprocess.PIPE,
+                    check=True,
                 )
                 found[kind, count].append(json.loads(done.stdout))
     print(f"| workers | started | {' | '.join(FIGURES.values())} | CPU s over spawned | MiB of all over spawned |")
