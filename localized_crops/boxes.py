@@ -133,11 +133,6 @@ def maiou_to_thr(target: float, boxes_xywh: np.ndarray, image_sizes: np.ndarray,
     return 1.0 if target >= most else (low + high) / 2
 
 
-def published_thr(maiou: float) -> float:
-    """Return the published proxy's threshold, thr = (2 (maIoU - 0.5))^2.5; for comparison, it is not exact."""
-    return (2 * (maiou - 0.5)) ** 2.5
-
-
 def published_maiou(thr: float) -> float:
     """Return the published proxy's mean asymmetric IoU, 0.5 + 0.5 thr^0.4."""
     return 0.5 + 0.5 * thr**0.4

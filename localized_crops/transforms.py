@@ -171,12 +171,10 @@ def as_bounding_boxes(box_xywh: Sequence[float], canvas_size: Sequence[int]) -> 
         ValueError: if it is not four numbers.
     """
     try:
-        box = torch.as_tensor(np.asarray(box_xywh, dtype=np.float64))
+        box = np.asarray(box_xywh, dtype=np.float64).reshape(1, 4)
     except (TypeError, ValueError):
-        box = None
-    if box is None or box.shape not in ((4,), (1, 4)):
-        raise ValueError(f"box must be four numbers x y width height, got {str(box_xywh)[:80]}")
-    return tv_tensors.BoundingBoxes(box.reshape(1, 4), format="XYWH", canvas_size=tuple(canvas_size))
+        raise ValueError(f"box must be four numbers x y width height, got {str(box_xywh)[:80]}") from None
+    return tv_tensors.BoundingBoxes(torch.from_numpy(box), format="XYWH", canvas_size=tuple(canvas_size))
 
 
 class DinoRandomResizedCrop(_RandomCrop):
