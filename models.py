@@ -36,6 +36,33 @@ def timm_name(model_type: str) -> str:
     return f"vit_{size}_patch14_dinov2.lvd142m" if size else model_type
 
 
+def known_name(model_type: str, key: str = "model.type") -> str:
+    """Return timm's name of a model type, the setting ``key``; raise UserError if timm has no such model."""
+    name = timm_name(model_type)
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('.')[0]}*")[:3] or ["resnet50", "dinov2_vits14"]
+        raise UserError(f"{key}={name}: there is no such model; give a timm name such as {', '.join(near)}")
+    return name
+
+
+def hub_error(
+    error: Exception, model_type: str, weights_key: str = "model.weights", model_key: str = "model.type"
+) -> UserError:
+    """Return the error to raise if pretrained weights cannot be fetched: it names the file to fetch by hand."""
+    if model_type == "resnet50":
+        address = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url
+    else:
+        published = timm.get_pretrained_cfg(timm_name(model_type))
+        address = published.url if published else "them"
+        if published and published.hf_hub_id:
+            address = f"huggingface.co/{published.hf_hub_id}/model.safetensors"
+    reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+    return UserError(
+        f"{weights_key}=hub: the weights of {model_type} cannot be fetched ({reason}); fetch {address} on a "
+        f"machine with a network and give {weights_key}=FILE {model_key}={model_type}"
+    )
+
+
 def build_model(
     model_type: str,
     n_classes: int,
@@ -69,10 +96,7 @@ def build_model(
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         if weights != "hub":
             raise
-        raise UserError(
-            f"model.weights=hub: the weights of {model_type} cannot be fetched ({str(error).splitlines()[0][:80]}); "
-            f"fetch {weights_address(model_type)} on a machine with a network and give model.weights=FILE"
-        ) from None
+        raise hub_error(error, model_type) from None
     if weights not in (None, "hub"):
         load_backbone(model, weights)
     return model
@@ -90,11 +114,7 @@ def _create(
         return model
     if model_type == "toyresnet":
         return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes, **options)
-    name, options = timm_name(model_type), options | {"num_classes": n_classes}
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        hint = f"such as {', '.join(near)}" if near else "or resnet50, dinov2_vits14"
-        raise UserError(f"model.type={name}: there is no such model; give a timm name {hint}")
+    name, options = known_name(model_type), options | {"num_classes": n_classes}
     if timm.models.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN_VITS:
         return _create_for_size(name, image_size, pretrained=pretrained, **options)
     patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
@@ -125,16 +145,6 @@ def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
             f"image_size={image_size}: {name} cannot take it; set image_size={published[-1]}, as published"
         ) from None
     return model.train()
-
-
-def weights_address(model_type: str) -> str:
-    """Return where the pretrained weights of a model type are published."""
-    if model_type == "resnet50":
-        return torchvision.models.ResNet50_Weights.IMAGENET1K_V2.url
-    published = timm.get_pretrained_cfg(timm_name(model_type))
-    if published is None:
-        return "them"
-    return f"huggingface.co/{published.hf_hub_id}/model.safetensors" if published.hf_hub_id else published.url
 
 
 def input_config(model_type: str) -> dict[str, Any]:
@@ -330,15 +340,15 @@ def warmed_up_decay(ema_decay: float, updates: int) -> float:
 # --- reading checkpoints ------------------------------------------------------------------------------------------
 
 
-def load_backbone(model: nn.Module, path: Path | str) -> None:
-    """Load a state dict's weights, except for the classifier's, into the model.
+def load_backbone(model: nn.Module, path: Path | str, key: str = "model.type") -> None:
+    """Load a state dict's weights, except for the classifier's, into the model that the setting ``key`` names.
 
     Raises:
         UserError: if it is not a state dict of this architecture.
     """
     head, (state, _) = _head_prefix(model), _load_state_dict(path)
     state = {key: value for key, value in state.items() if not key.startswith(head)}
-    _load_strictly(model, state, path, kept=head)
+    _load_strictly(model, state, path, key, kept=head)
 
 
 def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
@@ -360,7 +370,7 @@ def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None)
     expected, saved = model.state_dict().get(name), state.get(name)
     if expected is not None and saved is not None and saved.ndim == expected.ndim and len(saved) != len(expected):
         raise UserError(f"{path}: trained on {len(saved)} classes, the data set has {len(expected)}")
-    _load_strictly(model, state, path)
+    _load_strictly(model, state, path, "model.type")
     return which
 
 
@@ -389,7 +399,7 @@ def _load_state_dict(path: Path | str, ema: bool | None = None) -> tuple[dict[st
 
 
 def _load_strictly(
-    model: nn.Module, state: dict[str, torch.Tensor], path: Path | str, kept: str | tuple[()] = ()
+    model: nn.Module, state: dict[str, torch.Tensor], path: Path | str, model_key: str, kept: str | tuple[()] = ()
 ) -> None:
     """Load a state dict that may lack only the names with prefix ``kept`` and BatchNorm's counters, as old ones do."""
     optional = {
@@ -406,4 +416,4 @@ def _load_strictly(
     except UNREADABLE as error:  # timm's filter raises errors of many kinds on tensors of another network
         lines = str(error).splitlines() or [type(error).__name__]
         reason = "; ".join(line.strip()[:100] for line in (lines[1:] or lines)[:2])
-        raise UserError(f"{path}: of another architecture than model.type ({reason})") from None
+        raise UserError(f"{path}: of another architecture than {model_key} ({reason})") from None

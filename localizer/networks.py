@@ -13,7 +13,7 @@ from torch import nn
 
 from localized_crops.attention import last_attention
 from localized_crops.files import UserError
-from models import load_backbone, timm_name, weights_address
+from models import hub_error, known_name, load_backbone, timm_name
 from toybirds.network import build_toy_vit
 from transforms import normalize
 from utils import UNREADABLE, load_tensors, torch_seed
@@ -116,10 +116,7 @@ def create_network(model_type: str, weights: str, model_key: str, weights_key: s
     Raises:
         UserError: if there is no such network, or the weights do not fit or cannot be fetched.
     """
-    name = timm_name(model_type)
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('.')[0]}*")[:3]
-        raise UserError(f"{model_key}={name}: there is no such model; timm has {', '.join(near) or 'no similar one'}")
+    name = known_name(model_type, model_key)
     is_fetched = weights == "hub"
     if is_fetched:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # each of its retries is a warning
@@ -131,16 +128,9 @@ def create_network(model_type: str, weights: str, model_key: str, weights_key: s
     except Exception as error:  # the hub's clients raise errors of many unrelated kinds
         if not is_fetched:
             raise
-        raise UserError(
-            f"{weights_key}=hub: the weights of {name} cannot be fetched ({type(error).__name__}); fetch "
-            f"{weights_address(model_type)} on a machine with a network and give {weights_key}=FILE "
-            f"{model_key}={model_type}"
-        ) from None
+        raise hub_error(error, model_type, weights_key, model_key) from None
     if weights not in ("hub", "random"):
-        try:
-            load_backbone(model, weights)
-        except UserError as error:
-            raise UserError(str(error).replace("model.type", model_key)) from None
+        load_backbone(model, weights, model_key)
     return model
 
 
