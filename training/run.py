@@ -161,6 +161,8 @@ def load_run(run: Run, may_change: Collection[str]) -> None:
         return
     state = load_tensors(path)
     with user_errors(UNREADABLE, f"{path}: not of this run: "):
+        if not isinstance(state, dict):
+            raise TypeError("it holds no dict")
         check_origin(run, state, may_change)
         run.model.load_state_dict(state["model"])
         run.ema.module.load_state_dict(state["ema"])
