@@ -154,6 +154,8 @@ def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
     flat = leaves(tree)
     for key in flat:
         _check_known(key, presets)
+    for key in (key for key in tree if "." in key):
+        raise ConfigError(f"{key}: belongs into the dict of its section, without a dot")
     for key in SCHEMA.keys() - flat.keys():
         raise ConfigError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
     return {key: check_value(key, value) for key, value in flat.items()}
