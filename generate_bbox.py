@@ -163,12 +163,12 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, di
     if path is None:
         raise UserError("bbox.classifier: none given; train one: python train.py, then bbox.classifier=RUN/best.pt")
     content = load_tensors(path)
-    config = content.get("config") if isinstance(content, dict) else None
+    trained = content.get("config") if isinstance(content, dict) else None
     try:
         with user_errors(ConfigError, f"{path}: its config: "):
             for key in ("model.type", "model.n_classes", "image_size", "patch_size"):
-                check_value(key, get_key(config, key))
-        settings, sizes = config["model"], {key: config[key] for key in ("image_size", "patch_size")}
+                check_value(key, get_key(trained, key))
+        settings, sizes = trained["model"], {key: trained[key] for key in ("image_size", "patch_size")}
         model = build_model(settings["type"], settings["n_classes"], **sizes)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: is no checkpoint of train.py (it names no model and image_size)") from None

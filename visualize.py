@@ -366,10 +366,10 @@ def read_point(folder: Path, view: str) -> dict[str, Any]:
         raise UserError(
             f"{folder}: has not ended (no summary.json); go on: python train.py resume=true run_dir={folder}"
         )
-    summary, config = load_summary(folder), load_json(folder / "config.json")
+    summary, settings = load_summary(folder), load_json(folder / "config.json")
     if view not in summary["top1"]:
         raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")
-    family = f"{crop_family(config)}, {config['num_epochs']} epochs"
+    family = f"{crop_family(settings)}, {settings['num_epochs']} epochs"
     return {"x": summary["maiou"], "top1": summary["top1"][view]["ema"], "family": family}
 
 
