@@ -59,6 +59,8 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
         _exit("interrupted", error, 130)
     except Terminated as error:
         _exit("terminated", error, 128 + error.args[0])
+    finally:
+        WORKERS.clear()  # the end of one while Python ends is no fault
 
 
 def _make_printing_safe() -> None:
