@@ -22,14 +22,8 @@ config = {
     "sweeprun": False,  # run the sweep instead of one training
     "sweep": {
         "parameter": "THR",  # any key that a training depends on, such as maiou or opt.lr
-        "values": [
-            -1.0,
-            0.0,
-            0.2,
-            0.5,
-            0.8,
-            1.0,
-        ],  # the grid (THR=-1 is RandomResizedCrop); lists: [[0.1, 1], [0.2, 1]]
+        # the grid (THR=-1 is RandomResizedCrop); of a key that holds a list: [[0.1, 1], [0.2, 1]]
+        "values": [-1.0, 0.0, 0.2, 0.5, 0.8, 1.0],
         "seeds": 1,  # trainings per value, with seed, seed + 1, ...
         "resume": False,  # join the wandb sweep `id` instead of making a new one
         "count": 100,  # at most so many trainings by this process
@@ -254,7 +248,10 @@ config = {
 }
 
 # Named sets of values: `python train.py preset=NAME`, or "preset" above. The empty one is the default.
+_DINOV2 = {"dino.model": "dinov2_vits14", "dino.steps": ["heads", "outlier", "filter", "min_max"]}
+_PHOTOS_DINO = {**_DINOV2, "dino.image_size": 224, "dino.method": "object_head"}
 _CUB = {
+    **_DINOV2,
     "dataset.name": "cub",
     "dataset.val_fraction": 0.0,  # published protocol: validated on the test images
     "dataset.split": "70/30",
@@ -270,9 +267,7 @@ _CUB = {
     "opt.weight_decay": 1e-4,
     "opt.warmup_epochs": 0,
     "crop.mode": "reference",
-    "dino.model": "dinov2_vits14",
     "dino.image_size": 518,
-    "dino.steps": ["heads", "outlier", "filter", "min_max"],
     "dino.threshold": 0.1,  # chosen on training images of CUB with a DINOv2 fine-tuned by others (docs/boxes.md)
     "deterministic": False,
     "num_threads": None,
@@ -287,6 +282,7 @@ _CUB_SECOND = {
     "opt.step_size": 10,
     "opt.gamma": 0.8609,  # as published, (target_lr / lr) ** (step_size / num_epochs): the last epochs have 1.16e-5
 }
+_CUB_MAPS = {**_CUB_SECOND, "use_box": False, "use_dino_maps": True}
 presets = {
     "toybirds": {},
     "finetune": {  # photographs, 5 to 100 a class; the weights come from the hub, or from a file (model.weights=FILE).
@@ -313,20 +309,14 @@ presets = {
         "opt.warmup_epochs": 1,
         "deterministic": False,
         "num_threads": None,
-        "dino.model": "dinov2_vits14",
+        **_PHOTOS_DINO,
         "dino.weights": "hub",
-        "dino.image_size": 224,
-        "dino.steps": ["heads", "outlier", "filter", "min_max"],
         "dino.heads": "sparsity",  # for a ViT whose heads nobody has looked at (docs/boxes.md)
-        "dino.method": "object_head",
         "dino.threshold": 0.1,
     },
     "photos_dino": {  # generate_dino_boxes.py on photographs; chosen on images of CUB (docs/boxes.md)
-        "dino.model": "dinov2_vits14",
-        "dino.image_size": 224,
-        "dino.steps": ["heads", "outlier", "filter", "min_max"],
+        **_PHOTOS_DINO,
         "dino.heads": "5",  # of the ViT-S/14 that a third party fine-tuned for salient regions; others: sparsity
-        "dino.method": "object_head",
         "dino.threshold": 0.15,
     },
     "cub_first_training": {
@@ -378,16 +368,9 @@ presets = {
         "num_epochs": 30,  # not published: choose by the validation curve
     },
     "cub_cls_boxes": {**_CUB_SECOND, "source": "runs/cub_cls/boxes.json"},
-    "cub_density_maps": {
-        **_CUB_SECOND,
-        "use_box": False,
-        "use_dino_maps": True,
-        "dino_maps": "runs/dino_boxes_cub/boxes.json",
-    },
+    "cub_density_maps": {**_CUB_MAPS, "dino_maps": "runs/dino_boxes_cub/boxes.json"},
     "cub_density_maps_published": {
-        **_CUB_SECOND,
-        "use_box": False,
-        "use_dino_maps": True,
+        **_CUB_MAPS,
         "dino_maps": "runs/dino_boxes_cub_published/boxes.json",
         "crop.temperature": 2.0,  # as published, although it belongs to unscaled q·k: on maps in [0, 1] the centre is
         # drawn nearly uniformly

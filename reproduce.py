@@ -34,11 +34,11 @@ from localized_crops.files import UserError, save_json
 from train import train_run
 from training.distributed import require_single_process
 
-OWN_KEYS = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
+NOT_PASSED_ON = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
 
 
 def load_request(arguments: list[str]) -> dict | None:
-    """Return what the command line asks for: table, seeds (a range), run_dir, and ``own``, its other words by key.
+    """Return what the command line asks for: table, seeds (a range), run_dir, and its other words by key (overrides).
 
     Raises:
         ConfigError: as load_config does; on preset=, which the table names.
@@ -49,25 +49,25 @@ def load_request(arguments: list[str]) -> dict | None:
     if config["preset"] is not None:
         raise ConfigError(f"preset={config['preset']}: each table has its own preset; leave it out")
     words = dict(map(split_word, arguments))
-    own = {key: parse_value(key, text) for key, text in words.items() if key not in OWN_KEYS}
+    overrides = {key: parse_value(key, text) for key, text in words.items() if key not in NOT_PASSED_ON}
     seeds = range(config["seed"], config["seed"] + config["reproduce"]["seeds"])
-    return {"table": config["reproduce"]["table"], "seeds": seeds, "run_dir": config["run_dir"], "own": own}
+    return {"table": config["reproduce"]["table"], "seeds": seeds, "run_dir": config["run_dir"], "overrides": overrides}
 
 
 def main(request: dict) -> None:
     """Run what is missing of the table, then write it."""
-    name, seeds, own = request["table"], request["seeds"], request["own"]
+    name, seeds, overrides = request["table"], request["seeds"], request["overrides"]
     if name not in TABLES:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")
     require_single_process("reproduce.py")
     table = TABLES[name]
     folder = Path(request["run_dir"] or f"runs/{table.folder or name}")
-    shared = point_config(table, own)
+    shared = point_config(table, overrides)
     with with_resume_hint(same_command):
         for step in table.steps:
-            run_step(step, own)
+            run_step(step, overrides)
         if table.probe:
-            blocks = {title: point_config(table, changed | own) for title, changed in table.budgets.items()}
+            blocks = {title: point_config(table, changed | overrides) for title, changed in table.budgets.items()}
             write_probe(blocks, name, table.probe, folder, read_dataset(**shared["dataset"]))
             return
         run_grid(shared, table_points(table, seeds, folder), train_run)
@@ -77,7 +77,7 @@ def main(request: dict) -> None:
             save_json(folder / f"{name}.json", numbers)
 
 
-def run_step(step: Step, own: dict) -> None:
+def run_step(step: Step, overrides: dict) -> None:
     """Run a stage unless what it makes is there; an interrupted one goes on.
 
     Raises:
@@ -85,7 +85,7 @@ def run_step(step: Step, own: dict) -> None:
     """
     if Path(step.makes).exists():
         return
-    used = {key: value for key, value in own.items() if is_read_by(Path(step.script).stem, key)}
+    used = {key: value for key, value in overrides.items() if is_read_by(Path(step.script).stem, key)}
     words = [*(word_of(key, value) for key, value in used.items()), *step.words]  # the later one holds
     if step.script == "train.py" and (Path(step.makes).parent / "config.json").exists():
         words.append("resume=true")
@@ -95,9 +95,9 @@ def run_step(step: Step, own: dict) -> None:
         raise UserError(f"{step.script} ended with status {done.returncode} and did not make {step.makes}; see above")
 
 
-def point_config(table: Table, own: dict) -> dict:
-    """Return the config that all trainings of the table share; ``own`` (dotted key -> value) is laid over it."""
-    words = (word_of(key, value) for key, value in (table.common | own).items())
+def point_config(table: Table, overrides: dict) -> dict:
+    """Return the config that all trainings of the table share; ``overrides`` (dotted key -> value) is laid over it."""
+    words = (word_of(key, value) for key, value in (table.common | overrides).items())
     return load_config([f"preset={table.preset}", *words])
 
 

@@ -86,9 +86,9 @@ def main(config: dict) -> None:
     out = config["visualize"]["out"] or f"runs/{what}.png"
     check_picture(out)
     with user_errors(ValueError):
-        figure, about = PICTURES[what](config)
+        figure, shown = PICTURES[what](config)
     save_figure(figure, out)
-    print(f"{about} drawn to {out}")
+    print(f"{shown} drawn to {out}")
 
 
 # --- what is drawn from -------------------------------------------------------------------------------------------
@@ -149,8 +149,8 @@ def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, 
     for mode, thr in thresholds(config, subject).items():
         methods[f"{mode}, THR={thr:.3g}"] = BoxCrops(subject.boxes[rows], sizes, thr=thr, mode=mode, **shape)
     if subject.maps is not None:
-        about = {"temperature": crop["temperature"], **shape}
-        methods[f"density map, T={crop['temperature']:g}"] = MapCrops(subject.maps, ids, sizes, **about)
+        name, temperature = f"density map, T={crop['temperature']:g}", crop["temperature"]
+        methods[name] = MapCrops(subject.maps, ids, sizes, temperature=temperature, **shape)
     return methods
 
 
@@ -162,8 +162,8 @@ def thresholds(config: dict, subject: Subject) -> dict[str, float]:
     if not len(train):
         raise UserError(f"maiou={config['maiou']}: {subject.data.root} has no training image to find THR on; give THR")
     shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
-    about = config["maiou"], subject.boxes[train], subject.data.image_sizes[train]
-    return {mode: maiou_to_thr(*about, mode=mode, **shape) for mode in modes}
+    boxes, sizes = subject.boxes[train], subject.data.image_sizes[train]
+    return {mode: maiou_to_thr(config["maiou"], boxes, sizes, mode=mode, **shape) for mode in modes}
 
 
 # --- crops --------------------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ def crop_panels(
     config: dict, subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image], rng: np.random.Generator
 ) -> dict[str, list[list[Panel]]]:
     """Return drawn crops as the training makes them (not flipped), by the method's name."""
-    about = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
-    transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **about)
+    settings = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
+    transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **settings)
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]
@@ -348,11 +348,10 @@ def read_curves(folder: Path) -> dict[str, np.ndarray]:
     Raises:
         UserError: if no epoch was logged, or the log lacks a key.
     """
-    records = load_log(folder / "log.jsonl")
+    records = load_log(folder / "log.jsonl", numbers=("epoch", *CURVES))
     if not records:
         raise UserError(f"{folder}: no epoch was logged yet (no log.jsonl)")
-    with user_errors(KeyError, f"{folder / 'log.jsonl'}: not a log of train.py, a line lacks "):
-        log = {key: np.array([record[key] for record in records]) for key in ("epoch", *CURVES)}
+    log = {key: np.array([record[key] for record in records]) for key in ("epoch", *CURVES)}
     return log | {"ema_top1": 100 * log["ema_top1"]}
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import timm
 import torch
 
-from measuring import parse_settings, quartiles, timed_on
+from measuring import alternated, parse_settings, quartiles, timed_on
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from localized_crops.attention import cls_attention, cls_attention_and_logits
@@ -77,11 +77,8 @@ def build_passes(settings: dict) -> dict[str, Callable[[], object]]:
 @torch.inference_mode()
 def time_alternated(passes: dict, rounds: int, device: str) -> dict[str, list[float]]:
     """Return the seconds of each pass in each round; one round of warm-up is not counted."""
-    times = {name: [] for name in passes}
-    for _ in range(rounds + 1):
-        for name, run in passes.items():
-            times[name].append(timed_on(device, run, time.perf_counter))
-    return {name: seconds[1:] for name, seconds in times.items()}
+    ways = {name: lambda _, run=run: timed_on(device, run, time.perf_counter) for name, run in passes.items()}
+    return alternated(ways, rounds)
 
 
 @torch.inference_mode()

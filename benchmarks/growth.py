@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from measuring import memory
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import read_dataset
@@ -75,16 +77,15 @@ def measure(root: str, times: int) -> dict[str, float]:
             for batch in batches(len(data.ids)):
                 loaded[0, batch, len(batch), len(batch)]
             found[f"loading, {name}, CPU ms per image"] = 1e3 * (time.process_time() - start) / len(data.ids)
-        found["memory of the process, MiB"] = anonymous_memory()
+        found["memory of the process, MiB"] = memory("RssAnon")
     return found
 
 
 def repeated(data: DataSet, times: int) -> DataSet:
     """Return a data set of the first images, ``times`` times over, each time under new ids."""
     rows = np.tile(np.arange(min(IMAGES, len(data.ids))), times)
-    fields = {name: getattr(data, name)[rows] for name in ("labels", "boxes", "split", "image_sizes")}
-    paths = [data.paths[row] for row in rows]
-    return dataclasses.replace(data, ids=np.arange(1, len(rows) + 1), paths=paths, **fields)
+    fields = {name: getattr(data, name)[rows] for name in ("paths", "labels", "boxes", "split", "image_sizes")}
+    return dataclasses.replace(data, ids=np.arange(1, len(rows) + 1), **fields)
 
 
 def train_images(data: DataSet, decoded) -> TrainImages:
@@ -105,12 +106,6 @@ def start_up(images: TrainImages) -> float:
     start = time.perf_counter()
     next(iter(build_loader(images, num_workers=1, pin_memory=False, batch_size=None, sampler=sampler)))
     return time.perf_counter() - start
-
-
-def anonymous_memory() -> float:
-    """Return the MiB of this process without its mapped files, whose pages the system can take back."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssAnon"))
 
 
 if __name__ == "__main__":

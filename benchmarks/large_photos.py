@@ -17,7 +17,7 @@ import PIL.Image
 import torch
 
 from loader_cost import ours, usual
-from measuring import build_images, ratio, write_cub
+from measuring import alternated, build_images, ratio, write_cub
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -47,12 +47,7 @@ def main(source: str | None = None, size: str = "224") -> None:
         for name, crops in kinds.items():
             ways[name] = ours(data, rows, crops, int(size), None)
             ways[f"{name}, at full scale"] = at_full_scale(ways[name])
-        times = {name: [] for name in ways}
-        for number in range(ROUNDS + 1):
-            for name, way in ways.items():
-                seconds = way(number)
-                if number:  # the first round warms up
-                    times[name].append(seconds)
+        times = alternated(ways, ROUNDS)
         print_table(times)
         print("\n" + differences(data, kinds["RandomResizedCrop"], int(size)))
     about = environment()

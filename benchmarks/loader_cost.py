@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchvision import transforms
 
-from measuring import ratio, timed
+from measuring import alternated, ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -54,12 +54,7 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
             ways[f"{name}, {kind}"] = ours(data, rows, crops, int(size), decoded)
     for name, crops in as_large(crops_by_name, data, rows).items():
         ways[name + CACHE] = ours(data, rows, crops, int(size), kinds["cache=disk"])
-    times = {name: [] for name in ways}
-    for number in range(ROUNDS + 1):
-        for name, way in ways.items():
-            seconds = way(number)
-            if number:  # the first round warms up
-                times[name].append(seconds)
+    times = alternated(ways, ROUNDS)
     print_table(times, len(rows))
     print_cost_of_crops(times, {name: drawing(crops) / len(rows) for name, crops in crops_by_name.items()})
     print(f"\n{len(rows)} images, {size} px, {ROUNDS} rounds, one thread; {environment()['processor']}, torch "

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import PIL.Image
 
-from measuring import write_rows
+from measuring import memory, write_rows
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -162,11 +162,11 @@ def watch(run: Run) -> Watched:
         try:
             children = descendants(process.pid)
             files = sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in (process.pid, *children))
-            memory = [own_memory(pid) for pid in (process.pid, *children)]
+            held = [memory("RssAnon", pid) + memory("RssShmem", pid) for pid in (process.pid, *children)]
             shared |= {name for pid in (process.pid, *children) for name in shared_entries(pid)}
         except (FileNotFoundError, ProcessLookupError, StopIteration):  # one of them ends at this moment
             continue
-        looks.append(Look(run.progress(), memory[0], sum(memory[1:]), files))
+        looks.append(Look(run.progress(), held[0], sum(held[1:]), files))
     if process.returncode:
         raise SystemExit(f"{' '.join(run.words)}\n{run.log.read_text()[-3000:]}")
     seconds = time.perf_counter() - start
@@ -179,15 +179,6 @@ def descendants(pid: int) -> list[int]:
     """Return the children of a process and theirs."""
     direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return direct + [one for child in direct for one in descendants(child)]
-
-
-def own_memory(pid: int) -> float:
-    """Return the MiB of a process that no file holds."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines)
-    if "RssAnon" not in found:
-        raise ProcessLookupError(f"{pid} has ended")
-    return sum(int(found[key].split()[0]) for key in ("RssAnon", "RssShmem")) / 2**10
 
 
 def shared_entries(pid: int) -> list[str]:
@@ -214,21 +205,21 @@ def row(run: Run, watched: Watched) -> str:
     """Return a row of the table."""
     working = [look for look in watched.looks if 0 < look.done < 1]
     at = [next(look for look in reversed(working) if look.done <= share) for share in POINTS]
-    memory, children = (", ".join(f"{look[place]:.0f}" for look in at) for place in (1, 2))
+    held, children = (", ".join(f"{look[place]:.0f}" for look in at) for place in (1, 2))
     growth, growth_of_children = (
         f"{slope(run, working, place):+.2f} MiB per {run.per:,} {run.unit}" for place in (1, 2)
     )
     files = ", ".join(str(look.files) for look in at)
     most = max(look.process for look in watched.looks)
-    cells = (f"{run.name}, {run.units:,} {run.unit}", memory, growth, children, growth_of_children, files)
+    cells = (f"{run.name}, {run.units:,} {run.unit}", held, growth, children, growth_of_children, files)
     return "| " + " | ".join((*cells, f"{most:.0f}", str(watched.left), f"{watched.seconds:.0f}")) + " |"
 
 
 def slope(run: Run, working: list[Look], place: int) -> float:
     """Return the growth in MiB per ``run.per`` units after the first point."""
     later = [look for look in working if look.done >= POINTS[0]]
-    done, memory = np.array([(look.done * run.units, look[place]) for look in later]).T
-    return float(np.polyfit(done, memory, 1)[0]) * run.per
+    done, held = np.array([(look.done * run.units, look[place]) for look in later]).T
+    return float(np.polyfit(done, held, 1)[0]) * run.per
 
 
 if __name__ == "__main__":

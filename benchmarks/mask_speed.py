@@ -31,7 +31,7 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
-from measuring import build_images, parse_settings
+from measuring import alternated, build_images, memory, parse_settings, timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from masks.mask_generator import MaskGenerator
@@ -211,13 +211,9 @@ def build_engines(sam: Sam, preset: dict, settings: dict) -> dict[str, Callable[
 def time_alternated(engines: dict, images: list[np.ndarray], settings: dict) -> dict[str, list[float]]:
     """Return the seconds of each generator in each round (of the CPU, where it is the CPU that computes)."""
     clock = time.perf_counter if settings["device"].startswith("cuda") else time.process_time  # shared machines
-    times = {name: [] for name in engines}
-    for _ in range(settings["rounds"] + 1):  # the first one warms up
-        for name, run in engines.items():
-            start = clock()
-            run(images)  # ends with masks in the CPU's memory: nothing is left in flight
-            times[name].append(clock() - start)
-    return {name: seconds[1:] for name, seconds in times.items()}
+    # the work ends with masks in the CPU's memory: nothing is left in flight
+    ways = {name: lambda _, run=run: timed(lambda: run(images), clock) for name, run in engines.items()}
+    return alternated(ways, settings["rounds"])
 
 
 def table_row(name: str, times: dict[str, list[float]], images: int) -> str:
@@ -265,7 +261,7 @@ def memory_over_a_run(settings: dict, engine: str, marks: list[int]) -> list[flo
             run(images[done : min(mark, done + settings["image_batch"])])
             done += settings["image_batch"]
         held.append(memory_now(settings["device"]))
-    return [*held, held[-1] if settings["device"].startswith("cuda") else peak_resident_memory()]
+    return [*held, held[-1] if settings["device"].startswith("cuda") else memory("VmHWM") * 2**20 / 1e6]
 
 
 def memory_now(device: str) -> float:
@@ -273,12 +269,6 @@ def memory_now(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def peak_resident_memory() -> float:
-    """Return the most MB that this process ever held; getrusage would count its parent's in."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def describe_machine(settings: dict) -> str:

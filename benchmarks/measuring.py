@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,34 @@ def timed_on(
 
     torch.cuda.synchronize()
     return timed(whole, time.perf_counter)
+
+
+def alternated(ways: Mapping[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each way in each round; a first round warms up and is not counted.
+
+    Args:
+        ways: what does the work once, given the number of the round, and returns its seconds.
+        rounds: in each, all ways run one after the other, so that a machine that slows down slows all of them.
+    """
+    times = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            seconds = way(number)
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def memory(key: str, pid: int | str = "self") -> float:
+    """Return an entry of a process's status in MiB: RssAnon, RssShmem, RssFile, VmHWM.
+
+    Raises:
+        ProcessLookupError: if the process has ended.
+    """
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) / 2**10
+    raise ProcessLookupError(f"{pid} has ended")
 
 
 def quartiles(some: Sequence[float], base: Sequence[float]) -> list[float]:

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from measuring import build_images, write_cub
+from measuring import build_images, memory, write_cub
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -100,12 +100,6 @@ def _measured(measure: Callable[[Large], Found], large: Large, answer: Connectio
     found = list(measure(large))
     name = measure.__name__.replace("_", " ")
     answer.send([*found, (f"{name}: most memory", memory("VmHWM") - memory("RssFile") - before, "MiB")])
-
-
-def memory(key: str) -> float:
-    """Return an entry of this process's status in MiB: RssAnon, RssFile, VmHWM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{key}:"))
 
 
 class Clock:
@@ -225,7 +219,7 @@ def loader_process(large: Large) -> Found:
         pid = batches._workers[0].pid
         of = "all" if len(rows) > small else "a thousandth of the"
         yield f"first batch of a loader process, {of} images", _cpu_of(pid), "CPU s"
-        grown.append(_memory_of(pid))
+        grown.append(memory("RssAnon", pid))
         del batches, loader
     yield "a loader process grows by", grown[1] - grown[0], "MiB"
 
@@ -234,12 +228,6 @@ def _cpu_of(pid: int) -> float:
     """Return the processor's seconds of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory_of(pid: int) -> float:
-    """Return the MiB of a process that no file holds."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith("RssAnon"))
 
 
 def _train_images(data: DataSet, rows: np.ndarray) -> TrainImages:

@@ -11,14 +11,13 @@ import itertools
 import resource
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from loader_cost import random_maps
-from measuring import ratio, timed_on
+from measuring import alternated, ratio, timed_on
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -103,12 +102,11 @@ def measure(
     synthetic = [on_device(batch, device) for batch in loader]
     loader.images = sum(batch.real for batch in synthetic)
     runs = {"synthetic": (run, synthetic)} | runs
-    times = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, (run, loader_of_way) in runs.items():
-            seconds = timed_on(device, partial(train_one_epoch, run, loader_of_way), clock)
-            if number:  # the first round warms up
-                times[name].append(seconds)
+    ways = {
+        name: lambda _, parts=parts: timed_on(device, lambda: train_one_epoch(*parts), clock)
+        for name, parts in runs.items()
+    }
+    times = alternated(ways, rounds)
     return times, loader, workers
 
 

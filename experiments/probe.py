@@ -60,9 +60,9 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
         rows = {view: probe(found, data) for view, found in features.items()}
         rows |= {f"full and box: {row}": averaged(rows["full"], rows[f"box: {row}"]) for row in sources}
         best = max(PLAIN_VIEWS, key=lambda view: rows[view].validation)
-        about = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
+        network = f"{config['model']['type']} ({config['model']['weights']}), frozen, {config['image_size']} px"
         texts.append(
-            "\n\n".join([f"### {title}", probe_text(rows, best, labels), about, *groups_text(rows, data, sources)])
+            "\n\n".join([f"### {title}", probe_text(rows, best, labels), network, *groups_text(rows, data, sources)])
         )
         numbers[title] = numbers_of(rows, labels)
     made_with = environment()
@@ -80,8 +80,8 @@ def view_features(config: dict, data: DataSet, view: str, source: str | None, fo
     """Return the features of all images in one view, (N, D) float32: from ``folder`` if they are of these settings."""
     boxes = None if source is None else source_boxes(source, data)[0]
     shown = config["image_size"], config["eval"]["crop_pct"], config["eval"]["box_margin"]
-    about = [config["model"]["type"], config["model"]["weights"], *shown, data.fingerprint(), view.split(":")[0]]
-    digest = hashlib.sha256(repr(about).encode() + (b"" if boxes is None else boxes.tobytes())).hexdigest()[:16]
+    made_of = [config["model"]["type"], config["model"]["weights"], *shown, data.fingerprint(), view.split(":")[0]]
+    digest = hashlib.sha256(repr(made_of).encode() + (b"" if boxes is None else boxes.tobytes())).hexdigest()[:16]
     path = folder / f"features_{digest}.npy"
     if not path.exists():
         kind = View("box" if source else view, *shown)
@@ -149,7 +149,7 @@ def _few_images(features: np.ndarray, data: DataSet, rows: np.ndarray, count: in
 
 def _neighbours(known: np.ndarray, labels: np.ndarray, asked: np.ndarray) -> np.ndarray:
     """Return the label that most of the nearest neighbours (cosine) have, the nearer ones counting more."""
-    known, asked = (one / np.linalg.norm(one, axis=1, keepdims=True) for one in (known, asked))
+    known, asked = (features / np.linalg.norm(features, axis=1, keepdims=True) for features in (known, asked))
     similarity = asked @ known.T
     nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
     votes = np.zeros((len(asked), labels.max() + 1))

@@ -161,9 +161,8 @@ def views_text(table: Table, rows: Rows) -> list[str]:
         return []
     lines = []
     for row, runs in rows.items():
-        results = [compared(runs, rows[control], view, against=first) for view in others]
-        pairs = zip(others, results, strict=True)
-        lines.append([row, *(top1_text(top1_of(runs, view), result) for view, result in pairs)])
+        results = {view: compared(runs, rows[control], view, against=first) for view in others}
+        lines.append([row, *(top1_text(top1_of(runs, view), result) for view, result in results.items())])
     heads = ["crops", *(f"view {view}" for view in others)]
     return [f"Each view, difference to {control} in view {first}:\n", markdown_table(heads, lines) + "\n"]
 

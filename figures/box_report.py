@@ -110,17 +110,17 @@ def report_table(scores: dict[str, Any]) -> str:
     return markdown_table(heads, rows)
 
 
-def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, float], **about: Any) -> None:
+def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, float], **details: Any) -> None:
     """Write the evaluation beside a box JSON: ``STEM.eval.json`` and the table ``STEM.eval.md``.
 
     Args:
         out: the box JSON.
         scores: of `evaluate_boxes`.
         seconds: time per stage.
-        **about: what else belongs to the result.
+        **details: what else belongs to the result.
     """
     out = Path(out)
-    save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | about)
+    save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | details)
     save_text(out.with_suffix(".eval.md"), report_table(scores) + "\n")
 
 
@@ -132,7 +132,7 @@ def report_boxes(
     seconds: dict[str, float],
     errors: Mapping[int, str],
     maps: Mapping[int, np.ndarray] | None = None,
-    **about: Any,
+    **details: Any,
 ) -> None:
     """Print and save what is to be known of the boxes of a data set: evaluation, contact sheet, errors.txt.
 
@@ -143,14 +143,14 @@ def report_boxes(
         seconds: time per stage.
         errors: image id -> why the image failed; such images have no box.
         maps: image id -> attention map, drawn over the images of the contact sheet.
-        **about: what else the evaluation file keeps.
+        **details: what else the evaluation file keeps.
     """
     found, boxes_xywh = ~np.isnan(boxes_xywh[:, 0]), fill_missing(boxes_xywh, data.image_sizes)
     scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
     start = time.perf_counter()
     draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
     seconds = seconds | {"contact_sheet": round(time.perf_counter() - start, 3)}
-    save_report(out, scores, seconds, **about)
+    save_report(out, scores, seconds, **details)
     save_errors(out.with_name("errors.txt"), errors)
     print(report_table(scores))
     unfound = sum(i not in errors for i in data.ids[~found].tolist())

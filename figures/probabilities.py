@@ -44,7 +44,7 @@ def calibration_figure(calibration: dict[str, Any], title: str) -> Figure:
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     bins = calibration["bins"]
     edges = np.linspace(0, 1, len(bins) + 1)
-    top1 = [100 * (one["top1"] or 0) for one in bins]
+    top1 = [100 * (values["top1"] or 0) for values in bins]
     above.bar(edges[:-1], top1, 1 / len(bins), align="edge", edgecolor="white", label="images right")
     above.plot([0, 1], [0, 100], "k--", linewidth=1, label="perfect calibration")
     error, sure = calibration["expected_calibration_error"], calibration["mean_confidence"]
@@ -52,6 +52,6 @@ def calibration_figure(calibration: dict[str, Any], title: str) -> Figure:
     above.title.set_fontsize(9)
     above.set(ylabel="images right (%)", ylim=(0, 100))
     above.legend(fontsize=8, loc="upper left")
-    below.bar(edges[:-1], [one["n"] for one in bins], 1 / len(bins), align="edge", color="0.6", edgecolor="white")
+    below.bar(edges[:-1], [values["n"] for values in bins], 1 / len(bins), align="edge", color="0.6", edgecolor="white")
     below.set(xlabel="probability of the answer", ylabel="images", xlim=(0, 1))
     return figure

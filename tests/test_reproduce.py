@@ -157,9 +157,9 @@ def test_tables_on_disk_that_share_a_folder_share_trainings():
 
 def test_words_give_back_the_values_that_they_were_made_of():
     given = ["crop.scale=0.3,1.0", "maiou=0.7", "save=false", "eval.views=full,whole", "num_workers=none", "out=a b"]
-    own = reproduce.load_request(given)["own"]
+    own = reproduce.load_request(given)["overrides"]
     assert own["crop.scale"] == [0.3, 1.0] and own["num_workers"] is None and own["out"] == "a b"
-    assert reproduce.load_request([word_of(*one) for one in own.items()])["own"] == own
+    assert reproduce.load_request([word_of(*one) for one in own.items()])["overrides"] == own
 
 
 def test_the_preset_is_the_tables():
