@@ -1,5 +1,6 @@
 """Networks by name, which of their parameters are trained, their EMA, and reading checkpoints into them."""
 
+import contextlib
 import pickle
 import re
 from pathlib import Path
@@ -126,25 +127,45 @@ def _create(
 
 def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
     """Create a timm model, with its input size as an argument if it takes one, and try the size on a blank image."""
-    for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}, {}):
+    model = _create_told_size(name, image_size, **options)
+    if not _takes(model, image_size):
+        sizes = ", ".join(map(str, _sizes_that_work(name, image_size)))
+        raise UserError(f"image_size={image_size}: {name} cannot take it; it takes for instance {sizes}")
+    return model.train()
+
+
+def _create_told_size(name: str, image_size: int, **options: Any) -> nn.Module:
+    for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
         try:
-            model = timm.create_model(name, **size, **options)
-            break
+            return timm.create_model(name, **size, **options)
         except TypeError:  # it has no such argument
-            if not size:
-                raise
+            continue
         except (AssertionError, ValueError, RuntimeError, ZeroDivisionError):  # it has, and refuses this size
-            model = timm.create_model(name, **options)
             break
+    return timm.create_model(name, **options)
+
+
+def _takes(model: nn.Module, image_size: int) -> bool:
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
     except Exception:  # each network has its own way of failing
-        published = timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224)
-        raise UserError(
-            f"image_size={image_size}: {name} cannot take it; set image_size={published[-1]}, as published"
-        ) from None
-    return model.train()
+        return False
+    return True
+
+
+def _sizes_that_work(name: str, image_size: int, count: int = 3) -> list[int]:
+    """Return the nearest image sides that a timm model takes, tried on its shapes alone, in increasing order."""
+    published = (timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224))[-1]
+    sizes: list[int] = []
+    for size in sorted({*range(32, 513, 32), published}, key=lambda size: abs(size - image_size)):
+        if len(sizes) == count:
+            break
+        # some cannot even be built for a size
+        with torch.device("meta"), contextlib.suppress(Exception):
+            if _takes(_create_told_size(name, size, num_classes=2), size):
+                sizes.append(size)
+    return sorted(sizes or [published])
 
 
 def input_config(model_type: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -209,8 +210,12 @@ def test_the_input_statistics_are_the_networks_own(name, mean):
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "deit3_small_patch16_224"])
 def test_a_size_that_a_network_cannot_take_is_named_with_those_that_work(name):
-    with pytest.raises(UserError, match="image_size"):
+    with pytest.raises(UserError, match="image_size") as error:
         models.build_model(name, 2, image_size=10, patch_size=16)
+    sizes = [int(text) for text in re.findall(r"\d+", str(error.value).rpartition(" takes ")[2])]
+    assert len(sizes) > 0
+    for size in sizes:
+        models.build_model(name, 2, image_size=size, patch_size=16)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone.", "module._orig_mod."])
