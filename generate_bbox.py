@@ -302,8 +302,8 @@ def choose_boxes(stage: Stage) -> tuple[np.ndarray, dict[ImageId, str]]:
             best = int(np.argmax(scores))
             chosen[image_id] = stage.candidates[row_of[image_id]][best].tolist(), scores[best]
     boxes, scores = np.full((len(row_of), 4), np.nan), np.zeros(len(row_of))
-    for image_id, (box, score) in chosen.items():
-        boxes[row_of[image_id]], scores[row_of[image_id]] = box, score
+    for image_id in chosen.keys() - errors.keys():  # one that was replaced and fails now has lost its earlier box
+        boxes[row_of[image_id]], scores[row_of[image_id]] = chosen[image_id]
     settings = stage.config | {"identity": stage.work.identity, "batches": stage.work.keys}
     save_source(stage.out, data, boxes, made_by=Path(__file__).name, settings=settings, scores=scores)
     stage.work.remove()

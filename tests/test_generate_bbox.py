@@ -175,6 +175,17 @@ def test_an_image_that_fails_is_listed_and_done_when_mended(birds_copy, classifi
     assert load_boxes(out).boxes == load_boxes(whole).boxes
 
 
+def test_an_image_that_is_replaced_by_a_torn_one_loses_its_box(birds_copy, masks, classifier, tmp_path):
+    out = run(birds_copy, masks, classifier, tmp_path / "boxes.json")
+    data = read_dataset("cub", birds_copy)
+    row = next(row for row, box in enumerate(load_boxes(out).boxes.values()) if box is not None)
+    data.paths[row].write_bytes(data.paths[row].read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"errors\.txt"):
+        run(birds_copy, masks, classifier, out)
+    assert load_boxes(out).boxes[data.ids[row].item()] is None
+    assert data.paths[row].name in out.with_name("errors.txt").read_text()
+
+
 def test_candidates_at_the_borders_are_kept_inside(birds, classifier, tmp_path):
     """SAM's boxes end at the last pixel: a mask of one column has width 0, and it may be the last column."""
     data, masks = read_dataset("cub", birds), tmp_path / "masks_0"
