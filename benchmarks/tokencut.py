@@ -2,8 +2,8 @@
 
 TokenCut (Wang et al., CVPR 2022): patches are the nodes of a graph, joined where the cosine similarity of their keys
 exceeds tau; the second smallest generalised eigenvector of the graph cuts it in two; the connected component that holds
-the strongest patch of its part is the object. DINOv2's keys share a large common part, which joins everything at any
-tau: the rows "centred keys" subtract each image's mean key first. Training images only, as tau is chosen here.
+the strongest patch of its part is the object. The rows "centred keys" subtract each image's mean key first. Training
+images only, as tau is chosen here.
 
     python benchmarks/tokencut.py                                        # ToyBirds, built-in localizer
     python benchmarks/tokencut.py preset=photos_dino dataset.name=cub dataset.root=FOLDER dino.weights=VIT.safetensors
@@ -27,7 +27,7 @@ from localized_crops.boxes import center_boxes
 from localizer.attention_maps import BatchImages, clean, map_to_box, plan_batches
 from localizer.networks import build_localizer
 
-IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6, 0.8)
+IMAGES, TAUS = 150, (0.0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.9)
 
 
 def main(words: list[str]) -> None:
