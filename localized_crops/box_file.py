@@ -12,16 +12,17 @@ import base64
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from localized_crops.boxes import clip_boxes
-from localized_crops.columns import Column, Rows, ids_to_keys
+from localized_crops.columns import Rows, ids_to_keys
 from localized_crops.files import UserError, load_json, save_json, user_errors
-from localized_crops.image_ids import ImageId, id_to_key
+from localized_crops.image_ids import ImageId, id_to_key, key_to_id
 
 FILE_KIND, BOX_FORMAT = "localized-crops boxes", "xywh"
 FILE_VERSION, COLUMNS_VERSION = 2, 3  # of files with an entry for each image, and with columns
@@ -30,16 +31,40 @@ PIXEL_GRIDS = ("stored", "upright")  # the pixels as the file stores them, or tu
 OVERSHOOT = 1e-3  # pixels that a box may reach past its image: rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BoxFile:
-    """What a box file holds."""
+    """What a box file holds: a row of numbers for each image, NaN where there are none, and the same by image id."""
 
-    boxes: Mapping[ImageId, tuple[float, float, float, float] | None]  # image id -> xywh; None: no box was found
-    image_sizes: Mapping[ImageId, tuple[int, int] | None]  # image id -> width height; None: it could not be read
+    rows: Rows
+    boxes_xywh: np.ndarray  # (N, 4), pixels
+    sizes: np.ndarray  # (N, 2), width height
+    all_scores: np.ndarray | None  # (N, 1); None: the file has no scores
     made_by: str  # the script
     settings: dict[str, Any]  # its resolved settings
-    scores: Mapping[ImageId, float | None] = field(default_factory=dict)
     pixel_grid: str = "stored"  # of boxes and sizes: "stored", or "upright" (EXIF orientation applied)
+
+    @cached_property
+    def boxes(self) -> dict[ImageId, tuple[float, float, float, float] | None]:
+        """The x y width height of each image; None: no box was found."""
+        return self._by_id(self.boxes_xywh)
+
+    @cached_property
+    def image_sizes(self) -> dict[ImageId, tuple[int, int] | None]:
+        """The width height of each image; None: it could not be read."""
+        return self._by_id(self.sizes, int)
+
+    @cached_property
+    def scores(self) -> dict[ImageId, float | None]:
+        """The score of each image; empty if the file has no scores."""
+        scores = {} if self.all_scores is None else self._by_id(self.all_scores)
+        return {image_id: None if score is None else score[0] for image_id, score in scores.items()}
+
+    def _by_id(self, numbers: np.ndarray, kind: type = float) -> dict[ImageId, Any]:
+        ids, is_known = (key_to_id(key.decode()) for key in self.rows.keys.tolist()), ~np.isnan(numbers[:, 0])
+        return {
+            i: tuple(map(kind, n)) if known else None
+            for i, n, known in zip(ids, numbers.tolist(), is_known, strict=True)
+        }
 
 
 def save_boxes(
@@ -86,9 +111,9 @@ def save_boxes(
 
 def _with_columns(content: dict[str, Any], file: BoxFile) -> dict[str, Any]:
     """Return the content of a file with columns in place of entries."""
-    columns = {name: getattr(file, name) for name in ("boxes", "image_sizes", "scores") if name in content}
+    columns = {"boxes": file.boxes_xywh, "image_sizes": file.sizes, "scores": file.all_scores}
     header = {key: value for key, value in content.items() if key not in columns}
-    coded = {name: base64.b64encode(column.numbers.astype("<f8")).decode() for name, column in columns.items()}
+    coded = {name: base64.b64encode(n.astype("<f8")).decode() for name, n in columns.items() if n is not None}
     return header | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
 
 
@@ -125,15 +150,9 @@ def _parse(content: Any) -> BoxFile:
             row = int(bad.argmax())
             values = f"box {boxes[row].tolist()}, size {sizes[row].tolist()}, score {scores[row, 0]}"
             raise ValueError(f"image {ids[row][:100]}: {rule}, got {values}")
-    has_scores = "scores" in content.get("columns", content)
-    return BoxFile(
-        boxes=Column(rows, boxes),
-        image_sizes=Column(rows, sizes, int),
-        made_by=content["made_by"],
-        settings=content["settings"],
-        scores=Column(rows, scores[:, 0]) if has_scores else {},
-        pixel_grid=content.get("pixel_grid", "stored"),
-    )
+    scores = scores if "scores" in content.get("columns", content) else None
+    pixel_grid = content.get("pixel_grid", "stored")
+    return BoxFile(rows, boxes, sizes, scores, content["made_by"], content["settings"], pixel_grid)
 
 
 def _check_header(content: Any) -> None:
@@ -222,11 +241,11 @@ def boxes_for_images(
     file = load_boxes(path)
     if pixel_grid not in (None, file.pixel_grid):
         raise UserError(f"{path}: its boxes are in the {file.pixel_grid} pixel grid, the images here are {pixel_grid}")
-    names, sizes, rows = np.asarray(ids).tolist(), np.asarray(image_sizes), file.boxes.rows.of(ids)
+    names, sizes, rows = np.asarray(ids).tolist(), np.asarray(image_sizes), file.rows.of(ids)
     if (rows < 0).any():
         name = names[int((rows < 0).argmax())]
         raise UserError(f"{path}: made for another data set, it has no entry for image {name}; make it again")
-    file_sizes = file.image_sizes.numbers[rows]
+    file_sizes = file.sizes[rows]
     differs = (file_sizes != sizes).any(1) & ~np.isnan(file_sizes[:, 0])
     if differs.any():
         row = int(differs.argmax())
@@ -234,4 +253,4 @@ def boxes_for_images(
         raise UserError(
             f"{path}: made for another data set: image {names[row]} is {here} here and {there} there; make it again"
         )
-    return clip_boxes(file.boxes.numbers[rows], sizes)
+    return clip_boxes(file.boxes_xywh[rows], sizes)

@@ -1,12 +1,10 @@
-"""Values by image id, kept in arrays: a million images take a tenth of what dicts of tuples take."""
+"""Image ids in arrays: a million images take a tenth of what a dict takes."""
 
-from collections.abc import ItemsView, Iterator, KeysView, Mapping, Sequence, ValuesView
-from functools import cached_property
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
-from localized_crops.image_ids import ImageId, key_to_id
+from localized_crops.image_ids import ImageId
 
 
 def ids_to_keys(ids: Sequence[ImageId] | np.ndarray) -> np.ndarray:
@@ -61,52 +59,3 @@ class Rows:
         places = np.minimum(self.keys.searchsorted(keys, sorter=self._order), len(self.keys) - 1)
         rows = self._order[places]
         return np.where(self.keys[rows] == keys, rows, -1)
-
-    def row(self, image_id: ImageId) -> int:
-        """Return the row of an image; KeyError if there is none."""
-        key = str(image_id).encode()
-        place = int(self.keys.searchsorted(key, sorter=self._order))
-        if place == len(self.keys) or self.keys[self._order[place]] != key or key_to_id(str(image_id)) != image_id:
-            raise KeyError(image_id)
-        return int(self._order[place])
-
-    @cached_property
-    def ids(self) -> list[ImageId]:
-        """The image of each row."""
-        return [key_to_id(key.decode()) for key in self.keys.tolist()]
-
-
-class Column(Mapping):
-    """A mapping from image ids to tuples of numbers, or single ones; None where the numbers are NaN."""
-
-    def __init__(self, rows: Rows, numbers: np.ndarray, kind: type = float) -> None:
-        """Keep the numbers (N, K) or (N,) float64 of the rows; values come out as ``kind``, float or int."""
-        self.rows, self.numbers, self.kind = rows, numbers, kind
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[ImageId]:
-        return iter(self.rows.ids)
-
-    def __getitem__(self, image_id: ImageId) -> Any:
-        return self._value(self.numbers[self.rows.row(image_id)].tolist())
-
-    def _value(self, numbers: list[float] | float) -> Any:
-        if isinstance(numbers, list):
-            return None if numbers[0] != numbers[0] else tuple(map(self.kind, numbers))
-        return None if numbers != numbers else self.kind(numbers)
-
-    # faster than Mapping's own, which look up image by image
-
-    def keys(self) -> KeysView:
-        return dict.fromkeys(self).keys()
-
-    def values(self) -> ValuesView:
-        return self._dict().values()
-
-    def items(self) -> ItemsView:
-        return self._dict().items()
-
-    def _dict(self) -> dict[ImageId, Any]:
-        return dict(zip(self, map(self._value, self.numbers.tolist()), strict=True))

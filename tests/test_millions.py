@@ -10,7 +10,7 @@ from datasets import known_boxes, read_dataset, source_boxes
 from jobs import shared_work
 from localized_crops import box_file, crops
 from localized_crops.box_file import load_boxes, save_boxes
-from localized_crops.columns import Column, Rows, compact_ids, ids_to_keys, listed_ids
+from localized_crops.columns import Rows, compact_ids, ids_to_keys, listed_ids
 from localized_crops.files import UserError
 from readers import images
 from readers.data_set import ImagePaths
@@ -26,14 +26,8 @@ SCORES = {"a/1.jpg": 1e-300, "b.jpg": None, "ä.png": -0.25}
 
 
 @pytest.mark.parametrize("ids", [[7, 3, 10**17], ["b", "a/ü.jpg", "007"], [3, "3.jpg"], []])
-def test_a_column_is_the_mapping_that_it_keeps(ids):
-    numbers = np.array([[1.0, 2.0], [np.nan, np.nan], [3.5, 4.0]])[: len(ids)].reshape(-1, 2)
-    plain = dict(zip(ids, [(1.0, 2.0), None, (3.5, 4.0)], strict=False))
-    column = Column(Rows(ids_to_keys(ids)), numbers)
-    assert column == plain and dict(column) == plain and list(column) == ids
-    assert list(column.values()) == list(plain.values()) and column.keys() == plain.keys()
-    assert [column.get(one, "none") for one in ("7", 99, "x", "3")] == ["none"] * 4
-    assert column.rows.of([*ids[::-1], "x", 99]).tolist() == [*reversed(range(len(ids))), -1, -1]
+def test_every_image_has_its_row(ids):
+    assert Rows(ids_to_keys(ids)).of([*ids[::-1], "x", 99]).tolist() == [*reversed(range(len(ids))), -1, -1]
 
 
 def test_an_id_has_one_row_and_no_nul():
