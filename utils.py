@@ -90,13 +90,13 @@ def file_sha256(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def file_stats(paths: Iterable[Path | str]) -> np.ndarray:
+def file_stats(paths: Iterable[Path | str | bytes]) -> np.ndarray:
     """Return size and times of change of files, (N, 3) int64: bytes, and nanoseconds of content and of anything.
 
     Unlike the time of the last writing, the time of the last change cannot be set back by a program. -1: no such file.
     """
 
-    def stats(part: tuple[Path | str, ...]) -> list[tuple[int, int, int]]:
+    def stats(part: tuple[Path | str | bytes, ...]) -> list[tuple[int, int, int]]:
         rows = []
         for path in part:
             try:

@@ -43,7 +43,7 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     )
     labels = _labels(root, np.array(list(classes), dtype=np.int64), ids, class_of[:, 0])
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
-    paths = ImagePaths(folder, _image_names(root, str(folder), names))
+    paths = ImagePaths(folder, _image_names(root, names))
     return build_data_set(
         name,
         root,
@@ -156,16 +156,14 @@ def _labels(root: Path, class_ids: np.ndarray, ids: np.ndarray, class_of: np.nda
     return labels
 
 
-def _image_names(root: Path, folder: str, names: dict[int, str]) -> list[str]:
-    """Return the normal names of files (image id -> name as it stands in images.txt) below ``folder``."""
-    inside, normal = f"{folder}{os.sep}", []
-    for image_id, relative in names.items():
-        path = os.path.normpath(os.path.join(folder, relative))
-        if "\0" in relative or not path.startswith(inside):
+def _image_names(root: Path, names: dict[int, str]) -> list[str]:
+    """Return the normal names of files (image id -> name as it stands in images.txt) below the folder of images."""
+    normal = list(map(os.path.normpath, names.values()))
+    for image_id, relative, name in zip(names, names.values(), normal, strict=True):
+        if name.startswith((os.sep, ".." + os.sep)) or name in (".", "..") or "\0" in name:
             raise UserError(
                 f"{root / 'images.txt'}: image id {image_id}: {relative!r} leaves the images folder or is no file name"
             )
-        normal.append(path[len(inside) :])
     return normal
 
 
