@@ -227,6 +227,7 @@ config = {
     "checkpoint": [],  # best.pt of a run; for evaluate.py several, separated by commas, are compared
     "evaluate": {
         "split": "test",  # train | val | test
+        "averages": [],  # of views, besides that of all, such as full+box
         "out": None,  # the folder to write; None: the first free evaluation_{split}_{i} beside the first checkpoint
     },
     "export": None,  # evaluate.py: write weights for timm, ONNX, class names and preprocessing into this folder instead

@@ -6,7 +6,7 @@ otherwise. Writes into evaluate.out (None: the first free folder evaluation_SPLI
 
     evaluation.json, .md   top-1 with its interval, top-5, cross-entropy and calibration by view; accuracy by the size
                            of the object where true boxes are known, and by class; McNemar's paired test of every two
-                           checkpoints
+                           checkpoints, or of trainings that differ in their seed alone, a row for each
     predictions.csv        a row for each checkpoint, view and image
     confusion.png, calibration.png
 

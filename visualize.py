@@ -27,7 +27,6 @@ The others:
 
 import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from config import load_config
 from datasets import known_boxes, read_dataset
 from dino_transform import MapCrops
-from experiments.grid import crop_family, load_summary, settings_key
+from experiments.grid import crop_family, group_by_settings, load_summary, settings_key
 from figures.box_report import METHOD_NAMES, split_rows
 from figures.plots import (
     Panel,
@@ -331,15 +330,11 @@ def run_folders(names: list[str]) -> list[Path]:
 
 def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
     """Return the runs that differ in their seed alone, by a label: the folder's name without its seed."""
-    groups = {}
+    configs = {}
     for folder in folders:
         with user_errors((KeyError, AttributeError), f"{folder / 'config.json'}: not of this version: "):
-            groups.setdefault(settings_key(load_json(folder / "config.json")), []).append(folder)
-    names = [re.sub(r"[,_-]*seed[=_]?\d+", "", members[0].name) for members in groups.values()]
-    if len(set(names)) < len(names):
-        names = [str(members[0]) for members in groups.values()]
-    counts = [f", n = {len(members)}" if len(members) > 1 else "" for members in groups.values()]
-    return {name + count: members for name, count, members in zip(names, counts, groups.values(), strict=True)}
+            configs[folder] = settings_key(load_json(folder / "config.json"))
+    return group_by_settings(configs)
 
 
 def read_curves(folder: Path) -> dict[str, np.ndarray]:

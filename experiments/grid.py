@@ -6,6 +6,7 @@ process works on is left to that process: the same command started twice shares 
 
 import copy
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,3 +126,15 @@ def crop_family(config: dict) -> str:
 def settings_key(config: dict) -> str:
     """Return as text what two trainings share if they are the same but for their seed."""
     return json.dumps({key: config[key] for key in sorted(config.keys() - FREE_KEYS - {"seed"})}, sort_keys=True)
+
+
+def group_by_settings(settings: dict[Path, str]) -> dict[str, list[Path]]:
+    """Return the run folders that share their `settings_key`, by a label: the first one's name without its seed."""
+    groups = {}
+    for folder, key in settings.items():
+        groups.setdefault(key, []).append(folder)
+    names = [re.sub(r"[,_-]*seed[=_]?\d+", "", members[0].name) for members in groups.values()]
+    if len(set(names)) < len(names):
+        names = [str(members[0]) for members in groups.values()]
+    counts = [f", n = {len(members)}" if len(members) > 1 else "" for members in groups.values()]
+    return {name + count: members for name, count, members in zip(names, counts, groups.values(), strict=True)}

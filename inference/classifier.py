@@ -55,6 +55,7 @@ class Classifier:
     class_names: list[str]
     views: dict[str, View]
     config: dict[str, Any]
+    trained: dict[str, Any]  # the config of its training
     device: torch.device
     mean: tuple[float, ...]  # of the network's input
     std: tuple[float, ...]
@@ -175,6 +176,7 @@ def load_classifier(
         class_names=class_names,
         views=views,
         config=config,
+        trained=trained,
         device=device,
         mean=mean,
         std=std,

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from experiments.grid import group_by_settings, settings_key
 from experiments.paired_tests import compare
+from experiments.table_report import compared, top1_of, top1_text
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
 from inference import metrics
@@ -20,6 +22,7 @@ from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
+from training.evaluation import AVERAGE, average
 from training.train_data import view_boxes, workers_for
 from utils import markdown_table
 
@@ -67,7 +70,20 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
     )
     bar = tqdm(loader, desc=Path(classifier.path).parent.name, unit=" batches", disable=None)
     log_probs, labels = classifier.labelled_log_probs(bar)
+    for name in config["evaluate"]["averages"]:
+        views = name.split("+")
+        if unknown := set(views) - set(classifier.views):
+            known = ", ".join(classifier.views)
+            raise UserError(f"evaluate.averages={name}: {min(unknown)} is no view of {classifier.path}, it has {known}")
+        log_probs[name] = average(log_probs[view] for view in views)
     return Evaluated(classifier, labels.numpy(), {view: values.numpy() for view, values in log_probs.items()})
+
+
+class SeedRun(NamedTuple):
+    """The answers of one of several trainings that differ in their seed alone."""
+
+    seed: int
+    correct: dict[str, np.ndarray]  # view -> (N,) bool
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -129,7 +145,8 @@ def write_report(
     pairs = comparisons(evaluated)
     header = {"kind": "localized-crops evaluation", "version": 1, "images": len(rows), "root": str(data.root)} | header
     save_json(folder / "evaluation.json", header | {"checkpoints": figures, "comparisons": pairs})
-    parts = [overview_table(figures, evaluated), pairs_table(pairs), size_table(figures), class_tables(figures)]
+    parts = [overview_table(figures, evaluated), seeds_tables(evaluated) or pairs_table(pairs)]
+    parts += [size_table(figures), class_tables(figures)]
     title = f"# {data.root}, split {header['split']}: {len(rows)} images, {len(data.class_names)} classes"
     save_text(folder / "evaluation.md", "\n\n".join([title, *filter(None, parts)]) + "\n")
     save_text(folder / "predictions.csv", predictions_csv(evaluated, data, rows))
@@ -195,6 +212,39 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
     detectable = "detectable from, in points, at 80% power"
     heads = ["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", detectable]
     return markdown_table(heads, lines)
+
+
+def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
+    """Return the accuracy over trainings that differ in their seed alone, a row for each, with paired tests.
+
+    The first such row is the control: in the same view, and in the best of its views that look at no box. Nothing
+    where every training has other settings, or two checkpoints are of one training.
+    """
+    rows, by_path = {}, {Path(one.classifier.path).parent: one for one in evaluated}
+    groups = group_by_settings({path: settings_key(one.classifier.trained) for path, one in by_path.items()})
+    if len(groups) == len(evaluated) or len(by_path) < len(evaluated):
+        return ""
+    for label, paths in groups.items():
+        rows[label] = [
+            SeedRun(one.classifier.trained["seed"], {v: p.argmax(1) == one.labels for v, p in one.log_probs.items()})
+            for one in map(by_path.get, paths)
+        ]
+    name, control = next(iter(rows.items()))
+    views = list(control[0].correct)
+    plain = [view for view in views if "box" not in view and "+" not in view and view != AVERAGE]
+    best = max(plain or views, key=lambda view: np.mean(top1_of(control, view)))
+    parts = []
+    for title, against in (("the same view", None), (f"view {best}, its best one without a box on these images", best)):
+        lines = []
+        for row, runs in rows.items():
+            tests = {
+                v: None if row == name and v == (against or v) else compared(runs, control, v, against=against)
+                for v in views
+            }
+            lines.append([row, *(top1_text(top1_of(runs, view), test) for view, test in tests.items())])
+        parts += [f"Top-1 in %, mean ± standard deviation over seeds; difference to {name} in {title}:"]
+        parts += [markdown_table(["trainings", *views], lines)]
+    return "\n\n".join(parts)
 
 
 def size_table(figures: dict[str, Any]) -> str:

@@ -206,6 +206,7 @@ SCHEMA: dict[str, tuple[Any, Any]] = {
     "other.ema_decay": (Share, 0.97),
     "checkpoint": (Many[Text], []),
     "evaluate.split": (Literal["train", "val", "test"], "test"),
+    "evaluate.averages": (Many[Text], []),
     "evaluate.out": (Text | None, None),
     "export": (Text | None, None),
     "images": (Text | None, None),

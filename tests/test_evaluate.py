@@ -73,6 +73,44 @@ def test_checkpoints_are_compared_image_by_image(site_copy, tmp_path):
         run(both, f"dataset.root={site_copy}/birds", f"evaluate.out={tmp_path}/out")
 
 
+def test_trainings_that_differ_in_their_seed_are_one_row_and_views_are_averaged_as_asked(site_copy, tmp_path):
+    random = np.random.default_rng(0)
+    for thr in (0.0, 1.0):
+        for seed in (0, 1):
+            content = load_tensors(site_copy / "run" / "best.pt")
+            content["config"] |= {"THR": thr, "seed": seed}
+            for weights in ("model", "ema"):
+                content[weights]["fc.bias"] += 3 * torch.from_numpy(random.normal(size=8)).float()
+            (tmp_path / f"thr_{thr:g}_seed_{seed}").mkdir()
+            torch.save(content, tmp_path / f"thr_{thr:g}_seed_{seed}" / "best.pt")
+    checkpoints = ",".join(str(tmp_path / f"thr_{thr}_seed_{seed}" / "best.pt") for thr in (0, 1) for seed in (0, 1))
+    words = [f"dataset.root={site_copy}/birds", "evaluate.split=train", "eval_box=center", "eval.views=full,whole"]
+    run(checkpoints, *words, f"evaluate.out={tmp_path}/out", "evaluate.averages=full+box,box")
+    text = (tmp_path / "out" / "evaluation.md").read_text()
+    with open(tmp_path / "out" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+
+    def top1(thr, view):
+        chosen = [row for row in rows if f"thr_{thr}" in row["checkpoint"] and row["view"] == view]
+        return [np.mean([row["label"] == row["predicted"] for row in chosen if f"seed_{n}" in row["checkpoint"]])
+                for n in (0, 1)]  # fmt: skip
+
+    best = max(("full", "whole"), key=lambda view: np.mean(top1(0, view)))
+    same, in_best = text.split("Top-1 in %, mean")[1:]
+    assert "| trainings | full | whole | box | average | full+box |" in same
+    for thr, line in enumerate(row for row in same.splitlines() if row.startswith("| thr_")):
+        cells = [cell.strip() for cell in line.split("|")[2:-1]]
+        for view, cell in zip(("full", "whole", "box", "average", "full+box"), cells, strict=True):
+            assert cell.startswith(f"{100 * np.mean(top1(thr, view)):.1f} ± ")
+            difference = 100 * (np.mean(top1(thr, view)) - np.mean(top1(0, view)))
+            assert (f" {difference:+.1f} (p " in cell) == (thr == 1)
+    assert f"difference to thr_0, n = 2 in view {best}, its best one" in in_best
+    difference = 100 * (np.mean(top1(1, "full+box")) - np.mean(top1(0, best)))
+    assert f" {difference:+.1f} (p " in in_best.splitlines()[5].split("|")[6]
+    with pytest.raises(UserError, match=r"evaluate\.averages=full\+bo: bo"):
+        run(checkpoints, *words, f"evaluate.out={tmp_path}/none", "evaluate.averages=full+bo")
+
+
 def test_a_data_set_of_other_classes_or_without_the_split_is_refused(site_copy, tmp_path):
     checkpoint = site_copy / "run" / "best.pt"
     with pytest.raises(UserError, match=r"evaluate\.split"):

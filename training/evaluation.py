@@ -1,7 +1,7 @@
 """Accuracy of a classifier: log-probabilities in several test views and their average."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -55,9 +55,14 @@ def predict(
 def _by_view(views: list[list[torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
     log_probs = {name: all_rows(torch.cat(parts).cpu()) for name, parts in zip(names, views, strict=True)}
     if len(log_probs) > 1:
-        stacked = torch.stack(list(log_probs.values()))
-        log_probs[AVERAGE] = stacked.logsumexp(0) - math.log(len(stacked))
+        log_probs[AVERAGE] = average(log_probs.values())
     return log_probs
+
+
+def average(log_probs: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return the logarithm of the mean of probabilities that are given by their logarithms."""
+    stacked = torch.stack(list(log_probs))
+    return stacked.logsumexp(0) - math.log(len(stacked))
 
 
 def loss_and_top1(log_probs: torch.Tensor, labels: torch.Tensor) -> tuple[float, float]:
