@@ -17,8 +17,7 @@ import numpy as np
 from config import load_config
 from datasets import known_boxes, read_dataset, save_source
 from jobs.guard import run_script
-from jobs.settings import ConfigError
-from localized_crops.files import check_output
+from localized_crops.files import UserError, check_output
 from readers.box_sources import write_foreign
 
 USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
@@ -28,12 +27,12 @@ def load_request(arguments: list[str]) -> dict | None:
     """Return ``config``, with the file to read as its source, and the file to write as ``out``; None after help.
 
     Raises:
-        ConfigError: if the words are not ``convert A B`` and then keys, or as load_config does.
+        UserError: if the words are not ``convert A B`` and then keys, or as load_config does.
     """
     if {"-h", "--help"} & set(arguments):
         return load_config(arguments)
     if len(arguments) < 3 or arguments[0] != "convert" or any("=" in word for word in arguments[:3]):
-        raise ConfigError(f"usage: {USAGE}")
+        raise UserError(f"usage: {USAGE}")
     return {"config": load_config([f"source={arguments[1]}", *arguments[3:]]), "out": arguments[2]}
 
 

@@ -393,7 +393,7 @@ def load_config(arguments: list[str], base: dict | None = None) -> dict | None:
         The config; None after printing the help that ``--help`` or ``--help all`` asked for.
 
     Raises:
-        ConfigError: on an unknown key, a wrong type or a value that is not allowed.
+        UserError: on an unknown key, a wrong type or a value that is not allowed.
     """
     script = Path(sys.argv[0]).stem
     if {"-h", "--help"} & set(arguments):

@@ -26,7 +26,6 @@ from inference.classifier import load_classifier, training_defaults
 from inference.evaluation import evaluate, write_report
 from inference.export import export_classifier
 from jobs.guard import run_script
-from jobs.settings import ConfigError
 from localized_crops.files import UserError, check_output, no_empty_folder, user_errors
 from utils import environment, new_folder, set_threads
 
@@ -50,9 +49,9 @@ def load_evaluation_configs(arguments: list[str]) -> list[dict] | None:
         return None
     paths = config["checkpoint"]
     if not paths or len(set(paths)) < len(paths):
-        raise ConfigError("evaluate.py needs checkpoint=FILE[,FILE...], such as best.pt of a run, each once")
+        raise UserError("evaluate.py needs checkpoint=FILE[,FILE...], such as best.pt of a run, each once")
     if config["export"] and len(paths) > 1:
-        raise ConfigError(f"export={config['export']}: is for one checkpoint, checkpoint names {len(paths)}")
+        raise UserError(f"export={config['export']}: is for one checkpoint, checkpoint names {len(paths)}")
     return [load_config(arguments, base=training_defaults(path)) for path in paths]
 
 

@@ -35,7 +35,7 @@ from datasets import read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import build_loader, start_server
-from jobs.settings import ConfigError, check_value, get_key
+from jobs.settings import check_value, get_key
 from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
 from localized_crops.box_file import load_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
@@ -165,7 +165,7 @@ def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, di
     content = load_tensors(path)
     trained = content.get("config") if isinstance(content, dict) else None
     try:
-        with user_errors(ConfigError, f"{path}: its config: "):
+        with user_errors(UserError, f"{path}: its config: "):
             for key in ("model.type", "model.n_classes", "image_size", "patch_size"):
                 check_value(key, get_key(trained, key))
         settings, sizes = trained["model"], {key: trained[key] for key in ("image_size", "patch_size")}

@@ -25,7 +25,6 @@ from inference.classifier import Classifier, Prediction, load_classifier, traini
 from inference.photos import find_images
 from inference.predictions import check_out, save_predictions, sheet_figure
 from jobs.guard import run_script
-from jobs.settings import ConfigError
 from localized_crops.files import UserError, save_text, user_errors
 from training.train_data import workers_for
 from utils import set_threads
@@ -56,7 +55,7 @@ def load_prediction_config(arguments: list[str]) -> dict | None:
     if config is None:
         return None
     if len(config["checkpoint"]) != 1 or config["images"] is None:
-        raise ConfigError("predict.py needs checkpoint=FILE (best.pt of a run) and images=FOLDER|FILE|PATTERN|-")
+        raise UserError("predict.py needs checkpoint=FILE (best.pt of a run) and images=FOLDER|FILE|PATTERN|-")
     return load_config(arguments, base=training_defaults(config["checkpoint"][0]))
 
 

@@ -29,7 +29,7 @@ from experiments.probe import write_probe
 from experiments.table_report import numbers_of, table_points, write_report
 from experiments.tables import TABLES, Step, Table
 from jobs.guard import run_script, same_command, with_resume_hint
-from jobs.settings import ConfigError, is_read_by, parse_value, split_word, word_of
+from jobs.settings import is_read_by, parse_value, split_word, word_of
 from localized_crops.files import UserError, save_json
 from train import train_run
 from training.distributed import require_single_process
@@ -41,13 +41,13 @@ def load_request(arguments: list[str]) -> dict | None:
     """Return what the command line asks for: table, seeds (a range), run_dir, and its other words by key (overrides).
 
     Raises:
-        ConfigError: as load_config does; on preset=, which the table names.
+        UserError: as load_config does; on preset=, which the table names.
     """
     config = load_config(arguments)
     if config is None:
         return None
     if config["preset"] is not None:
-        raise ConfigError(f"preset={config['preset']}: each table has its own preset; leave it out")
+        raise UserError(f"preset={config['preset']}: each table has its own preset; leave it out")
     words = dict(map(split_word, arguments))
     overrides = {key: parse_value(key, text) for key, text in words.items() if key not in NOT_PASSED_ON}
     seeds = range(config["seed"], config["seed"] + config["reproduce"]["seeds"])

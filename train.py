@@ -28,7 +28,7 @@ from experiments.grid import FolderInUseError
 from experiments.sweep import run_sweep, start_wandb
 from jobs.guard import run_script, with_resume_hint
 from jobs.loader import start_server
-from jobs.settings import ConfigError, check_config, leaves
+from jobs.settings import check_config, leaves
 from jobs.shared_work import choose_device
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
@@ -74,7 +74,7 @@ def load_run_config(arguments: list[str]) -> dict | None:
     """Return the config of a run; with resume=true the run's own config.json takes the place of config.py.
 
     Raises:
-        ConfigError: if a continued run is asked to change what its numbers depend on.
+        UserError: if a continued run is asked to change what its numbers depend on.
     """
     config = load_config(arguments)
     if config is None or config["sweeprun"]:
@@ -88,11 +88,11 @@ def unfinished_run(stem: str) -> Path:
     """Return the newest unfinished run under runs/.
 
     Raises:
-        ConfigError: if there is none.
+        UserError: if there is none.
     """
     begun = [path for path in Path("runs").glob(f"{stem}_*/config.json") if not (path.parent / "summary.json").exists()]
     if not begun:
-        raise ConfigError(f"resume=true: no unfinished run in runs/{stem}_*; name the run with run_dir=FOLDER")
+        raise UserError(f"resume=true: no unfinished run in runs/{stem}_*; name the run with run_dir=FOLDER")
     return max(begun, key=lambda path: path.stat().st_mtime).parent
 
 
@@ -112,14 +112,14 @@ def saved_config(folder: Path) -> dict:
 def resumed_config(arguments: list[str], folder: Path) -> dict:
     """Return the saved config of the run in ``folder`` with the command line laid over it."""
     if not (folder / "config.json").exists():
-        raise ConfigError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
+        raise UserError(f"{folder}: holds no run to go on with (no config.json); leave out resume=true")
     saved = saved_config(folder)
     config = load_config(arguments, base=saved) | {"run_dir": str(folder)}
     before, now = leaves(saved), leaves(config)
     for key in sorted(before.keys() - RESUME_MAY_CHANGE):
         is_extended = key == "num_epochs" and now[key] > before[key]
         if before[key] != now[key] and not is_extended:
-            raise ConfigError(
+            raise UserError(
                 f"{key}={now[key]}: the run in {folder} has {before[key]}; a continued run keeps it; "
                 f"init_from={folder} starts a new one with other settings"
             )

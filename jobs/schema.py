@@ -11,17 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 LARGEST = 2**53  # beyond it a float, which some whole numbers become, no longer holds every whole number
-DATA_SETS = (
-    "toybirds",
-    "folder",
-    "csv",
-    "cub",
-    "FGVCAircraft",
-    "StanfordCars",
-    "OxfordIIITPet",
-    "Flowers102",
-    "Food101",
-)
+TorchvisionSet = Literal["FGVCAircraft", "StanfordCars", "OxfordIIITPet", "Flowers102", "Food101"]
 Element = TypeVar("Element")
 
 
@@ -78,7 +68,7 @@ SCHEMA: dict[str, tuple[Any, Any]] = {
     "visualize.images": (between(int, 1, 64), 6),
     "visualize.crops": (between(int, 1, 8), 2),
     "visualize.runs": (Many[Text], []),
-    "dataset.name": (Literal[DATA_SETS], "toybirds"),
+    "dataset.name": (Literal["toybirds", "folder", "csv", "cub", TorchvisionSet], "toybirds"),
     "dataset.root": (Text | None, None),
     "dataset.table": (Text | None, None),
     "dataset.download": (bool, False),

@@ -1,6 +1,5 @@
 """How a run's settings come about: config.py as edited, presets, ``key=value`` words, all checked by jobs/schema.py."""
 
-import contextlib
 import copy
 import difflib
 import functools
@@ -10,24 +9,20 @@ import platform
 import re
 import secrets
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from jobs.schema import DERIVED, READ_BY, SCHEMA, check_together
-from jobs.torchrun import local_world_size
-from localized_crops.files import UserError
+from jobs.torchrun import torchrun_number
+from localized_crops.files import UserError, user_errors
 
 NONE_WORDS = ("None", "none", "null", "")
 # What a sweep cannot go over: it changes no result, or has a key of its own.
 NOT_SWEPT = {"preset", "run_dir", "resume", "save", "log_interval", "wandb", "A_machine", "sweeprun", "sweep", "seed"}
 NOT_SWEPT |= {"num_workers", "device"}
-
-
-class ConfigError(UserError):
-    """A key or value that the config does not take. The message is one line with the remedy."""
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -65,7 +60,7 @@ DEFAULTS = {key: default for key, (_, default) in SCHEMA.items()}
 
 def _check_known(key: str, presets: Iterable[str] = ()) -> None:
     if key not in SCHEMA:
-        raise ConfigError(f"{key}: there is no such key{_hint(key, presets)} (python train.py --help all lists all)")
+        raise UserError(f"{key}: there is no such key{_hint(key, presets)} (python train.py --help all lists all)")
 
 
 def _hint(word: str, presets: Iterable[str] = ()) -> str:
@@ -89,20 +84,20 @@ def check_value(key: str, value: Any) -> Any:
     """Return the value of one dotted key, checked by itself: an int becomes a float, a tuple a list where these belong.
 
     Raises:
-        ConfigError: if there is no such key, or the value has the wrong type or is not allowed.
+        UserError: if there is no such key, or the value has the wrong type or is not allowed.
     """
     _check_known(key)
     try:
         return _adapter(key).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(_message(f"{key}={value!r}", error)) from None
+        raise UserError(_message(f"{key}={value!r}", error)) from None
 
 
 def parse_value(key: str, text: str) -> Any:
     """Return the text after ``key=`` as a value of the key's type; lists are separated by commas.
 
     Raises:
-        ConfigError: if there is no such key, or the value is not allowed.
+        UserError: if there is no such key, or the value is not allowed.
     """
     _check_known(key)
     schema = _adapter(key).json_schema()
@@ -110,7 +105,7 @@ def parse_value(key: str, text: str) -> Any:
     if text in NONE_WORDS and "null" in kinds:
         return None
     if "boolean" in kinds and text.lower() not in ("true", "false"):
-        raise ConfigError(f"{key}={text}: must be true or false")
+        raise UserError(f"{key}={text}: must be true or false")
     given = text
     if "array" in kinds:
         pairs = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
@@ -118,7 +113,7 @@ def parse_value(key: str, text: str) -> Any:
     try:
         return _adapter(key).validate_python(given, strict=False)
     except ValidationError as error:
-        raise ConfigError(_message(f"{key}={text}", error)) from None
+        raise UserError(_message(f"{key}={text}", error)) from None
 
 
 def _message(given: str, error: ValidationError) -> str:
@@ -147,17 +142,17 @@ def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
         presets: names that a misspelt key may have meant.
 
     Raises:
-        ConfigError: on the first fault: an unknown key, a missing one, a value that is not allowed.
+        UserError: on the first fault: an unknown key, a missing one, a value that is not allowed.
     """
     if not isinstance(tree, dict):
-        raise ConfigError("holds no config, a dict with all keys was expected")
+        raise UserError("holds no config, a dict with all keys was expected")
     flat = leaves(tree)
     for key in flat:
         _check_known(key, presets)
     for key in (key for key in tree if "." in key):
-        raise ConfigError(f"{key}: belongs into the dict of its section, without a dot")
+        raise UserError(f"{key}: belongs into the dict of its section, without a dot")
     for key in SCHEMA.keys() - flat.keys():
-        raise ConfigError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
+        raise UserError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
     return {key: check_value(key, value) for key, value in flat.items()}
 
 
@@ -165,33 +160,24 @@ def check_config(tree: Any, where: str = "") -> dict:
     """Return a checked copy of a config; ``where``, such as the name of its file, goes before the message.
 
     Raises:
-        ConfigError: on a fault of one key, or if one key demands of another what it does not get.
+        UserError: on a fault of one key, or if one key demands of another what it does not get.
     """
-    with _named(where):
+    with user_errors(UserError, where):
         checked = nested(check_leaves(tree))
         if fault := check_together(checked):
-            raise ConfigError(fault)
+            raise UserError(fault)
     return checked
-
-
-@contextlib.contextmanager
-def _named(where: str) -> Iterator[None]:
-    """Put ``where`` before the message of a ConfigError."""
-    try:
-        yield
-    except ConfigError as error:
-        raise ConfigError(f"{where}{error}") from None
 
 
 def split_word(word: str) -> tuple[str, str]:
     """Split ``key=value`` at the first equals sign.
 
     Raises:
-        ConfigError: if there is none, or the word begins with a dash.
+        UserError: if there is none, or the word begins with a dash.
     """
     key, equals, value = word.partition("=")
     if not equals or key.startswith("-"):
-        raise ConfigError(f"{word!r} is not understood: write key=value or preset=NAME, without dashes (or --help)")
+        raise UserError(f"{word!r} is not understood: write key=value or preset=NAME, without dashes (or --help)")
     return key, value
 
 
@@ -217,18 +203,18 @@ def load(
         machine_workers: num_workers by A_machine.
 
     Raises:
-        ConfigError: on an unknown key, a wrong type or a value that is not allowed.
+        UserError: on an unknown key, a wrong type or a value that is not allowed.
     """
     words = list(map(split_word, arguments))
     for key, _ in words:
         _check_known(key, presets)
-    with _named("config.py: "):
+    with user_errors(UserError, "config.py: "):
         edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
     given, asks = dict(words), {"resume", "init_from"}
     values = DEFAULTS | leaves(base or {})
     if base is None or (asks & edits.keys() and not asks & given.keys()):
         if "preset" in edits and "preset" not in given:
-            with _named("config.py: "):
+            with user_errors(UserError, "config.py: "):
                 values |= _preset_values(edits["preset"], presets)
         values |= edits
     for name in (name for key, name in words if key == "preset" and name not in NONE_WORDS):
@@ -245,22 +231,20 @@ def load(
 def _preset_values(name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return the checked values of a preset by their dotted keys."""
     if name not in presets:
-        raise ConfigError(
-            f"preset={name}: there is no such preset{_hint(name, presets)}; there are {', '.join(presets)}"
-        )
-    with _named(f"config.py, preset {name}: "):
+        raise UserError(f"preset={name}: there is no such preset{_hint(name, presets)}; there are {', '.join(presets)}")
+    with user_errors(UserError, f"config.py, preset {name}: "):
         if not isinstance(presets[name], dict):
-            raise ConfigError("must be a dict from dotted keys to values")
+            raise UserError("must be a dict from dotted keys to values")
         return {key: check_value(key, value) for key, value in presets[name].items()} | {"preset": name}
 
 
 def _sweep_values(config: dict) -> list:
     """Return the values of the sweep as values of its key, each once; every training's config must be valid."""
     key, values = config["sweep"]["parameter"], []
-    with _named("sweep.parameter="):
+    with user_errors(UserError, "sweep.parameter="):
         _check_known(key)
     if key in NOT_SWEPT or key.split(".")[0] in NOT_SWEPT or not is_read_by("train", key):
-        raise ConfigError(f"sweep.parameter={key}: no training's result depends on it (seeds: sweep.seeds)")
+        raise UserError(f"sweep.parameter={key}: no training's result depends on it (seeds: sweep.seeds)")
     for value in config["sweep"]["values"]:
         point = copy.deepcopy(config)
         set_key(point, key, parse_value(key, value) if isinstance(value, str) else value)
@@ -288,12 +272,12 @@ def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
     torchrun started on the machine share them.
 
     Raises:
-        ConfigError: if ``machine_workers`` says something else than a number of processes.
+        UserError: if ``machine_workers`` says something else than a number of processes.
     """
     whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
-    with _named(f"config.py, MACHINE_WORKERS of {machine}: "):
+    with user_errors(UserError, f"config.py, MACHINE_WORKERS of {machine}: "):
         check_value("num_workers", whole)
-    return whole // local_world_size()
+    return whole // torchrun_number("LOCAL_WORLD_SIZE", 1)
 
 
 # --- help and warnings --------------------------------------------------------------------------------------------

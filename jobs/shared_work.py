@@ -20,7 +20,7 @@ import safetensors.numpy
 import torch
 from tqdm import tqdm
 
-from jobs.torchrun import local_rank, process_numbers
+from jobs.torchrun import process_numbers, torchrun_number
 from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
 from utils import file_stats, locked
 
@@ -35,7 +35,7 @@ def choose_device(device: str | None) -> torch.device:
         UserError: if this machine does not have it.
     """
     own_gpu = device in (None, "cuda") and torch.cuda.is_available()
-    name = f"cuda:{local_rank()}" if own_gpu else device or "cpu"
+    name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}" if own_gpu else device or "cpu"
     try:
         chosen = torch.device(name)
         torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values

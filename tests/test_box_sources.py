@@ -9,7 +9,6 @@ import pytest
 import boxes as convert_script
 from config import load_config
 from datasets import read_dataset, source_boxes
-from jobs.settings import ConfigError
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
 from readers.box_sources import match_names, read_foreign
@@ -167,7 +166,7 @@ def test_cub_images_are_named_by_their_files(birds, tmp_path):
 
 @pytest.mark.parametrize("words", [[], ["convert", "a"], ["turn", "a", "b"], ["convert", "a", "dataset.root=b"]])
 def test_other_words_are_refused(words):
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         convert_script.load_request(words)
 
 

@@ -10,9 +10,9 @@ import config
 import train
 from config import load_config, presets
 from jobs import schema, settings
-from jobs.settings import ConfigError, check_config, leaves
+from jobs.settings import check_config, leaves
 from localized_crops.density import map_to_density
-from localized_crops.files import save_json
+from localized_crops.files import UserError, save_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,7 +108,7 @@ def test_values_have_the_type_of_the_schema():
     ],
 )
 def test_faults_are_one_line_that_names_the_key(word, told):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config([word])
     assert told in str(error.value) and "\n" not in str(error.value)
 
@@ -136,7 +136,7 @@ def test_faults_are_one_line_that_names_the_key(word, told):
 )
 def test_an_edited_value_that_is_not_allowed_is_named_with_its_file(edit, key, value):
     edit(key, value)
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config([])
     assert str(error.value).startswith(f"config.py: {key}=") and "\n" not in str(error.value)
 
@@ -146,7 +146,7 @@ def test_an_edited_key_that_does_not_exist_is_named_with_the_nearest(edit, key):
     if key.startswith("opt.lr"):
         edit("opt.lr", {})
     edit(key, 1.0)
-    with pytest.raises(ConfigError, match=rf"^config\.py: {key}: .*did you mean (opt\.|THR)"):
+    with pytest.raises(UserError, match=rf"^config\.py: {key}: .*did you mean (opt\.|THR)"):
         load_config([])
 
 
@@ -154,20 +154,20 @@ def test_an_edited_key_that_does_not_exist_is_named_with_the_nearest(edit, key):
 def test_a_missing_key_is_named_with_its_default(edit, key):
     section, _, name = key.rpartition(".")
     del (config.config[section] if section else config.config)[name]
-    with pytest.raises(ConfigError, match=rf"^config\.py: {key}.* is missing; its default is "):
+    with pytest.raises(UserError, match=rf"^config\.py: {key}.* is missing; its default is "):
         load_config([])
 
 
 def test_a_fault_of_a_preset_names_the_preset(monkeypatch):
     monkeypatch.setitem(presets, "mine", {"num_epochs": "many"})
-    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epochs='many'"):
+    with pytest.raises(UserError, match=r"^config\.py, preset mine: num_epochs='many'"):
         load_config(["preset=mine"])
     monkeypatch.setitem(presets, "mine", {"num_epoch": 3})
-    with pytest.raises(ConfigError, match=r"^config\.py, preset mine: num_epoch: .*num_epochs\?"):
+    with pytest.raises(UserError, match=r"^config\.py, preset mine: num_epoch: .*num_epochs\?"):
         load_config(["preset=mine"])
     for value in (None, ["num_epochs"], {3: 1}):
         monkeypatch.setitem(presets, "mine", value)
-        with pytest.raises(ConfigError, match=r"^config\.py, preset mine: "):
+        with pytest.raises(UserError, match=r"^config\.py, preset mine: "):
             load_config(["preset=mine"])
 
 
@@ -212,7 +212,7 @@ def test_edits_go_over_the_preset_of_the_file_and_the_command_line_over_both(edi
     assert load_config(["num_epochs=9"])["num_epochs"] == 9
     other = load_config(["preset=cub_first_training"])  # in place of the file's
     assert (other["preset"], other["num_epochs"], other["opt"]["lr"]) == ("cub_first_training", 90, 1e-3)
-    with pytest.raises(ConfigError, match=r"^config\.py: preset=none-such"):
+    with pytest.raises(UserError, match=r"^config\.py: preset=none-such"):
         edit("preset", "none-such")
         load_config([])
 
@@ -237,7 +237,7 @@ def test_a_run_goes_on_by_editing_alone(edit, tmp_path):
         edit(key, None)
     assert leaves(train.load_run_config([])) == leaves(loaded)
     edit("opt.lr", 0.5)
-    with pytest.raises(ConfigError, match=r"opt\.lr=0\.5"):
+    with pytest.raises(UserError, match=r"opt\.lr=0\.5"):
         train.load_run_config([])
 
 
@@ -270,7 +270,7 @@ def test_workers_come_from_the_key_the_machines_name_or_its_cores(edit, monkeypa
     assert load_config([])["num_workers"] == 1
     for value in ("4", -1, 2.5):
         monkeypatch.setitem(config.MACHINE_WORKERS, "bird", value)
-        with pytest.raises(ConfigError, match=r"MACHINE_WORKERS of bird"):
+        with pytest.raises(UserError, match=r"MACHINE_WORKERS of bird"):
             load_config(["A_machine=bird"])
 
 
@@ -362,7 +362,7 @@ def test_a_sweep_goes_over_any_key_with_values_of_its_type():
     ],
 )
 def test_a_sweep_that_cannot_be_trained_is_refused_before_its_first_training(words, named):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config(["sweeprun=true", *words])
     assert named in str(error.value)
 

@@ -14,7 +14,6 @@ from torch import nn
 
 import models
 import train
-from jobs.settings import ConfigError
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed
@@ -239,7 +238,7 @@ def test_a_process_that_nobody_joins_waits_no_longer_than_told(monkeypatch):
 
 
 def test_more_parts_than_images_are_refused():
-    with pytest.raises(ConfigError, match="a batch has batch_size=16 images"):
+    with pytest.raises(UserError, match="a batch has batch_size=16 images"):
         train.load_run_config(["opt.accumulate=17"])
 
 

@@ -8,7 +8,7 @@ import reproduce
 from datasets import read_dataset
 from experiments.probe import PENALTIES, view_features
 from experiments.tables import TABLES, Step, Table
-from jobs.settings import ConfigError, word_of
+from jobs.settings import word_of
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, load_json, save_json
 from models import fit_linear
@@ -163,7 +163,7 @@ def test_words_give_back_the_values_that_they_were_made_of():
 
 
 def test_the_preset_is_the_tables():
-    with pytest.raises(ConfigError, match="each table has its own preset"):
+    with pytest.raises(UserError, match="each table has its own preset"):
         reproduce.load_request(["preset=toybirds"])
 
 

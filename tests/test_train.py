@@ -18,7 +18,7 @@ import models
 import train
 from datasets import read_dataset
 from experiments.grid import FolderInUseError
-from jobs.settings import ConfigError, leaves
+from jobs.settings import leaves
 from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache
@@ -132,16 +132,16 @@ def test_a_run_goes_on_from_its_own_config(unbroken, tmp_path, monkeypatch):
     monkeypatch.setitem(config.config, "num_epochs", 99)  # config.py was edited meanwhile
     resumed = train.load_run_config(["resume=true", f"run_dir={folder}"])
     assert resumed["num_epochs"] == 4 and resumed["model"]["ema_step"] == 3
-    with pytest.raises(ConfigError, match=r"THR=0\.5: the run in .* has 1\.0"):
+    with pytest.raises(UserError, match=r"THR=0\.5: the run in .* has 1\.0"):
         train.load_run_config(["resume=true", f"run_dir={folder}", "THR=0.5"])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no unfinished run"):
+    with pytest.raises(UserError, match="no unfinished run"):
         train.load_run_config([*SMALL, *FULL, "resume=true"])
     begun = Path(shutil.copytree(unbroken, tmp_path / "runs" / "cub_3"))
     (begun / "summary.json").unlink()
     found = train.load_run_config([*SMALL, *FULL, "resume=true", f"dataset.root={resumed['dataset']['root']}"])
     assert found["run_dir"] == "runs/cub_3"  # the same command with one word more
-    with pytest.raises(ConfigError, match="no run to go on with"):
+    with pytest.raises(UserError, match="no run to go on with"):
         train.load_run_config(["resume=true", f"run_dir={tmp_path / 'none'}"])
 
 
@@ -291,7 +291,7 @@ def test_a_finished_run_can_be_extended(birds, tmp_path):
     assert train.train_run(longer)["epochs"] == 3
     rates = [record["lr"] for record in load_log(tmp_path / "run" / "log.jsonl")]
     assert len(rates) == 3 and rates[-1] == pytest.approx(1e-5)
-    with pytest.raises(ConfigError, match="num_epochs"):
+    with pytest.raises(UserError, match="num_epochs"):
         train.load_run_config(["resume=true", f"run_dir={tmp_path / 'run'}", "num_epochs=1"])
 
 
@@ -367,7 +367,7 @@ def test_the_ema_is_updated_every_so_many_steps(birds, tmp_path):
     ],
 )
 def test_what_the_user_can_mend_is_one_line(birds, tmp_path, more, told):
-    with pytest.raises((UserError, ConfigError), match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         run(birds, tmp_path / "run", *more)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()  # nothing that a new try would trip over
