@@ -17,7 +17,6 @@ from localized_crops.density import (
     crops_around,
     density_points,
     map_to_density,
-    points_of_sums,
     running_sums,
     sample_density_crops,
     unnormalised_densities,
@@ -79,7 +78,7 @@ class MapCrops:
             sums = self._sums_from(start)
             if sums is not None:
                 rows, sizes = sums.rows, self.image_sizes[sums.rows]
-                points = points_of_sums(sums.sums, sums.columns, sums.feats, sizes, uniform[rows, None])[:, 0]
+                points = density_points(sums.sums, sums.feats, sizes, uniform[rows, None])[:, 0]
                 crops[rows] = crops_around(points, shapes[rows], sizes)
         return crops
 
@@ -93,7 +92,7 @@ class MapCrops:
         if maps:
             feats = np.array([cells.shape for cells in maps.values()])
             densities = unnormalised_densities(list(maps.values()), feats, self.temperature)
-            sums = MapSums(np.array(list(maps)), feats, densities.shape[2], running_sums(densities))
+            sums = MapSums(np.array(list(maps)), feats, running_sums(densities))
             size = sums.sums.nbytes
         if self._room >= size:
             self._kept[start], self._room = sums, self._room - size
@@ -105,5 +104,4 @@ class MapSums(NamedTuple):
 
     rows: np.ndarray  # (B,) of the data set
     feats: np.ndarray  # (B, 2) feat_h, feat_w
-    columns: int  # of the maps once they are padded to one shape
-    sums: torch.Tensor  # (B, cells) float64
+    sums: torch.Tensor  # (B, most feat_h, most feat_w) float64

@@ -71,38 +71,30 @@ def sample_density_crops(
     rng = rng if rng is not None else np.random.default_rng()
     image_sizes = np.tile(image_size, (num_crops, 1))
     shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
-    densities = torch.from_numpy(np.array(density, order="C"))[None]
-    centres = density_points(densities, np.array([density.shape]), image_sizes[:1], rng.random((1, num_crops, 3)))
+    sums = running_sums(torch.from_numpy(np.array(density, order="C"))[None])
+    centres = density_points(sums, np.array([density.shape]), image_sizes[:1], rng.random((1, num_crops, 3)))
     return crops_around(centres[0], shapes, image_sizes)
 
 
 def running_sums(densities: torch.Tensor) -> torch.Tensor:
-    """Return the running sums over the cells of densities (B, feat_h, feat_w), row by row: (B, cells) float64."""
-    return densities.flatten(1).cumsum(1, dtype=torch.float64)
+    """Return the running sums over the cells of densities (B, feat_h, feat_w), row by row: the same shape, float64."""
+    return densities.flatten(1).cumsum(1, dtype=torch.float64).view_as(densities)
 
 
-def density_points(
-    densities: torch.Tensor, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
-) -> np.ndarray:
+def density_points(sums: torch.Tensor, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:
     """Return points of B images, (B, K, 2) x y in pixels: a cell by its density, then a uniform point in that cell.
 
     Args:
-        densities: (B, feat_h, feat_w), non-negative; need not sum to 1; zero where a map has fewer cells.
+        sums: (B, feat_h, feat_w), the `running_sums` of densities that are not negative and need not sum to 1, zero
+            where a map has fewer cells.
         feats: (B, 2), feat_h and feat_w of each map, which is stretched over the whole of its image.
         image_sizes: (B, 2), width and height in pixels.
         uniform: (B, K, 3) numbers in [0, 1): which cell, where in it along x, along y.
     """
-    return points_of_sums(running_sums(densities), densities.shape[2], feats, image_sizes, uniform)
-
-
-def points_of_sums(
-    sums: torch.Tensor, columns: int, feats: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray
-) -> np.ndarray:
-    """Return points as `density_points`, from the `running_sums` of densities with so many ``columns``."""
-    goals = torch.from_numpy(uniform[..., 0]) * sums[:, -1:]
-    cells = torch.searchsorted(sums, goals, right=True).numpy()
-    row_column = np.stack(np.divmod(cells, columns), axis=-1)
-    cell = np.minimum(row_column, feats[:, None] - 1)  # a goal may be rounded to the whole sum
+    flat = sums.flatten(1)
+    cells = torch.searchsorted(flat, torch.from_numpy(uniform[..., 0]) * flat[:, -1:], right=True).numpy()
+    row_column = np.stack(np.divmod(cells, sums.shape[2]), axis=-1)
+    cell = np.minimum(row_column, feats[:, None] - 1)  # what is searched for may be rounded to the whole sum
     return (cell[..., ::-1] + uniform[..., 1:]) * image_sizes[:, None] / feats[:, None, ::-1]
 
 

@@ -131,25 +131,16 @@ def min_max(maps: np.ndarray) -> np.ndarray:
 
 
 def resolve_threshold(attention_map: np.ndarray, threshold: float | str) -> float:
-    """Return a fixed threshold as it is, or Otsu's for "otsu"."""
-    if threshold == "otsu":
-        return otsu_threshold(attention_map)
-    if isinstance(threshold, str):
-        raise ValueError(f"threshold={threshold!r} must be a number or 'otsu'")
-    return float(threshold)
+    """Return a fixed threshold as it is; for "otsu" the one that separates the values best in two groups (Otsu 1979).
 
-
-def otsu_threshold(values: np.ndarray, num_bins: int = 256) -> float:
-    """Return the threshold that separates ``values`` best into two groups (Otsu 1979).
-
-    Args:
-        values: any shape, at least two different ones.
-        num_bins: equal bins between the least and the largest value; the threshold is a bin's upper edge.
+    Otsu's is the upper edge of one of 256 equal bins between the least and the largest value.
     """
+    if threshold != "otsu":
+        return float(threshold)
     from skimage.filters import threshold_otsu  # here: it takes half a second, and few need it
 
-    centre = threshold_otsu(np.asarray(values, dtype=np.float64), num_bins)
-    return float(centre + np.ptp(values) / num_bins / 2)
+    centre = threshold_otsu(np.asarray(attention_map, dtype=np.float64), 256)
+    return float(centre + np.ptp(attention_map) / 256 / 2)
 
 
 # --- boxes --------------------------------------------------------------------------------------------------------

@@ -107,38 +107,23 @@ class MapCache(Mapping):
         self.path, self._sha256 = path, sha256
 
     @classmethod
-    def open(
-        cls,
-        path: Path | str,
-        *,
-        dataset: str | None = None,
-        model: str | None = None,
-        weights_sha256: str | None = None,
-    ) -> "MapCache":
+    def open(cls, path: Path | str, *, dataset: str | None = None) -> "MapCache":
         """Check a map file, its content's hash too, and return a reader.
 
         Args:
             path: the map file, or the box JSON beside it.
             dataset: fingerprint of the data set at hand (`DataSet.fingerprint`); None: any.
-            model: name of the model that must have made the maps; None: any.
-            weights_sha256: hash of its weights; None: any.
 
         Raises:
-            UserError: one line, if it is missing, damaged, or of another data set or model.
+            UserError: one line, if it is missing, damaged, or of another data set.
         """
         cache = cls(maps_path(path))
-        origin = {
-            "dataset": (dataset, "another data set"),
-            "model": (model, "another model"),
-            "weights_sha256": (weights_sha256, "other weights"),
-        }
-        for key, (expected, other) in origin.items():
-            made_for = cache.header.get(key)
-            if expected not in (None, made_for):
-                raise UserError(
-                    f"{cache.path}: made for {other} ({str(made_for)[:40]!r}, here {expected[:40]!r}); make the maps "
-                    f"again: {remake_command(cache.path)}"
-                )
+        made_for = cache.header.get("dataset")
+        if dataset not in (None, made_for):
+            raise UserError(
+                f"{cache.path}: made for another data set ({str(made_for)[:40]!r}, here {dataset[:40]!r}); make the "
+                f"maps again: {remake_command(cache.path)}"
+            )
         cache._sha256 = cache.header["sha256"]
         return cache
 

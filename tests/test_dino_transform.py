@@ -11,7 +11,7 @@ from torchvision.transforms import v2
 import dino_transform
 from dino_transform import MapCrops
 from localized_crops.crops import random_shapes
-from localized_crops.density import density_points, map_to_density, sample_density_crops
+from localized_crops.density import density_points, map_to_density, running_sums, sample_density_crops
 from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop
 
 IMAGE_SIZE = (53, 37)  # width, height
@@ -29,7 +29,7 @@ def test_attention_is_importable_from_here():
 
 
 def draw_points(density, num_points, rng):
-    one = torch.from_numpy(density)[None], np.array([FEAT]), np.array([IMAGE_SIZE])
+    one = running_sums(torch.from_numpy(density)[None]), np.array([FEAT]), np.array([IMAGE_SIZE])
     return density_points(*one, rng.random((1, num_points, 3)))[0]
 
 

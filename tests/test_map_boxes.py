@@ -103,7 +103,7 @@ def test_otsu_is_the_upper_edge_of_the_bin_that_separates_best(seed):
         below, above = counts[:cut].sum(), counts[cut:].sum()
         means = (counts[:cut] @ centres[:cut]) / below, (counts[cut:] @ centres[cut:]) / above
         between.append(below * above / n**2 * (means[0] - means[1]) ** 2)
-    found = map_boxes.otsu_threshold(values)
+    found = map_boxes.resolve_threshold(values, "otsu")
     edge = np.abs(edges[1:-1] - found).argmin()
     assert found == pytest.approx(edges[1 + edge], abs=1e-9)
     assert between[edge] == pytest.approx(max(between), rel=1e-9)  # empty bins separate equally well
@@ -116,10 +116,9 @@ def test_otsu_separates_best():
         low, high = values[values < threshold], values[values >= threshold]
         return len(low) * len(high) * (low.mean() - high.mean()) ** 2
 
-    found = map_boxes.otsu_threshold(values)
+    found = map_boxes.resolve_threshold(values, "otsu")
     assert variance_between(found) == pytest.approx(max(map(variance_between, np.linspace(0.01, 4, 500))))
-    assert map_boxes.resolve_threshold(values, "otsu") == found
-    with pytest.raises(ValueError, match="otsu"):
+    with pytest.raises(ValueError, match="mean"):
         map_boxes.resolve_threshold(values, "mean")
 
 
