@@ -18,7 +18,7 @@ from figures.probabilities import calibration_figure, confusion_figure
 from inference import metrics
 from inference.classifier import Classifier
 from jobs.loader import build_loader
-from localized_crops.boxes import coverage, whole_image_boxes
+from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
@@ -35,6 +35,7 @@ class Evaluated(NamedTuple):
     classifier: Classifier
     labels: np.ndarray  # (N,)
     log_probs: dict[str, np.ndarray]  # view -> (N, K)
+    box_iou: np.ndarray  # (N,) of the box that views look at with the true box; NaN where one of the two is not known
 
     @property
     def predicted(self) -> np.ndarray:
@@ -61,9 +62,9 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
         raise UserError(
             f"{classifier.path}: trained on other classes than those of {data.root} (the first: {difference})"
         )
-    config = classifier.config
+    config, boxes = classifier.config, view_boxes(classifier.config, data)
     loader = build_loader(
-        ViewImages(data, rows, view_boxes(config, data), list(classifier.views.values())),
+        ViewImages(data, rows, boxes, list(classifier.views.values())),
         batch_size=config["eval"]["batch_size"],
         num_workers=workers_for(len(rows), config),
         pin_memory=classifier.device.type == "cuda",
@@ -76,7 +77,9 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
             known = ", ".join(classifier.views)
             raise UserError(f"evaluate.averages={name}: {min(unknown)} is no view of {classifier.path}, it has {known}")
         log_probs[name] = average(log_probs[view] for view in views)
-    return Evaluated(classifier, labels.numpy(), {view: values.numpy() for view, values in log_probs.items()})
+    finds_boxes = config["eval_box"] not in (None, "gt")
+    box_iou = iou(boxes[rows], data.boxes[rows]) if finds_boxes else np.full(len(rows), np.nan)
+    return Evaluated(classifier, labels.numpy(), {view: values.numpy() for view, values in log_probs.items()}, box_iou)
 
 
 class SeedRun(NamedTuple):
@@ -96,14 +99,15 @@ def figures_of(evaluated: Evaluated, shares: np.ndarray) -> dict[str, Any]:
         evaluated: the classifier and its answers.
         shares: (N,) of each image's area that the object's true box covers; NaN: not known.
     """
-    views, has_box, labels = {}, ~np.isnan(shares), evaluated.labels
+    views, labels = {}, evaluated.labels
     for view, log_probs in evaluated.log_probs.items():
         correct = log_probs.argmax(1) == labels
         views[view] = metrics.accuracy(correct) | {
             "top5": metrics.top_k_accuracy(log_probs, labels, 5),
             "loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
             "calibration": metrics.calibration(log_probs, labels),
-            "by_size": metrics.by_size(correct[has_box], shares[has_box]) if has_box.any() else None,
+            "by_size": metrics.by_thirds(correct, shares),
+            "by_box_iou": metrics.by_thirds(correct, evaluated.box_iou),
         }
     names = evaluated.classifier.class_names
     return {
@@ -146,7 +150,9 @@ def write_report(
     header = {"kind": "localized-crops evaluation", "version": 1, "images": len(rows), "root": str(data.root)} | header
     save_json(folder / "evaluation.json", header | {"checkpoints": figures, "comparisons": pairs})
     parts = [overview_table(figures, evaluated), seeds_tables(evaluated) or pairs_table(pairs)]
-    parts += [size_table(figures), class_tables(figures)]
+    parts += [thirds_table(figures, "by_size", "share of the image that the object's true box covers")]
+    parts += [thirds_table(figures, "by_box_iou", "IoU of the box that views look at with the true box")]
+    parts += [class_tables(figures)]
     title = f"# {data.root}, split {header['split']}: {len(rows)} images, {len(data.class_names)} classes"
     save_text(folder / "evaluation.md", "\n\n".join([title, *filter(None, parts)]) + "\n")
     save_text(folder / "predictions.csv", predictions_csv(evaluated, data, rows))
@@ -247,19 +253,17 @@ def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
     return "\n\n".join(parts)
 
 
-def size_table(figures: dict[str, Any]) -> str:
-    """Return the accuracy by the size of the object; nothing where boxes are not known."""
+def thirds_table(figures: dict[str, Any], key: str, of: str) -> str:
+    """Return the accuracy by thirds of the images, which are the figures' ``key`` and told as ``of``; or nothing."""
     lines, heads = [], []
     for path, checkpoint in figures.items():
         for view, value in checkpoint["views"].items():
-            if value["by_size"] is not None:
-                thirds = value["by_size"]
+            if (thirds := value[key]) is not None:
                 heads = [f"{name} (to {third['largest_share']:.2f}), n {third['n']}" for name, third in thirds.items()]
                 lines.append([path, view, *(percent(third["top1"]) for third in thirds.values())])
     if not lines:
         return ""
-    title = "Top-1 in % by the share of the image that the object's true box covers:\n\n"
-    return title + markdown_table(["checkpoint", "view", *heads], lines)
+    return f"Top-1 in % by the {of}, thirds of the images:\n\n" + markdown_table(["checkpoint", "view", *heads], lines)
 
 
 def class_tables(figures: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""Metrics of a classifier's probabilities: accuracy, confusion, calibration, accuracy by the object's size."""
+"""Metrics of a classifier's probabilities: accuracy, confusion, calibration, accuracy by a property of the images."""
 
 from typing import Any
 
 import numpy as np
 import scipy
 
-SIZES = ("small", "medium", "large")  # thirds of the images
+THIRDS = ("small", "medium", "large")  # of the images, by the size of something
 BINS = 15  # of the calibration, as in Guo et al. (ICML 2017)
 
 
@@ -82,15 +82,22 @@ def calibration(log_probs: np.ndarray, labels: np.ndarray, bins: int = BINS) -> 
     }
 
 
-def by_size(right: np.ndarray, share: np.ndarray) -> dict[str, dict[str, Any]]:
-    """Return the accuracy on the images with the smallest, the middle and the largest objects, a third each.
+def by_thirds(right: np.ndarray, share: np.ndarray) -> dict[str, dict[str, Any]] | None:
+    """Return the accuracy on the images with the smallest, the middle and the largest share, a third each.
 
     Args:
         right: (N,) bool.
-        share: (N,) of the image's area that the object's box covers.
+        share: (N,) such as that of the image's area that the object's box covers; images with NaN are left out.
+
+    Returns:
+        For each third what `accuracy` does, and its largest share; None if no share is known.
     """
+    known = ~np.isnan(share)
+    if not known.any():
+        return None
+    right, share = right[known], share[known]
     third = np.digitize(share, np.quantile(share, (1 / 3, 2 / 3)))
-    groups = {name: third == number for number, name in enumerate(SIZES)}
+    groups = {name: third == number for number, name in enumerate(THIRDS)}
     return {
         name: accuracy(right[group]) | {"largest_share": float(share[group].max(initial=0))}
         for name, group in groups.items()

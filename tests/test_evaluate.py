@@ -32,6 +32,7 @@ def test_the_figures_are_those_of_the_trainings_own_test(site_copy):
     assert set(found["views"]) == {"full", "whole", "average"} and found["answer"] == "average"
     assert sum(one["n"] for one in found["per_class"]) == len(predictions) == found["views"]["whole"]["n"]
     assert sum(third["n"] for third in found["views"]["full"]["by_size"].values()) == len(predictions)
+    assert found["views"]["full"]["by_box_iou"] is None
     with open(folder / "predictions.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["view"] == "full"]
     names = load_tensors(site_copy / "run" / "best.pt")["class_names"]
@@ -95,6 +96,8 @@ def test_trainings_that_differ_in_their_seed_are_one_row_and_views_are_averaged_
         return [np.mean([row["label"] == row["predicted"] for row in chosen if f"seed_{n}" in row["checkpoint"]])
                 for n in (0, 1)]  # fmt: skip
 
+    figures = load_json(tmp_path / "out" / "evaluation.json")["checkpoints"].values()
+    assert all(0 < one["views"]["box"]["by_box_iou"]["large"]["largest_share"] <= 1 for one in figures)
     best = max(("full", "whole"), key=lambda view: np.mean(top1(0, view)))
     same, in_best = text.split("Top-1 in %, mean")[1:]
     assert "| trainings | full | whole | box | average | full+box |" in same

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from inference.metrics import accuracy, by_size, calibration, confusion_counts, most_confused, per_class, top_k_accuracy
+from inference.metrics import (
+    accuracy,
+    by_thirds,
+    calibration,
+    confusion_counts,
+    most_confused,
+    per_class,
+    top_k_accuracy,
+)
 
 
 def answers(n=211, classes=7):
@@ -49,12 +57,15 @@ def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
     assert certain["expected_calibration_error"] == 0
 
 
-def test_accuracy_by_size_divides_the_images_into_thirds():
+def test_accuracy_by_thirds_divides_the_images_into_thirds():
     share = np.linspace(0.01, 0.9, 31)[np.random.default_rng(1).permutation(31)]
-    found = by_size(share > np.quantile(share, 0.5), share)
+    found = by_thirds(share > np.quantile(share, 0.5), share)
     assert sum(one["n"] for one in found.values()) == 31
     assert found["small"]["top1"] == 0 and found["large"]["top1"] == 1
     assert found["small"]["largest_share"] < found["medium"]["largest_share"] < found["large"]["largest_share"]
+    known = np.where(np.arange(31) < 16, share, np.nan)
+    assert sum(one["n"] for one in by_thirds(share > 0, known).values()) == 16
+    assert by_thirds(share > 0, np.full(31, np.nan)) is None
 
 
 def test_the_interval_holds_the_true_share_in_nineteen_of_twenty_samples():
