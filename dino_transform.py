@@ -10,29 +10,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from localized_crops.attention import cls_attention, cls_attention_and_logits
-from localized_crops.columns import compact_ids, listed_ids
+from localized_crops.attention import cls_attention as cls_attention  # for users, as the class below
 from localized_crops.crops import plain_corners, random_shapes
-from localized_crops.density import (
-    crops_around,
-    density_points,
-    map_to_density,
-    running_sums,
-    sample_density_crops,
-    unnormalised_densities,
-)
-from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop
-
-__all__ = [
-    "AttentionMap",
-    "DinoRandomResizedCrop",
-    "MapCrops",
-    "cls_attention",
-    "cls_attention_and_logits",
-    "density_points",
-    "map_to_density",
-    "sample_density_crops",
-]
+from localized_crops.density import crops_around, density_points, running_sums, unnormalised_densities
+from localized_crops.image_ids import compact_ids, listed_ids
+from localized_crops.transforms import DinoRandomResizedCrop as DinoRandomResizedCrop
 
 MAPS_AT_ONCE = 64  # are summed in one go
 KEPT_BYTES = 2**27  # of running sums that a process keeps for the next epochs: 12,000 maps of 37 x 37 cells

@@ -14,23 +14,9 @@ from torchvision.transforms.v2 import functional as F
 
 from localized_crops.boxes import expand_boxes
 from localized_crops.crops import sample_crops
-from localized_crops.transforms import LocalizedRandomResizedCrop
+from localized_crops.transforms import LocalizedRandomResizedCrop as LocalizedRandomResizedCrop  # for users
 from utils import torch_seed
 
-__all__ = [
-    "BoxCrops",
-    "LocalizedRandomResizedCrop",
-    "TrainTransform",
-    "View",
-    "build_colour_augmentation",
-    "build_train_transform",
-    "build_views",
-    "flip_images",
-    "normalize",
-    "resized_crop",
-    "sample_crops",
-    "square_crop",
-]
 VIEWS = ("full", "center", "whole", "box")
 
 

@@ -9,7 +9,6 @@ import pickle
 import platform
 import random
 import re
-import sys
 import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ import torch
 
 from localized_crops.files import (
     UserError,
+    is_finite_number,
     no_empty_folder,
     parse_json,
     read_text,
@@ -208,15 +208,11 @@ def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
             record = parse_json(line)
             if not isinstance(record, dict):
                 raise ValueError(line[:60])
-            lacking = [key for key in numbers if not _is_finite(record.get(key))]
+            lacking = [key for key in numbers if not is_finite_number(record.get(key))]
             if lacking:
                 raise ValueError(f"{lacking[0]!r} is no number")
         records.append(record)
     return records
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # an int may be too long for math.isfinite
 
 
 def save_log(path: Path | str, records: list[dict]) -> None:

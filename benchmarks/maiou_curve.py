@@ -16,7 +16,7 @@ from torchvision.transforms import RandomResizedCrop
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import read_dataset
-from localized_crops.boxes import clip_boxes, coverage, crops_to_xywh, maiou_curve, published_maiou
+from localized_crops.boxes import clip_boxes, coverage, crops_to_xywh, maiou_curve
 from localized_crops.crops import sample_crops
 
 THRESHOLDS = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
@@ -35,7 +35,7 @@ def main(folder: Path) -> None:
         crops = sample_crops(boxes, sizes, thr, "reference", rng=np.random.default_rng(0))
         under = (coverage(crops_to_xywh(crops), boxes) < thr).mean()
         row = [f"{columns['reference'][number]:.3f}", f"{under:.1%}", f"{columns['exact'][number]:.3f}"]
-        print(f"| {thr} | {' | '.join(row)} | {published_maiou(thr):.3f} |")
+        print(f"| {thr} | {' | '.join(row)} | {0.5 + 0.5 * thr**0.4:.3f} |")
     plain = maiou_curve(boxes, sizes, [-1.0])[0]
     theirs = torchvision_maiou(boxes[::4], sizes[::4])
     print(f"\nRandomResizedCrop, scale 0.08: {plain:.3f}; torchvision's own, every fourth box: {theirs:.3f}")

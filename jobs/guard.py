@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from localized_crops.files import DiskError, UserError, remedy, user_errors
+from localized_crops.files import REMEDIES, DiskError, UserError, user_errors
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_LINE = 600  # characters of an error: a longer one, which may quote a whole file, is cut in the middle
@@ -146,7 +146,7 @@ def _stop(number: int, _frame: Any) -> None:
 def _one_line(error: Exception) -> str:
     line = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
-        what = "see its permissions" if isinstance(error, PermissionError) else remedy(error)
+        what = "see its permissions" if isinstance(error, PermissionError) else REMEDIES.get(error.errno, "")
         line = f"{error.strerror}: {error.filename or 'unknown file'}{'; ' * bool(what)}{what}"
     half = LONGEST_LINE // 2 - 4
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} [...] {line[-half:]}"

@@ -10,7 +10,6 @@ each in base64 of little-endian float64 with NaN for what is not there, ``boxes`
 
 import base64
 import math
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from localized_crops.boxes import clip_boxes
-from localized_crops.columns import Rows, ids_to_keys
-from localized_crops.files import UserError, load_json, save_json, user_errors
-from localized_crops.image_ids import ImageId, id_to_key, key_to_id
+from localized_crops.files import UserError, is_finite_number, load_json, save_json, user_errors
+from localized_crops.image_ids import ImageId, Rows, id_to_key, ids_to_keys, key_to_id
 
 FILE_KIND, BOX_FORMAT = "localized-crops boxes", "xywh"
 FILE_VERSION, COLUMNS_VERSION = 2, 3  # of files with an entry for each image, and with columns
@@ -210,15 +208,11 @@ def _rows_of(ids: Iterable[str], lists: Mapping[str, Any], length: int) -> np.nd
         numbers = lists[key]
         if numbers is None:
             rows.append([math.nan] * length)
-        elif isinstance(numbers, list) and len(numbers) == length and all(map(_is_number, numbers)):
+        elif isinstance(numbers, list) and len(numbers) == length and all(map(is_finite_number, numbers)):
             rows.append(numbers)
         else:
             raise ValueError(f"image {key[:100]}: {str(numbers)[:80]} is no list of {length} finite numbers")
     return np.array(rows, dtype=np.float64).reshape(-1, length)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # no bool, no int too large for a float
 
 
 def boxes_for_images(

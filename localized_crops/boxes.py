@@ -131,8 +131,3 @@ def maiou_to_thr(target: float, boxes_xywh: np.ndarray, image_sizes: np.ndarray,
         below = maiou_curve(boxes_xywh, image_sizes, (middle,), **crop)[0] < target
         low, high = (middle, high) if below else (low, middle)
     return 1.0 if target >= most else (low + high) / 2
-
-
-def published_maiou(thr: float) -> float:
-    """Return the published proxy's mean asymmetric IoU, 0.5 + 0.5 thr^0.4."""
-    return 0.5 + 0.5 * thr**0.4

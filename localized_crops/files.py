@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,16 +39,12 @@ def user_errors(kind: type[Exception] | tuple[type[Exception], ...], where: str 
         raise UserError(f"{where}{error}") from error
 
 
+# error number of the system -> what to do about a file that cannot be written
 REMEDIES = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "what was finished before is kept; make room")
 REMEDIES |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "name a folder that you may write to")
 REMEDIES |= dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file lies where a folder is needed; name another")
 SCRATCH = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")  # .NAME.PID.tmp.SUFFIX
 HEAD_BYTES = 2**20  # of a file that are read to recognise what wrote it
-
-
-def remedy(error: OSError) -> str:
-    """Return the remedy of a system error of writing, as text; empty where none is known."""
-    return REMEDIES.get(error.errno, "")
 
 
 @contextlib.contextmanager
@@ -56,7 +53,7 @@ def disk_errors(path: Path | str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        more = "its folder was removed" if error.errno == errno.ENOENT else remedy(error)
+        more = "its folder was removed" if error.errno == errno.ENOENT else REMEDIES.get(error.errno, "")
         raise DiskError(f"{path}: {error.strerror or error}{'; ' * bool(more)}{more}") from error
 
 
@@ -222,6 +219,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the key {twice[:60]!r} stands twice in one object")
     return values
+
+
+def is_finite_number(value: Any) -> bool:
+    """Tell whether a value from JSON is a number: no bool, no infinity, no int too large for a float."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def load_json(path: Path | str) -> Any:

@@ -50,30 +50,26 @@ def save_map_cache(path: Path | str, maps: Iterable[tuple[ImageId, np.ndarray]],
     Raises:
         ValueError: if an id comes twice or cannot be a key.
     """
-    keys, shapes, cells = [], [], bytearray()
+    id_keys, all_shapes, cells = [], [], bytearray()
     for image_id, attention_map in maps:
-        keys.append(id_to_key(image_id).encode())
-        shapes.append(attention_map.shape)
+        id_keys.append(id_to_key(image_id).encode())
+        all_shapes.append(attention_map.shape)
         cells += np.ascontiguousarray(attention_map, dtype=np.float16).tobytes()
-    tensors = _tensors(np.array(keys, dtype=np.bytes_), np.array(shapes, dtype=np.int32).reshape(-1, 2), cells)
-    header = {"kind": KIND, "version": VERSION} | header
-    header["sha256"] = _content_hash(header, tensors)
-    content = save(tensors, {"header": json.dumps(header)})  # one entry: the order of several is random
-    with whole_file(maps_path(path)) as scratch:
-        scratch.write_bytes(content)
-
-
-def _tensors(keys: np.ndarray, shapes: np.ndarray, cells: bytearray) -> dict[str, np.ndarray]:
-    """Return the tensors of a file; ``keys`` (N,) bytes and ``shapes`` (N, 2) come in the order of the ``cells``."""
+    keys, shapes = np.array(id_keys, dtype=np.bytes_), np.array(all_shapes, dtype=np.int32).reshape(-1, 2)
     if len(np.unique(keys)) < len(keys):
         raise ValueError("an image id comes twice among the maps")
     sizes, order = shapes.prod(1, dtype=np.int64), keys.argsort()
-    return {
+    tensors = {
         "ids": np.frombuffer(keys[order].tobytes(), np.uint8).reshape(len(keys), -1 if len(keys) else 1),
         "shapes": shapes[order],
         "starts": (np.cumsum(sizes) - sizes)[order],
         "cells": np.frombuffer(cells, np.float16),
     }
+    header = {"kind": KIND, "version": VERSION} | header
+    header["sha256"] = _content_hash(header, tensors)
+    content = save(tensors, {"header": json.dumps(header)})  # one entry: the order of several is random
+    with whole_file(maps_path(path)) as scratch:
+        scratch.write_bytes(content)
 
 
 def _content_hash(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:

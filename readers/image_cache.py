@@ -22,8 +22,8 @@ import PIL.Image
 import torch
 from tqdm import tqdm
 
-from localized_crops.columns import Rows, ids_to_keys
 from localized_crops.files import UserError, remove_scratch, whole_file
+from localized_crops.image_ids import Rows, ids_to_keys
 from readers.data_set import ImagePaths
 from utils import file_stats, lock_file
 

@@ -13,8 +13,8 @@ import PIL.Image
 import PIL.ImageOps
 from tqdm import tqdm
 
-from localized_crops.columns import Rows
 from localized_crops.files import DiskError, UserError, refuse_special, whole_file
+from localized_crops.image_ids import Rows
 from readers.data_set import ImagePaths, UprightPath
 from utils import batched, file_stats
 

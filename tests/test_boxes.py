@@ -65,10 +65,6 @@ def test_a_target_maiou_gives_the_threshold_that_reaches_it(mode):
         boxes.maiou_to_thr(0.2, true, sizes, mode=mode)
 
 
-def test_the_published_proxy():
-    assert boxes.published_maiou(0.5) == pytest.approx(0.879, abs=5e-4)
-
-
 # --- the file -----------------------------------------------------------------------------------------------------
 
 

@@ -10,8 +10,8 @@ from datasets import known_boxes, read_dataset, source_boxes
 from jobs import shared_work
 from localized_crops import box_file, crops
 from localized_crops.box_file import load_boxes, save_boxes
-from localized_crops.columns import Rows, compact_ids, ids_to_keys, listed_ids
 from localized_crops.files import UserError
+from localized_crops.image_ids import Rows, compact_ids, ids_to_keys, listed_ids
 from readers import images
 from readers.data_set import ImagePaths
 from readers.images import image_sizes

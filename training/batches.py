@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dino_transform import MapCrops
 from localized_crops.boxes import coverage, crops_to_xywh
-from localized_crops.columns import compact_ids, listed_ids
+from localized_crops.image_ids import compact_ids, listed_ids
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache
 from readers.images import read_image, read_reduced
