@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from config import load_config
 from datasets import dino_boxes_path, read_dataset, save_source
@@ -229,21 +230,10 @@ def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[
     """Return the box of each image by a classifier of cells that the attention maps teach, and that classifier."""
     data, settings = stage.data, stage.config["dino"]
     cells.model.to(stage.device)
-    options = {"side": settings["object_image_size"], "device": stage.device}
-    options |= {"num_workers": stage.config["num_workers"]}
-    head = learn_head(
-        cells,
-        data,
-        cache,
-        threshold=settings["threshold"],
-        rounds=settings["object_rounds"],
-        most_images=settings["object_images"],
-        **options,
-    )
+    head = learn_head(cells, data, cache, settings, stage.device, stage.config["num_workers"])
+    found = find_objects(cells, head, data.paths, data.image_sizes, settings, stage.device, stage.config["num_workers"])
     boxes = {}
-    for row, box, error in find_objects(
-        cells, head, data.paths, data.image_sizes, upsample=settings["upsample"], **options
-    ):
+    for row, box, error in tqdm(found, total=len(data.ids), desc="boxes", unit=" images", mininterval=1.0):
         boxes[row] = box
         if error is not None:
             stage.failed[data.ids[row].item()] = error

@@ -85,10 +85,9 @@ def find_boxes(
     boxes, files = np.zeros((len(paths), 4)), [paths[row] for row in rows]
     localizer.model.to(device)
     if head is None:
-        results = _boxes_of_maps(files, sizes[rows], localizer, settings, device, precision, num_workers)
+        results = _boxes_of_maps(localizer, files, sizes[rows], settings, device, precision, num_workers)
     else:
-        options = {"side": settings["object_image_size"], "upsample": settings["upsample"], "num_workers": num_workers}
-        results = find_objects(localizer, head, files, sizes[rows], device=device, progress=False, **options)
+        results = find_objects(localizer, head, files, sizes[rows], settings, device, num_workers)
     bar = tqdm(results, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
     for number, box, error in bar:
         row = int(rows[number])
@@ -99,9 +98,9 @@ def find_boxes(
 
 
 def _boxes_of_maps(
+    localizer: Localizer,
     files: Sequence[Path],
     sizes: np.ndarray,
-    localizer: Localizer,
     settings: Mapping[str, Any],
     device: torch.device,
     precision: str,

@@ -68,13 +68,9 @@ def learn_head(
     network: Localizer,
     data: DataSet,
     attention: Mapping[int | str, np.ndarray],
-    *,
-    side: int,
-    threshold: float,
-    rounds: int,
-    most_images: int,
+    settings: Mapping[str, Any],
     device: torch.device,
-    num_workers: int = 0,
+    num_workers: int,
 ) -> ObjectHead:
     """Return the classifier that the attention maps of the training images teach.
 
@@ -82,10 +78,8 @@ def learn_head(
         network: of `build_features`, on ``device``.
         data: the data set; test images teach nothing.
         attention: image id -> cleaned attention map; a blank one teaches nothing.
-        side: of the images' short side, pixels.
-        threshold: of the attention maps' components that teach the first classifier, share of the maximum.
-        rounds: how often the classifier is fitted again to the masks that it finds.
-        most_images: training images that teach, evenly spread; their features stay in memory.
+        settings: the section ``dino`` of the config. The training images are evenly spread, at most ``object_images``;
+            ``threshold`` cuts the components that teach the first classifier.
         device: of the network.
         num_workers: processes that decode ahead.
 
@@ -96,15 +90,18 @@ def learn_head(
                 if not map_boxes.is_blank(attention[data.ids[row]])]  # fmt: skip
     if not teachers:
         raise UserError(f"{data.root}: no training image whose attention map points anywhere; see dino.model")
-    teachers = np.array(teachers[:: -(-len(teachers) // most_images)])
-    cells = _features(
-        network, data.paths[teachers], data.image_sizes[teachers], side, device, num_workers, progress="teach"
-    )
+    teachers = np.array(teachers[:: -(-len(teachers) // settings["object_images"])])
+    paths, sizes, side = data.paths[teachers], data.image_sizes[teachers], settings["object_image_size"]
+    cells = _features(network, paths, sizes, side, device, num_workers)
+    cells = tqdm(cells, total=len(teachers), desc="teach", unit=" images", mininterval=1.0)
     features = {int(teachers[n]): grid.astype(np.float16) for n, grid, error in cells if error is None}
     if not features:
         raise UserError(f"{data.root}: none of the training images can be read any more")
-    masks = {row: attention_mask(attention[data.ids[row]], grid.shape[:2], threshold) for row, grid in features.items()}
-    return teach(features, masks, rounds)
+    masks = {
+        row: attention_mask(attention[data.ids[row]], grid.shape[:2], settings["threshold"])
+        for row, grid in features.items()
+    }
+    return teach(features, masks, settings["object_rounds"])
 
 
 def find_objects(
@@ -112,31 +109,26 @@ def find_objects(
     head: ObjectHead,
     paths: Sequence[Path],
     image_sizes: np.ndarray,
-    *,
-    side: int,
-    upsample: int,
+    settings: Mapping[str, Any],
     device: torch.device,
-    num_workers: int = 0,
-    progress: bool = True,
+    num_workers: int,
 ) -> Iterator[tuple[int, map_boxes.MapBox, str | None]]:
     """Yield the row of each image, its box, and why it could not be read (None: it was); in batches of one shape.
 
     Args:
         network: of `build_features`, on ``device``.
-        head: of `learn_head`, with the same network and side.
+        head: of `learn_head`, with the same network and ``object_image_size``.
         paths: the images.
         image_sizes: (N, 2) width height.
-        side: of the images' short side, pixels.
-        upsample: the object map is enlarged so many times before it is cut.
+        settings: the section ``dino`` of the config.
         device: of the network.
         num_workers: processes that decode ahead.
-        progress: show a bar.
     """
-    cells = _features(network, paths, image_sizes, side, device, num_workers, progress="boxes" if progress else None)
+    cells = _features(network, paths, image_sizes, settings["object_image_size"], device, num_workers)
     for row, grid, error in cells:
         size = tuple(image_sizes[row].tolist())
         if error is None:
-            yield row, object_box(object_map(grid, head), size, upsample=upsample), None
+            yield row, object_box(object_map(grid, head), size, upsample=settings["upsample"]), None
         else:
             yield row, map_boxes.MapBox(0, 0, *size, found=False), error
 
@@ -190,16 +182,13 @@ def _features(
     side: int,
     device: torch.device,
     num_workers: int,
-    progress: str | None,
 ) -> Iterator[tuple[int, np.ndarray, str | None]]:
     """Yield (row, features (feat_h, feat_w, D) float32, why the image could not be read) in batches of a shape."""
     batches = plan_batches(image_sizes, side, network.patch, BATCH)
     images = BatchImages(batches, paths, (1, 1), False)  # small images are enlarged
     loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
-    with tqdm(total=len(paths), desc=progress, unit=" images", mininterval=1.0, disable=progress is None) as bar:
-        for batch, (pixels, errors) in zip(batches, loader, strict=True):
-            yield from zip(batch.rows, cell_features(network, pixels.to(device)), errors, strict=True)
-            bar.update(len(batch.rows))
+    for batch, (pixels, errors) in zip(batches, loader, strict=True):
+        yield from zip(batch.rows, cell_features(network, pixels.to(device)), errors, strict=True)
 
 
 @torch.inference_mode()

@@ -118,17 +118,17 @@ def test_images_smaller_than_a_patch_teach_and_a_torn_one_is_told(tmp_path):
     torn.write_bytes(torn.read_bytes()[:200])
     maps = {image_id: np.eye(4) + 0.1 for image_id in data.ids.tolist()}
     network = build_features("test_efficientnet", "random")
-    how = {"side": 64, "num_workers": 0, "device": torch.device("cpu")}
-    head = learn_head(network, data, maps, threshold=0.5, rounds=1, most_images=9, **how)
+    settings = {"object_image_size": 64, "threshold": 0.5, "object_rounds": 1, "object_images": 9, "upsample": 1}
+    head = learn_head(network, data, maps, settings, torch.device("cpu"), 0)
     assert ObjectHead.of_plain(head.plain()).weight.tolist() == head.weight.tolist()
-    found = find_objects(network, head, data.paths, data.image_sizes, upsample=1, **how)
+    found = find_objects(network, head, data.paths, data.image_sizes, settings, torch.device("cpu"), 0)
     by_row = {row: (box, error) for row, box, error in found}
     assert [by_row[row][1] is None for row in range(4)] == [True, True, True, False]
     assert torn.name in by_row[3][1] and not by_row[3][0].found
     for path in data.paths:
         path.write_text("no image")
     with pytest.raises(UserError, match="training images"):
-        learn_head(network, data, maps, threshold=0.5, rounds=1, most_images=9, **how)
+        learn_head(network, data, maps, settings, torch.device("cpu"), 0)
 
 
 def test_without_a_network_the_file_to_fetch_is_named(monkeypatch):
@@ -149,9 +149,9 @@ def test_object_boxes_of_photographs_beat_the_centred_box(cub24, weights_folder)
     for one in attend_batches(localizer, batches, data.paths, torch.device("cpu"), autocontrast=False, num_workers=0):
         maps |= dict(zip(data.ids[one.batch.rows].tolist(), clean_batch(one, wanted), strict=True))
     network = build_features("tf_efficientnet_lite0", str(weights_folder / "tf_efficientnet_lite0.safetensors"))
-    how = {"side": 256, "num_workers": 0, "device": torch.device("cpu")}
-    head = learn_head(network, data, maps, threshold=0.15, rounds=2, most_images=100, **how)
-    found = find_objects(network, head, data.paths, data.image_sizes, upsample=4, **how)
+    settings = {"object_image_size": 256, "threshold": 0.15, "object_rounds": 2, "object_images": 100, "upsample": 4}
+    head = learn_head(network, data, maps, settings, torch.device("cpu"), 0)
+    found = find_objects(network, head, data.paths, data.image_sizes, settings, torch.device("cpu"), 0)
     boxes = [box.xywh for _, box, error in sorted(found) if error is None]
     control = iou(center_boxes(data.image_sizes), data.boxes).mean()
     assert iou(np.array(boxes), data.boxes).mean() > control + 0.08
