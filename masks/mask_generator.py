@@ -3,8 +3,7 @@
 What makes it faster changes no mask (differences are float rounding):
 
 - images are encoded together, and the points of all images of a batch decoded together;
-- what all points of an image share is computed once, and the image tokens (4096 to a point) are no longer projected:
-  in ``u · (W k) = (Wᵀ u) · k`` it is the seven prompt tokens that go through the weight;
+- encoder and decoder multiply in another order (sam_networks.py);
 - a mask whose predicted IoU fails is never upscaled, the padding below and right of the image never at all;
 - the two bilinear resizes of the official generator are one product with two small matrices;
 - masks wait for non-maximum suppression as low-resolution logits (their size does not grow with the image's), so there
@@ -20,7 +19,16 @@ import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from segment_anything.modeling import Sam
-from segment_anything.utils.amg import build_all_layer_point_grids, generate_crop_boxes, is_box_near_crop_edge
+from segment_anything.utils.amg import (
+    MaskData,
+    batched_mask_to_box,
+    build_all_layer_point_grids,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    uncrop_boxes_xyxy,
+    uncrop_points,
+)
 from segment_anything.utils.transforms import ResizeLongestSide
 from torchvision.ops import batched_nms, box_area, box_convert
 
@@ -122,31 +130,36 @@ class MaskGenerator:
         for layer in range(self.crop_n_layers + 1):
             for batch in batched([crop[1:] for crop in crops if crop[0] == layer], self.image_batch):
                 pixels = [images[index][y0:y1, x0:x1] for index, (x0, y0, x1, y1) in batch]
-                for (index, box), part in zip(batch, self._candidates(pixels, self.point_grids[layer]), strict=True):
-                    candidates[index].append(self._place_crop(part, box, images[index].shape[:2]))
+                frames = [_Frame.build(crop.shape[:2], self.sam) for crop in pixels]
+                found = self._candidates(pixels, frames, self.point_grids[layer])
+                for (index, box), frame, data in zip(batch, frames, found, strict=True):
+                    self._place_crop(data, box, images[index].shape[:2])
+                    candidates[index].append((frame, data))
         return [
             self._merge_crops(parts, image.shape[:2], with_masks)
             for parts, image in zip(candidates, images, strict=True)
         ]
 
     # --- from points to candidates --------------------------------------------------------------------------------
+    # Candidates are M masks of one crop: low (M, 4 * cells[0], 4 * cells[1]) float32 logits, predicted_iou and
+    # stability_score (M,), area (M,) in pixels, points (M, 2) x y and boxes (M, 4) xyxy in pixels of the crop.
 
-    def _candidates(self, crops: list[np.ndarray], grid: np.ndarray) -> list["_Candidates"]:
+    def _candidates(self, crops: list[np.ndarray], frames: list["_Frame"], grid: np.ndarray) -> list[MaskData]:
         """Return, for each crop, the masks that pass both scores, in the order of the points.
 
         Args:
             crops: (H, W, 3) uint8 arrays.
+            frames: of the crops.
             grid: (P, 2), x and y of the points as fractions of the crop's sides.
         """
         embeddings, candidates = self.embed(crops), []
-        frames = [_Frame.build(crop.shape[:2], self.sam) for crop in crops]
         together = max(1, self.points_per_batch // len(grid))  # crops whose points are decoded at once
         for first in range(0, len(crops), together):
             part = slice(first, first + together)
             candidates += self._decode(embeddings[part], frames[part], grid)
         return candidates
 
-    def _decode(self, embeddings: torch.Tensor, frames: list["_Frame"], grid: np.ndarray) -> list["_Candidates"]:
+    def _decode(self, embeddings: torch.Tensor, frames: list["_Frame"], grid: np.ndarray) -> list[MaskData]:
         """Return the candidates of B embeddings (B, C, h, w) and their frames, ``points_per_batch`` points at once."""
         points = [grid * np.array(frame.size[::-1]) for frame in frames]  # (P, 2) pixels
         scaled = [self._transform.apply_coords(part, frame.size) for part, frame in zip(points, frames, strict=True)]
@@ -155,39 +168,43 @@ class MaskGenerator:
         sparse, dense = self.sam.prompt_encoder(points=(coords, labels), boxes=None, masks=None)
         prompts = sparse.unflatten(0, (len(frames), -1))  # (B, P, 2, C)
         position = self.sam.prompt_encoder.get_dense_pe()  # as the points', outside autocast: a sine of large angles
-        parts = [[] for _ in frames]
+        candidates = [MaskData() for _ in frames]
         with autocast(self.sam.device, self.precision):
             image = ImageTokens.build(self.sam.mask_decoder, embeddings + dense[:1], position)
             for start in range(0, len(grid), self.points_per_batch):
                 chunk = slice(start, start + self.points_per_batch)
                 tokens, keys, iou = decode_prompts(self.sam.mask_decoder, image, prompts[:, chunk])
                 for row, frame in enumerate(frames):
-                    parts[row].append(self._select(tokens[row], keys[row], iou[row], frame, points[row][chunk]))
-        return [_Candidates.concatenate(part) for part in parts]
+                    found = self._select(tokens[row], keys[row], iou[row], frame, points[row][chunk])
+                    candidates[row].cat(found)
+        return candidates
 
     def _select(
         self, tokens: torch.Tensor, keys: torch.Tensor, iou: torch.Tensor, frame: "_Frame", points: np.ndarray
-    ) -> "_Candidates":
+    ) -> MaskData:
         """Return one crop's masks that pass both scores; shapes as of `decode_prompts` without B, points (P, 2)."""
         good = (iou > self.pred_iou_thresh) | (self.pred_iou_thresh <= 0)  # (P, K)
         promising = good.any(dim=1)
         low = upscale_masks(self.sam.mask_decoder, tokens[promising], keys[promising], frame.grid, frame.cells)
         low = low[good[promising]].float()
+        data = MaskData()
         with torch.autocast(low.device.type, enabled=False):  # the resizes stay in float32
-            parts = [self._measure(part, frame) for part in low.split(self._masks_per_chunk(frame.size))]
-        stable, *columns = (torch.cat(column) for column in zip(*parts, strict=True))
-        info = dict(zip(("stability_score", "area", "boxes"), columns, strict=True))
-        info["points"] = torch.from_numpy(points).to(good.device)[good.nonzero()[:, 0]][stable]
-        return _Candidates(frame, low[stable], info | {"predicted_iou": iou[good][stable]})
+            for part in low.split(self._masks_per_chunk(frame.size)):
+                data.cat(self._measure(part, frame))
+        data["low"], data["predicted_iou"] = low, iou[good]
+        data["points"] = torch.from_numpy(points).to(good.device)[good.nonzero()[:, 0]]
+        data.filter((data["stability_score"] >= self.stability_score_thresh) | (self.stability_score_thresh <= 0))
+        return data
 
-    def _measure(self, low: torch.Tensor, frame: "_Frame") -> tuple[torch.Tensor, ...]:
-        """Return which of (M, rows, cols) masks are stable (M,), and stability, area and xyxy boxes of those."""
+    def _measure(self, low: torch.Tensor, frame: "_Frame") -> MaskData:
+        """Return stability, area and boxes of the masks of low-resolution logits (M, rows, cols)."""
         logits = frame.upsample(low)
-        threshold, offset = self.sam.mask_threshold, self.stability_score_offset
-        stability = _count(logits > threshold + offset) / _count(logits > threshold - offset)
-        stable = (stability >= self.stability_score_thresh) | (self.stability_score_thresh <= 0)
-        masks = (logits > threshold)[stable]
-        return stable, stability[stable], _count(masks), masks_to_boxes(masks)
+        masks = logits > self.sam.mask_threshold
+        return MaskData(
+            stability_score=calculate_stability_score(logits, self.sam.mask_threshold, self.stability_score_offset),
+            area=_count(masks),
+            boxes=batched_mask_to_box(masks).long(),  # of no masks it is float
+        )
 
     def _masks_per_chunk(self, size: tuple[int, int]) -> int:
         """Return how many masks of a crop of ``size`` (H, W) are held at full size at once."""
@@ -195,61 +212,61 @@ class MaskGenerator:
 
     # --- from candidates to masks ---------------------------------------------------------------------------------
 
-    def _place_crop(self, candidates: "_Candidates", crop: list[int], size: tuple[int, int]) -> "_Candidates":
-        """Drop duplicates and what the crop's edge cuts off; then boxes and points are the image's, on the CPU."""
-        cut = is_box_near_crop_edge(candidates.info["boxes"], crop, [0, 0, size[1], size[0]])
-        whole = candidates.take((~cut).nonzero()[:, 0])
-        kept = whole.take(_suppress(whole.info["boxes"], whole.info["predicted_iou"], self.box_nms_thresh))
-        info, corner = {name: column.cpu() for name, column in kept.info.items()}, torch.tensor(crop[:2])
-        info |= {"boxes": info["boxes"] + corner.repeat(2), "points": info["points"] + corner}
-        info["crops"] = torch.tensor([crop]).expand(len(kept), -1)
-        return _Candidates(kept.frame, kept.low, info)
+    def _place_crop(self, data: MaskData, crop: list[int], size: tuple[int, int]) -> None:
+        """Drop duplicates and what the crop's edge cuts off; then boxes and points are the image's."""
+        data.filter(~is_box_near_crop_edge(data["boxes"], crop, [0, 0, size[1], size[0]]))
+        data.filter(_suppress(data["boxes"], data["predicted_iou"], self.box_nms_thresh))
+        data["boxes"], data["points"] = uncrop_boxes_xyxy(data["boxes"], crop), uncrop_points(data["points"], crop)
+        data["crops"] = torch.tensor([crop]).expand(len(data["boxes"]), -1)
 
-    def _merge_crops(self, crops: list["_Candidates"], size: tuple[int, int], with_masks: bool) -> list[dict[str, Any]]:
+    def _merge_crops(
+        self, crops: list[tuple["_Frame", MaskData]], size: tuple[int, int], with_masks: bool
+    ) -> list[dict[str, Any]]:
         """Return the records of an image from the candidates of its crops, the smallest crop preferred."""
-        info = _Candidates.columns(crops)
-        kept = torch.arange(len(info["boxes"]))
+        data = MaskData()
+        for _, part in crops:
+            data.cat(MaskData(**{name: column.cpu() for name, column in part.items() if name != "low"}))
+        data["number"] = torch.arange(len(data["boxes"]))
         if len(crops) > 1:
-            kept = _suppress(info["boxes"], 1 / box_area(info["crops"]), self.crop_nms_thresh)
-        info = {name: column[kept] for name, column in info.items()}
-        masks = self._full_masks(crops, kept, size) if with_masks or self.min_mask_region_area > 0 else None
+            data.filter(_suppress(data["boxes"], 1 / box_area(data["crops"]), self.crop_nms_thresh))
+        if with_masks or self.min_mask_region_area > 0:
+            data["masks"] = self._full_masks(crops, data["number"], size)
         if self.min_mask_region_area > 0:
-            masks, info = self._without_small_regions(masks, info)
-        columns = {"segmentation": masks.numpy()} if with_masks else {}
+            self._remove_small_regions(data)
+        columns = {"segmentation": data["masks"].numpy()} if with_masks else {}
         columns |= {
-            "area": info["area"].tolist(),
-            "bbox": box_convert(info["boxes"], "xyxy", "xywh").tolist(),
-            "predicted_iou": info["predicted_iou"].tolist(),
-            "point_coords": info["points"][:, None].tolist(),
-            "stability_score": info["stability_score"].tolist(),
-            "crop_box": box_convert(info["crops"], "xyxy", "xywh").tolist(),
+            "area": data["area"].tolist(),
+            "bbox": box_convert(data["boxes"], "xyxy", "xywh").tolist(),
+            "predicted_iou": data["predicted_iou"].tolist(),
+            "point_coords": data["points"][:, None].tolist(),
+            "stability_score": data["stability_score"].tolist(),
+            "crop_box": box_convert(data["crops"], "xyxy", "xywh").tolist(),
         }
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
-    def _full_masks(self, crops: list["_Candidates"], kept: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _full_masks(
+        self, crops: list[tuple["_Frame", MaskData]], kept: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
         """Return masks (N, H, W) bool on the CPU of the candidates numbered ``kept`` (N,) over all ``crops``."""
         masks, first = torch.zeros((len(kept), *size), dtype=torch.bool), 0
-        for crop in (crop for crop in crops if len(crop)):
-            x0, y0, x1, y1 = crop.info["crops"][0].tolist()
-            places = ((kept >= first) & (kept < first + len(crop))).nonzero()[:, 0]
-            for part in places.split(self._masks_per_chunk(crop.frame.size)):
-                logits = crop.frame.upsample(crop.low[(kept[part] - first).to(crop.low.device)])
+        for frame, data in crops:
+            low, numbers = data["low"], kept - first
+            places = ((numbers >= 0) & (numbers < len(low))).nonzero()[:, 0]
+            for part in places.split(self._masks_per_chunk(frame.size)) if len(places) else ():
+                x0, y0, x1, y1 = data["crops"][0].tolist()
+                logits = frame.upsample(low[numbers[part].to(low.device)])
                 masks[part, y0:y1, x0:x1] = (logits > self.sam.mask_threshold).cpu()
-            first += len(crop)
+            first += len(low)
         return masks
 
-    def _without_small_regions(
-        self, masks: torch.Tensor, info: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _remove_small_regions(self, data: MaskData) -> None:
         """Fill small holes, drop small islands, and drop what became a duplicate: untouched masks are preferred."""
-        touched = torch.zeros(len(masks), dtype=torch.bool)
-        for row, mask in enumerate(masks.numpy()):
-            touched[row] = remove_small_regions(mask, self.min_mask_region_area)
-        boxes = masks_to_boxes(masks)
-        kept = _suppress(boxes, (~touched).float(), max(self.box_nms_thresh, self.crop_nms_thresh))
-        info["boxes"] = torch.where(touched[:, None], boxes, info["boxes"])
-        info["area"] = torch.where(touched, _count(masks), info["area"])
-        return masks[kept], {name: column[kept] for name, column in info.items()}
+        masks = data["masks"]
+        touched = [remove_small_regions(mask, self.min_mask_region_area) for mask in masks.numpy()]
+        touched, boxes = torch.tensor(touched, dtype=torch.bool), batched_mask_to_box(masks)
+        data["boxes"] = torch.where(touched[:, None], boxes, data["boxes"])
+        data["area"] = torch.where(touched, _count(masks), data["area"])
+        data.filter(_suppress(boxes, (~touched).float(), max(self.box_nms_thresh, self.crop_nms_thresh)))
 
 
 # --- what is known of the masks -----------------------------------------------------------------------------------
@@ -282,47 +299,6 @@ class _Frame:
     def upsample(self, low: torch.Tensor) -> torch.Tensor:
         """Return the logits (M, H, W) of low-resolution ones (M, 4 * cells[0], 4 * cells[1])."""
         return self.vertical @ (low @ self.horizontal)
-
-
-@dataclass
-class _Candidates:
-    """M masks of one crop on their way through the filters.
-
-    ``info`` holds predicted_iou and stability_score (M,) float32, area (M,) int32 in pixels, points (M, 2) float64 and
-    boxes (M, 4) int64 xyxy in pixels of the crop. Those of a placed crop are of the image, on the CPU, with the crop's
-    own box as crops (M, 4).
-    """
-
-    frame: _Frame
-    low: torch.Tensor  # (M, 4 * cells[0], 4 * cells[1]) float32 logits
-    info: dict[str, torch.Tensor]
-
-    def __len__(self) -> int:
-        return len(self.low)
-
-    @staticmethod
-    def columns(parts: list["_Candidates"]) -> dict[str, torch.Tensor]:
-        """Return the ``info`` of all parts together."""
-        return {name: torch.cat([part.info[name] for part in parts]) for name in parts[0].info}
-
-    @classmethod
-    def concatenate(cls, parts: list["_Candidates"]) -> "_Candidates":
-        return cls(parts[0].frame, torch.cat([part.low for part in parts]), cls.columns(parts))
-
-    def take(self, rows: torch.Tensor) -> "_Candidates":
-        return _Candidates(self.frame, self.low[rows], {name: column[rows] for name, column in self.info.items()})
-
-
-def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Return xyxy boxes (N, 4) int64 of the first and last True pixels; zeros for an empty mask.
-
-    Args:
-        masks: (N, H, W) bool.
-    """
-    rows, cols = (masks.view(torch.uint8).amax(dim=dim) for dim in (2, 1))  # (N, H), (N, W): any() is ten times slower
-    first = [line.argmax(dim=1) for line in (cols, rows)]
-    last = [line.shape[1] - 1 - line.flip(1).argmax(dim=1) for line in (cols, rows)]
-    return torch.stack(first + last, dim=1) * rows.amax(dim=1, keepdim=True)
 
 
 def remove_small_regions(mask: np.ndarray, min_area: int) -> bool:

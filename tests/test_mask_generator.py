@@ -258,19 +258,13 @@ def test_min_mask_region_area_without_cv2(sam, images):
     (records,) = MaskGenerator(sam, **LOOSE, min_mask_region_area=60).generate(images[:1])
     masks = np.stack([record["segmentation"] for record in records])
     assert len(records) >= 3 and not {mask.tobytes() for mask in masks} <= {mask.tobytes() for mask in plain}
-    boxes = mask_generator.masks_to_boxes(torch.from_numpy(masks))
+    boxes = batched_mask_to_box(torch.from_numpy(masks))
     for mask, record, xyxy in zip(masks, records, boxes.tolist(), strict=True):
         assert mask.tobytes() in cleaned and record["area"] == mask.sum()
         assert record["bbox"] == [*xyxy[:2], xyxy[2] - xyxy[0], xyxy[3] - xyxy[1]]
 
 
 # --- parts --------------------------------------------------------------------------------------------------------
-
-
-def test_boxes_of_masks():
-    masks = torch.stack([torch.from_numpy(blobs(seed, share=0.002)) for seed in range(20)])
-    masks[3] = False
-    assert torch.equal(mask_generator.masks_to_boxes(masks), batched_mask_to_box(masks))
 
 
 @pytest.mark.parametrize("size", [(37, 53), (53, 37), (300, 200), (16, 700), (1, 1)])
