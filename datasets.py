@@ -132,12 +132,11 @@ def source_boxes(
 
 
 def known_boxes(source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0) -> np.ndarray:
-    """Return the boxes that ``source`` names, (N, 4) x y width height, NaN for an image that has none.
+    """Return the boxes that ``source`` names, (N, 4) x y width height in the order of ``data``, NaN for no box.
 
     Args:
         source: "gt" (of the data set), "center", "image", "dino" (`dino_boxes_path`), or the path of a box JSON, or of
             boxes in another tool's format (`readers.box_sources`).
-        data: the data set, in whose order the boxes come.
         several: what serves an image that another tool's file gives several boxes: "largest" or "union"; "random" gives
             the largest here (`source_set` keeps them all).
         allow_missing: share of the images that another tool's file may leave without a box.
@@ -172,9 +171,7 @@ def save_source(
     """Write the box JSON of a data set, which ``source=path`` reads; images that cannot be read have an empty entry.
 
     Args:
-        path: the JSON.
-        data: the data set.
-        boxes_xywh: (N, 4), in its order; NaN for an image that has none.
+        boxes_xywh: (N, 4), in the order of ``data``; NaN for an image that has none.
         made_by, settings: see `localized_crops.box_file.save_boxes`.
         scores: (N,) confidence in the boxes.
     """

@@ -77,7 +77,6 @@ def build_model(
 
     Args:
         model_type: "toyresnet", "resnet50" (torchvision's), a name of DINOv2 (see `timm_name`), or any timm name.
-        n_classes: outputs of the head.
         image_size: side of the input in pixels; a ViT's position embedding is resampled to it.
         patch_size: of a ViT, pixels.
         drop_path: rate of stochastic depth, for timm's networks.
@@ -219,7 +218,6 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, f
     """Freeze parameters of the model.
 
     Args:
-        model: the network.
         freeze_backbone: train the head alone.
         train_cls: train the CLS token and the head alone.
         freeze_layers: number of layers at the input to freeze: stages or blocks as timm groups parameters; the stem
@@ -250,13 +248,6 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, f
         cls_token.requires_grad_(True)
 
 
-def sync_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """Replace the model's BatchNorm by torch's SyncBatchNorm; raise UserError on the CPU, which it does not support."""
-    if device.type != "cuda":
-        raise UserError("model.sync_bn=true: synchronised BatchNorm is for GPUs; set model.sync_bn=false")
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     """Return the compiled model, which shares its weights with ``model``; raise UserError where torch.compile fails."""
     try:
@@ -284,9 +275,7 @@ def parameter_groups(
     Norms, biases, tokens and position embeddings get no weight decay.
 
     Args:
-        model: the network.
         lr: of the last layers of the backbone.
-        weight_decay: of the other parameters.
         head_lr: the head's learning rate, in units of ``lr``.
         layer_decay: factor of the learning rate from each layer to the one before it (BEiT).
     """
@@ -310,7 +299,6 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, n_classes: int, l2: flo
     Args:
         features: (N, D); standardised for the fit, the returned weights are for unstandardised ones.
         labels: (N,) int64.
-        n_classes: K.
         l2: the penalty is l2 / 2 times the squared weights on standardised features.
     """
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
@@ -362,11 +350,7 @@ def warmed_up_decay(ema_decay: float, updates: int) -> float:
 
 
 def load_backbone(model: nn.Module, path: Path | str, key: str = "model.type") -> None:
-    """Load a state dict's weights, except for the classifier's, into the model that the setting ``key`` names.
-
-    Raises:
-        UserError: if it is not a state dict of this architecture.
-    """
+    """Load a state dict's weights but for the classifier's into the model of setting ``key``; UserError if none fit."""
     head, (state, _) = _head_prefix(model), _load_state_dict(path)
     state = {key: value for key, value in state.items() if not key.startswith(head)}
     _load_strictly(model, state, path, key, kept=head)

@@ -39,7 +39,7 @@ from training.distributed import lost_process, on_rank_0, process_group, rank, r
 from training.fingerprints import fingerprints
 from training.head_start import start_head_as_probe
 from training.loop import out_of_patience, train_and_log_epoch
-from training.run import Run, build_run, load_run
+from training.run import RESUME_MAY_CHANGE, Run, build_run, load_run
 from training.self_distillation import with_own_maps
 from training.summary import finish
 from training.train_data import (
@@ -54,10 +54,6 @@ from training.train_data import (
 )
 from utils import locked, new_folder, seed_everything, set_threads
 
-# What may change between a run and its continuation: it does not change the numbers.
-MACHINE_KEYS = {"num_workers", "device", "A_machine"}
-RESUME_MAY_CHANGE = MACHINE_KEYS | {"preset", "patience", "resume", "run_dir", "wandb", "log_interval"}
-
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
 
@@ -71,11 +67,7 @@ def main(config: dict) -> None:
 
 
 def load_run_config(arguments: list[str]) -> dict | None:
-    """Return the config of a run; with resume=true the run's own config.json takes the place of config.py.
-
-    Raises:
-        UserError: if a continued run is asked to change what its numbers depend on.
-    """
+    """Return the config of a run; with resume=true the run's own config.json takes the place of config.py."""
     config = load_config(arguments)
     if config is None or config["sweeprun"]:
         return config
@@ -85,11 +77,7 @@ def load_run_config(arguments: list[str]) -> dict | None:
 
 
 def unfinished_run(stem: str) -> Path:
-    """Return the newest unfinished run under runs/.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Return the newest unfinished run under runs/; raise UserError if there is none."""
     begun = [path for path in Path("runs").glob(f"{stem}_*/config.json") if not (path.parent / "summary.json").exists()]
     if not begun:
         raise UserError(f"resume=true: no unfinished run in runs/{stem}_*; name the run with run_dir=FOLDER")
@@ -132,9 +120,7 @@ def resumed_config(arguments: list[str], folder: Path) -> dict:
 def train_run(config: dict, wandb_run: Any = None) -> dict:
     """Train one model from data to summary.json; return the summary.
 
-    Args:
-        config: the resolved config.
-        wandb_run: log to this wandb run; None: to a new one if ``wandb`` is on.
+    It is logged to ``wandb_run``; None: to a new wandb run if ``wandb`` is on.
     """
     device = choose_device(config["device"])
     with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
@@ -180,7 +166,7 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     run.localizer = localizer_settings(config, data)
     print(describe(run, data))
     if config["resume"]:
-        load_run(run, RESUME_MAY_CHANGE)
+        load_run(run)
     if config["model"]["head_start"] == "probe" and not (run.step or config["model"]["resumed_model"]):
         start_head_as_probe(run, train_loader)
     run.wandb = wandb_run

@@ -21,11 +21,7 @@ VIEWS = ("full", "center", "whole", "box")
 
 
 def build_colour_augmentation(augment_strength: float) -> v2.Transform:
-    """Return the colour-only augmentation: one of five, drawn per image.
-
-    Args:
-        augment_strength: of the colour jitter, 0 to 1.
-    """
+    """Return the colour-only augmentation: one of five, drawn per image; ``augment_strength``, 0 to 1: the jitter's."""
     return v2.RandomChoice(
         [
             v2.ColorJitter(*(share * augment_strength for share in (0.5, 0.5, 0.5, 0.1))),
@@ -182,11 +178,7 @@ def square_crop(box_xywh: Sequence[float], image_size: tuple[int, int], margin: 
 def build_views(
     names: Sequence[str], size: int, crop_pct: float, box_margin: float, interpolation: str = "bilinear"
 ) -> dict[str, View]:
-    """Build test views by name: ``full``, ``center``, ``whole``, ``box``, each also as ``VIEW@SIZE``.
-
-    Raises:
-        ValueError: on a name that is not understood.
-    """
+    """Build test views by name, one of VIEWS or ``VIEW@SIZE``; raise ValueError on another name."""
     views = {}
     for name in names:
         match = re.fullmatch(rf"({'|'.join(VIEWS)})(?:@([1-9][0-9]{{0,3}}))?", name)

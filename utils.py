@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -13,7 +14,6 @@ import time
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -44,11 +44,7 @@ MOST_TRIES = 1000  # to lock a file whose folder others remove meanwhile
 
 
 def save_tensors(path: Path | str, value: Any) -> None:
-    """Write a checkpoint (tensors in dicts, lists, plain values), whole or not at all, into a folder that exists.
-
-    Raises:
-        DiskError: if it cannot be written.
-    """
+    """Write a checkpoint (tensors in dicts, lists, plain values), whole or not at all, into a folder that exists."""
     with whole_file(path, new_folder=False) as scratch, open(scratch, "wb") as file:
         try:
             torch.save(value, file)
@@ -114,7 +110,7 @@ def file_stats(paths: Iterable[Path | str | bytes]) -> np.ndarray:
 def batched(values: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
     """Yield the values in tuples of ``size``, the last one shorter (itertools.batched of Python 3.12)."""
     left = iter(values)
-    while part := tuple(islice(left, size)):
+    while part := tuple(itertools.islice(left, size)):
         yield part
 
 
@@ -123,22 +119,18 @@ def batched(values: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
 
 def new_folder(parent: Path | str, stem: str) -> Path:
     """Create and return ``parent/stem_{i}``, i the first free number; safe when several processes ask at once."""
-    number = 0
-    while True:
+    for number in itertools.count():
         folder = Path(parent) / f"{stem}_{number}"
-        try:
+        with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-        except FileExistsError:
-            number += 1
 
 
 def lock_file(path: Path, operation: int) -> IO | None:
     """Open and lock a file, made where there is none; None if ``operation`` has LOCK_NB and another holds it.
 
-    Args:
-        path: the file; the lock ends when it is closed, at the latest with the process.
-        operation: of fcntl: LOCK_EX or LOCK_SH, with LOCK_NB so as not to wait.
+    The lock ends when the file is closed, at the latest with the process. ``operation`` is fcntl's LOCK_EX or LOCK_SH,
+    with LOCK_NB so as not to wait.
     """
     refuse_special(path)
     for _ in range(MOST_TRIES):
@@ -168,9 +160,7 @@ def is_at(file: int, path: Path) -> bool:
 def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
     """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process.
 
-    Args:
-        folder: made where there is none, and removed again if nothing came of it.
-        is_new: it was made just before, for this.
+    The folder is made where there is none, and removed again if nothing came of it; ``is_new``: it was just made.
     """
     folder = Path(folder)
     with no_empty_folder(folder, is_new=is_new):
@@ -192,12 +182,8 @@ def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
 def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
     """Return the objects of a ``log.jsonl``; no file means no epoch yet.
 
-    Args:
-        path: the file.
-        numbers: keys under which every object holds a number.
-
     Raises:
-        UserError: if a line is not such a JSON object.
+        UserError: if a line is not a JSON object with a number under each key of ``numbers``.
     """
     path = Path(path)
     if not path.exists():
@@ -266,14 +252,11 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 
 @contextlib.contextmanager
 def memory_errors(what: str, remedy: str) -> Iterator[None]:
-    """Turn an error of memory that ran out into one line.
+    """Turn an error of memory that ran out into a UserError.
 
     Args:
         what: the with block works on, with the size of the batch and of its images.
         remedy: what takes less.
-
-    Raises:
-        UserError: instead.
     """
     try:
         yield

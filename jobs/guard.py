@@ -37,7 +37,7 @@ def run_script(main: Callable[[dict], None], load_config: Callable[[list[str]], 
     the command of `with_resume_hint`.
 
     Args:
-        main: the script, given the resolved config.
+        main: the script.
         load_config: turns ``sys.argv[1:]`` into the config (None: help was printed); its ValueError is the user's.
     """
     _make_printing_safe()
@@ -86,12 +86,9 @@ def _reader_has_gone() -> bool:
 
 @contextlib.contextmanager
 def with_resume_hint(command: Callable[[], str | None]) -> Iterator[None]:
-    """Add the command that goes on to the error line of an interruption, a full disk, or a dead loader process.
+    """Add the command that goes on, if there is one, to the line of an interruption, full disk or dead loader process.
 
     Of several nested blocks the outermost names the command: a sweep knows better than the training that it is at.
-
-    Args:
-        command: returns it; None: there is none.
     """
     try:
         with _dead_workers():

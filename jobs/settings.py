@@ -94,11 +94,7 @@ def check_value(key: str, value: Any) -> Any:
 
 
 def parse_value(key: str, text: str) -> Any:
-    """Return the text after ``key=`` as a value of the key's type; lists are separated by commas.
-
-    Raises:
-        UserError: if there is no such key, or the value is not allowed.
-    """
+    """Return the text after ``key=`` as a value of the key's type, checked; lists are separated by commas."""
     _check_known(key)
     schema = _adapter(key).json_schema()
     kinds = {kind["type"] for kind in schema.get("anyOf", [schema])}
@@ -135,11 +131,7 @@ def word_of(key: str, value: Any) -> str:
 
 
 def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
-    """Return the checked values of a config by their dotted keys.
-
-    Args:
-        tree: what should be a config with all keys.
-        presets: names that a misspelt key may have meant.
+    """Return the checked values of a config with all keys by dotted key; ``presets``: what a misspelt key may mean.
 
     Raises:
         UserError: on the first fault: an unknown key, a missing one, a value that is not allowed.
@@ -157,11 +149,7 @@ def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def check_config(tree: Any, where: str = "") -> dict:
-    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the message.
-
-    Raises:
-        UserError: on a fault of one key, or if one key demands of another what it does not get.
-    """
+    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the error's message."""
     with user_errors(UserError, where):
         checked = nested(check_leaves(tree))
         if fault := check_together(checked):
@@ -170,11 +158,7 @@ def check_config(tree: Any, where: str = "") -> dict:
 
 
 def split_word(word: str) -> tuple[str, str]:
-    """Split ``key=value`` at the first equals sign.
-
-    Raises:
-        UserError: if there is none, or the word begins with a dash.
-    """
+    """Split ``key=value`` at the first equals sign; UserError if there is none, or the word begins with a dash."""
     key, equals, value = word.partition("=")
     if not equals or key.startswith("-"):
         raise UserError(f"{word!r} is not understood: write key=value or preset=NAME, without dashes (or --help)")
@@ -208,15 +192,14 @@ def load(
     words = list(map(split_word, arguments))
     for key, _ in words:
         _check_known(key, presets)
-    with user_errors(UserError, "config.py: "):
-        edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
     given, asks = dict(words), {"resume", "init_from"}
     values = DEFAULTS | leaves(base or {})
-    if base is None or (asks & edits.keys() and not asks & given.keys()):
-        if "preset" in edits and "preset" not in given:
-            with user_errors(UserError, "config.py: "):
+    with user_errors(UserError, "config.py: "):
+        edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
+        if base is None or (asks & edits.keys() and not asks & given.keys()):
+            if "preset" in edits and "preset" not in given:
                 values |= _preset_values(edits["preset"], presets)
-        values |= edits
+            values |= edits
     for name in (name for key, name in words if key == "preset" and name not in NONE_WORDS):
         values |= _preset_values(name, presets)
     values |= {key: parse_value(key, text) for key, text in words}
@@ -270,9 +253,6 @@ def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
 
     As many as ``machine_workers`` says of ``machine``, else one less than the cores, at most 8; the processes that
     torchrun started on the machine share them.
-
-    Raises:
-        UserError: if ``machine_workers`` says something else than a number of processes.
     """
     whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
     with user_errors(UserError, f"config.py, MACHINE_WORKERS of {machine}: "):
@@ -311,13 +291,9 @@ def print_warnings(arguments: list[str], config: dict, script: str) -> None:
 
 
 def help_text(path: Path, presets: Iterable[str], script: str, *, everything: bool) -> str:
-    """Return the dict in the file at ``path`` with its comments, which are the manual.
+    """Return the dict in config.py, at ``path``, with its comments, which are the manual, and the names of its presets.
 
-    Args:
-        path: config.py.
-        presets: the names of its presets.
-        script: print the keys that it reads, under their headings.
-        everything: print the others too.
+    Only the keys that ``script`` reads, under their headings; ``everything``: the others too.
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     shown, heading, is_shown = [], [], everything

@@ -29,10 +29,9 @@ STALLED_SECONDS = 1800  # without a finished unit of any process, the others are
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device to compute on; None or "cuda": this process's own GPU where there is one, None else the CPU.
+    """Return the device to compute on; UserError if this machine does not have it.
 
-    Raises:
-        UserError: if this machine does not have it.
+    None or "cuda" is this process's own GPU where there is one; None else is the CPU.
     """
     own_gpu = device in (None, "cuda") and torch.cuda.is_available()
     name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}" if own_gpu else device or "cpu"
@@ -74,11 +73,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def box_path(out: str | None, default: Path | str) -> Path:
-    """Return the box file that a generator writes.
-
-    Raises:
-        UserError: if its name may be that of another file which goes with it.
-    """
+    """Return the box file that a generator writes; UserError unless it is .json: others of its name go with it."""
     path = Path(out or default)
     if path.suffix != ".json":
         raise UserError(f"out={path}: boxes are written as .json; give such a name")
@@ -122,11 +117,8 @@ class SharedWork:
     def claimed(self, *, again: bool = False) -> Iterator[None]:
         """Hold this process's part of the work, from before it is looked at to after it is put together.
 
-        Args:
-            again: remove the finished units first.
-
-        Raises:
-            UserError: if another process holds it, or what was begun in the folder is of another identity.
+        ``again`` removes the finished units first. Raises UserError if another process holds it, or what was begun in
+        the folder is of another identity.
         """
         try:
             with locked(self._own_folder) as free:
@@ -210,14 +202,11 @@ class SharedWork:
         return f"{number:07}-{self.keys[number]}.safetensors"
 
     def run_units(self, make: Callable[[list[int]], Iterable[Result]], what: str) -> int:
-        """Make this process's share of the units that are not finished, each into its file.
+        """Make this process's share of the units that are not finished, each into its file; return how many images.
 
         Args:
             make: given the numbers of units, yields their results in this order.
             what: is made, for the progress bar.
-
-        Returns:
-            The number of images that this process worked on.
         """
         sizes, done = [len(rows) for rows in self.units], self.earlier | self.finished().keys()
         mine = [n for n in range(len(sizes)) if n not in done and n % self.world_size == self.rank]
@@ -237,10 +226,7 @@ class SharedWork:
     def results(self) -> Iterator[Result]:
         """Wait until all units are finished, by whichever process, and yield their results by number.
 
-        Units that an earlier run's final file holds have none.
-
-        Raises:
-            UserError: if none has come for a long time.
+        Units that an earlier run's final file holds have none. Raises UserError if none has come for a long time.
         """
         left, since = len(self.units) + 1, time.monotonic()
         while missing := len(self.units) - len(self.earlier | self.finished().keys()):
@@ -260,21 +246,13 @@ class SharedWork:
 
 
 def save_result(path: Path, result: Result) -> None:
-    """Write a unit's result, whole or not at all, into a folder that exists.
-
-    Raises:
-        DiskError: if it cannot be written.
-    """
+    """Write a unit's result, whole or not at all, into a folder that exists."""
     with whole_file(path, new_folder=False) as scratch:
         scratch.write_bytes(safetensors.numpy.save(result.arrays, {"about": json.dumps(result.about)}))
 
 
 def load_result(path: Path) -> Result:
-    """Return a unit's result.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
+    """Return a unit's result; raise UserError if the file is damaged."""
     try:
         with safetensors.safe_open(path, "numpy") as file:
             return Result(json.loads(file.metadata()["about"]), {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118

@@ -91,11 +91,7 @@ def nearest_patch_size(side: int, patch: int) -> int:
 
 
 def last_attention(model: nn.Module) -> nn.Module:
-    """Return the attention module of the last block.
-
-    Raises:
-        ValueError: one line that says why the model has no CLS attention that can be read here.
-    """
+    """Return the attention module of the last block; ValueError says why its CLS attention cannot be read here."""
     name = type(model).__name__
     if not all(hasattr(model, part) for part in ("blocks", "patch_embed", "num_prefix_tokens", "forward_features")):
         raise ValueError(f"{name} has no CLS attention: a timm Vision Transformer is needed (blocks, patch_embed)")

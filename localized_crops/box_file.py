@@ -78,7 +78,6 @@ def save_boxes(
     """Write a box file, whole or not at all.
 
     Args:
-        path: the JSON to write.
         boxes: image id (a number or text) -> x y width height in pixels; None where no box was found.
         image_sizes: image id -> width height, for the same ids; None, with no box, where the image cannot be read.
         made_by: the script that made the boxes.
@@ -198,11 +197,7 @@ def _entries(content: dict[str, Any]) -> Numbers:
 
 
 def _rows_of(ids: Iterable[str], lists: Mapping[str, Any], length: int) -> np.ndarray:
-    """Return the lists of the images as an array (N, length), NaN for None.
-
-    Raises:
-        ValueError: if a value is not a list of ``length`` finite numbers.
-    """
+    """Return the lists of the images as an array (N, length), NaN for None; ValueError for anything else."""
     rows = []
     for key in ids:
         numbers = lists[key]
@@ -221,7 +216,6 @@ def boxes_for_images(
     """Read the boxes of the images of a data set.
 
     Args:
-        path: the box file.
         ids: (N,) image ids.
         image_sizes: (N, 2) width height.
         pixel_grid: of the images, "stored" or "upright"; None: not compared.

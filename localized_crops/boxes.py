@@ -100,7 +100,6 @@ def maiou_curve(
         thresholds: values of THR; negative: RandomResizedCrop.
         mode, scale, ratio: of the crop, see ``crops.sample_crops``.
         draws: crops per box; None: as many as make MAIOU_CROPS, at least 5.
-        seed: of the random numbers.
     """
     draws = draws or max(5, math.ceil(MAIOU_CROPS / len(boxes_xywh)))
     boxes, sizes = np.tile(boxes_xywh, (draws, 1)), np.tile(image_sizes, (draws, 1))
@@ -115,7 +114,6 @@ def maiou_to_thr(target: float, boxes_xywh: np.ndarray, image_sizes: np.ndarray,
     """Return the threshold whose measured maIoU on these boxes is ``target``, found by bisection.
 
     Args:
-        target: mean asymmetric IoU.
         boxes_xywh, image_sizes: the data set's boxes (N, 4) and sizes (N, 2).
         **crop: mode, scale, ratio, draws, seed of ``maiou_curve``.
 

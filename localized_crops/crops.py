@@ -35,7 +35,6 @@ def sample_crops(
         mode: "exact" (every crop keeps at least ``thr`` of the box) or "reference" (the published crop).
         scale: least and largest area of the crop, as shares of the image's area.
         ratio: least and largest width / height; its logarithm is uniform.
-        rng: source of randomness; None: a fresh one.
 
     Returns:
         (N, 4) int64, top left height width in pixels, inside the image, each side at least 1.
@@ -77,10 +76,7 @@ def ratio_gives_way(
 ) -> np.ndarray:
     """Return a mask of the boxes that no crop within ``ratio`` can cover by ``thr`` without leaving the image.
 
-    In mode "exact" the crops of these boxes leave the range of ratios, by as little as possible.
-
-    Returns:
-        (N,) bool.
+    In mode "exact" the crops of these boxes, (N,) bool, leave the range of ratios, by as little as possible.
     """
     boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, "exact", scale, ratio)
     low, high = _ratios_that_reach(boxes, sizes, max(thr, 0.0), scale[1])

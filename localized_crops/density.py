@@ -51,10 +51,8 @@ def sample_density_crops(
     Args:
         density: (feat_h, feat_w), non-negative, with a sum above 0 (1 or not); stretched over the whole image.
         image_size: (width, height) in pixels.
-        num_crops: how many crops to draw.
         scale: least and largest area of the crop, as shares of the image's area.
         ratio: least and largest width / height; its logarithm is uniform.
-        rng: source of randomness; None: a fresh one.
 
     Returns:
         (num_crops, 4) int64, top left height width in pixels, inside the image.

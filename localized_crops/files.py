@@ -61,12 +61,8 @@ def disk_errors(path: Path | str) -> Iterator[None]:
 def whole_file(path: Path | str, *, new_folder: bool = True) -> Iterator[Path]:
     """Yield a scratch path in the folder of ``path``; on leaving without an error it takes the place of ``path``.
 
-    Args:
-        path: the file to write.
-        new_folder: make its folder if it is missing; false: a missing folder is an error.
-
-    Raises:
-        DiskError: if it cannot be written; then ``path`` is as it was.
+    With ``new_folder`` a missing folder is made, else it is an error. Raises DiskError if the file cannot be written;
+    then ``path`` is as it was.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
@@ -124,9 +120,7 @@ def remove_scratch(folder: Path | str) -> None:
 def no_empty_folder(folder: Path | str, *, is_new: bool = False) -> Iterator[None]:
     """Make a folder; on leaving, remove it and the parents that were made with it, as far as they are empty.
 
-    Args:
-        folder: one that is there already stays.
-        is_new: it was made just before, for what the with block does.
+    A folder that was there already stays, unless ``is_new``: it was made just before, for what the with block does.
     """
     folder = Path(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()] or [folder] * is_new
@@ -183,11 +177,7 @@ def save_json(path: Path | str, value: Any) -> None:
 
 
 def read_text(path: Path | str) -> str:
-    """Return what a UTF-8 text file holds.
-
-    Raises:
-        UserError: if there is no such file or it is no text.
-    """
+    """Return what a UTF-8 text file holds; raise UserError if there is no such file or it is no text."""
     refuse_special(path)
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -227,10 +217,6 @@ def is_finite_number(value: Any) -> bool:
 
 
 def load_json(path: Path | str) -> Any:
-    """Return what a JSON file holds.
-
-    Raises:
-        UserError: if there is no such file or it is not JSON.
-    """
+    """Return what a JSON file holds; raise UserError if there is no such file or it is not JSON."""
     with user_errors(ValueError, f"{path}: not a whole JSON file, make it again: "):
         return parse_json(read_text(path))

@@ -57,11 +57,7 @@ class Rows:
     """Which row belongs to which image."""
 
     def __init__(self, keys: np.ndarray) -> None:
-        """Number the images by their keys (N,) bytes, as `ids_to_keys` gives them.
-
-        Raises:
-            ValueError: if an image has two rows.
-        """
+        """Number the images by their keys (N,) bytes, of `ids_to_keys`; raise ValueError if one comes twice."""
         self.keys = keys
         self._order = keys.argsort(kind="stable")
         ordered = keys[self._order]

@@ -48,7 +48,6 @@ def clean_map(
         heads: how the step "heads" reduces: "mean", "sparsity", or the number of one head.
         steps: names out of "heads", "outlier", "filter", "min_max", "softmax" in any order, "heads" among them.
         filter_size: side of the box filter in cells.
-        temperature: of the softmax.
 
     Returns:
         (feat_h, feat_w) float64; NaN in the input stays NaN (`is_blank` is then true).
@@ -202,7 +201,6 @@ def component_mask(values: np.ndarray, threshold: float, choose: str = "heaviest
 
     Args:
         values: (feat_h, feat_w).
-        threshold: of the cells.
         choose: "heaviest" (largest sum of ``values``) or "strongest" (the component that holds the maximum).
     """
     labels, count = ndimage.label(values >= threshold, np.ones((3, 3)))

@@ -156,11 +156,7 @@ class MapCache(Mapping):
 
 
 def _open(path: Path, known: str | None) -> _Opened:
-    """Open a map file and check it; ``known``: the hash of its content, which was compared before.
-
-    Raises:
-        UserError, ValueError and others: if it cannot be used.
-    """
+    """Open a map file and check it, by errors of many kinds; ``known``: its hash, if its content was checked before."""
     if not path.is_file():
         old = [path.with_name(path.name.removesuffix(SUFFIX) + suffix) for suffix in OLD_SUFFIXES]
         raise ValueError("the maps beside it are of an earlier version" if old[0].exists() else "there is no such file")

@@ -133,11 +133,7 @@ def _is_image(item: Any) -> bool:
 
 
 def _only_box(flat_inputs: list[Any]) -> np.ndarray:
-    """Return the one box among the inputs, (4,) x y width height.
-
-    Raises:
-        ValueError: if there is none, or there are several.
-    """
+    """Return the one box among the inputs, (4,) x y width height; ValueError if there are none or several."""
     boxes = [item for item in flat_inputs if isinstance(item, tv_tensors.BoundingBoxes)]
     if len(boxes) != 1 or boxes[0].shape[-2:] not in ((1, 4), (4,)):
         shapes = [tuple(item.shape) for item in boxes]
@@ -165,11 +161,7 @@ def _box_inside(box_xywh: np.ndarray, image_size: tuple[int, int]) -> np.ndarray
 
 
 def as_bounding_boxes(box_xywh: Sequence[float], canvas_size: Sequence[int]) -> tv_tensors.BoundingBoxes:
-    """Wrap one (x, y, width, height) for v2 transforms; ``canvas_size`` is (height, width) of its image.
-
-    Raises:
-        ValueError: if it is not four numbers.
-    """
+    """Wrap one (x, y, width, height), else ValueError; ``canvas_size`` is the (height, width) of its image."""
     try:
         box = np.asarray(box_xywh, dtype=np.float64).reshape(1, 4)
     except (TypeError, ValueError):
@@ -254,11 +246,7 @@ class DinoRandomResizedCrop(_RandomCrop):
 
 
 def _only_map(flat_inputs: list[Any]) -> np.ndarray:
-    """Return the one map among the inputs, (feat_h, feat_w).
-
-    Raises:
-        ValueError: if there is none, there are several, or it is no finite map.
-    """
+    """Return the one finite map among the inputs, (feat_h, feat_w); ValueError if there is no such map, or several."""
     maps = [item for item in flat_inputs if isinstance(item, AttentionMap)]
     if len(maps) != 1:
         raise ValueError(f"DinoRandomResizedCrop needs one AttentionMap an image, got {len(maps)}")

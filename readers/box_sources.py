@@ -36,9 +36,7 @@ class BoxSet:
     def one_each(self, choose: str, rng: np.random.Generator | None = None) -> np.ndarray:
         """Return one box an image, (N, 4), NaN where there is none.
 
-        Args:
-            choose: "largest", "union" (the box around all), or "random" (drawn by ``rng``).
-            rng: of the draw.
+        ``choose`` is "largest", "union" (the box around all), or "random" (drawn by ``rng``).
         """
         count = len(self.image_sizes)
         chosen, counts = np.full((count, 4), np.nan), np.bincount(self.rows, minlength=count)
@@ -89,7 +87,6 @@ def read_foreign(path: Path | str, data: DataSet, allow_missing: float = 0.0) ->
 
     Args:
         path: a COCO JSON, a CSV table, or a folder of YOLO or Pascal VOC files.
-        data: the data set.
         allow_missing: share of the images that may be left without a box.
 
     Raises:
@@ -279,7 +276,6 @@ def write_foreign(path: Path, names: list[str], image_sizes: np.ndarray, boxes: 
         names: (N,) image files.
         image_sizes: (N, 2) width height.
         boxes: (N, 4) xywh in pixels; NaN where there is none.
-        made_by: what COCO's info says.
 
     Raises:
         UserError: if it cannot be written, or a YOLO folder is not empty.

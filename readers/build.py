@@ -25,19 +25,12 @@ def build_data_set(
     boxes_file: Path | None = None,
     notes: Sequence[str] = (),
 ) -> DataSet:
-    """Return the data set of N images.
+    """Return the data set of N images; the other arguments are the fields of `DataSet`.
 
     Args:
-        name: of the data set.
-        root: its folder.
-        paths: of the images.
-        ids, labels: see `DataSet`, (N,).
-        class_names: of all classes.
-        split: (N,) "train" | "val" | "test".
         keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
         boxes_xywh: (N, 4) in pixels, NaN for an image without a box; None: no image has one.
         boxes_file: the file that holds them, for errors.
-        notes: see `DataSet`.
 
     Raises:
         UserError: if an image cannot be read or a box lies outside its image.

@@ -25,13 +25,8 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
     ``test`` may be missing); else every folder in it is a class and all images are training images. Images that lie in
     no class folder have no label and are all test images. Inside a class folder, folders are read too.
 
-    Args:
-        name: of the data set.
-        root: the folder.
-        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
-
     Raises:
-        UserError: if there are no images, or the layout is neither, or an image cannot be read.
+        UserError: if there are no images, or the layout is neither, or, unless ``keep_going``, an image cannot be read.
     """
     folders = {folder.name: SPLIT_NAMES.get(folder.name.lower()) for folder in _folders(root)}
     parts = {name: split for name, split in folders.items() if split}

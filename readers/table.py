@@ -22,8 +22,6 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     fields are empty, the image has none.
 
     Args:
-        name: of the data set.
-        root: the folder that paths are relative to.
         table: the CSV file; None: the only one in ``root``.
         keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
 

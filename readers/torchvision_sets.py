@@ -23,7 +23,6 @@ def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) ->
 
     Args:
         name: of the class in torchvision.datasets.
-        root: what the class takes as its root.
         download: let torchvision fetch and unpack what is missing.
         keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
 

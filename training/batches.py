@@ -57,10 +57,7 @@ class TrainImages(Dataset):
         """Keep the rows of ``data``.
 
         Args:
-            data: the data set.
-            rows: which of its images.
             crops: of these images.
-            transform: of images, (image, crop, seed) -> (3, size, size) uint8.
             flip: probability of a horizontal flip.
             seed: of crops, flips and colours.
             decoded: the cache of decoded images; None: files are read.
@@ -140,9 +137,7 @@ class EpochBatches(Sampler):
         Args:
             size: images.
             batch_size: images of a step, over all processes and parts.
-            seed: of the order.
             parts: of one step in each process (gradient accumulation).
-            rank, world_size: of the process.
         """
         self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
         self.parts, self.rank, self.world_size = parts, rank, world_size

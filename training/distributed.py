@@ -63,11 +63,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def meet() -> dist.Store:
-    """Return the key-value store that all processes of the run share, once all have joined.
-
-    Raises:
-        UserError: if that takes longer than JOIN_SECONDS, or they cannot come together.
-    """
+    """Return the key-value store that all processes of the run share, once all have joined, within JOIN_SECONDS."""
     rank, count = process_numbers()
     keys, limit = [f"joined/{number}" for number in range(count)], timedelta(seconds=JOIN_SECONDS)
     try:
@@ -135,11 +131,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def my_rows(rows: np.ndarray) -> np.ndarray:
-    """Return this process's shard of rows (N,): every world_size-th one; shards may differ in length by one.
-
-    Raises:
-        UserError: if there are fewer rows than processes.
-    """
+    """Return this process's shard of rows (N,): every world_size-th one; UserError if there are too few for all."""
     if len(rows) < world_size():
         raise UserError(f"{len(rows)} images for {world_size()} processes: start fewer")
     return rows[rank() :: world_size()]

@@ -31,10 +31,7 @@ def predict(
     Args:
         models: map (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
         loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
-        view_names: of the views in the tuple.
-        device: where the models are.
         amp: precision of the forward passes on CUDA: none | bf16 | fp16.
-        normalize: turns images into what the models take.
     """
     for model in models:
         model.eval()

@@ -15,7 +15,6 @@ def fingerprints(data: DataSet, boxes: np.ndarray, views: np.ndarray, maps: Any)
     """Return hashes of all inputs, besides the settings, that the results of a run depend on.
 
     Args:
-        data: the data set, with its split.
         boxes: (N, 4), of the training crops.
         views: (N, 4), of the test views.
         maps: the attention maps (anything with a ``header``), or None.
@@ -58,10 +57,6 @@ def optimizer_state(optimizer: torch.optim.Optimizer, opt: dict[str, Any]) -> di
     """Return what the state dict of an optimizer holds after a step, with tensors that have no values.
 
     A saved state is compared with it before it is loaded: fused kernels do not check the shapes of what they are given.
-
-    Args:
-        optimizer: of the run.
-        opt: the section of the config that it was built from.
     """
     weight = torch.nn.Parameter(torch.zeros(2))
     weight.grad = torch.zeros(2)

@@ -17,10 +17,6 @@ def start_head_as_probe(run: Run, loader: DataLoader) -> None:
 
     Linear probing before fine-tuning (LP-FT: Kumar et al., "Fine-Tuning can Distort Pretrained Features and
     Underperform Out-of-Distribution", ICLR 2022): a random head would first spoil the features that it learns from.
-
-    Args:
-        run: a training that has not begun.
-        loader: its training batches.
     """
     run.model.eval()
     features, labels = [], []

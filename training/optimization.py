@@ -34,7 +34,6 @@ def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:
     Args:
         epoch: 0 to num_epochs - 1; beyond, the last one's.
         opt: scheduler, lr, target_lr, warmup_epochs, step_size, gamma.
-        num_epochs: of the training.
     """
     warmup = min(opt["warmup_epochs"], num_epochs - 1)
     if epoch < warmup:

@@ -1,6 +1,6 @@
 """A training in progress: building it, its checkpoints, going on from them."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,10 @@ from training.optimization import build_optimizer, build_scheduler
 from training.train_data import test_views
 from transforms import normalize
 from utils import UNREADABLE, environment, load_log, load_tensors, save_tensors
+
+# What may change between a run and its continuation: it does not change the numbers.
+RESUME_MAY_CHANGE = {"num_workers", "device", "A_machine", "preset", "patience", "resume", "run_dir", "wandb"}
+RESUME_MAY_CHANGE |= {"log_interval"}
 
 # The numbers that log.jsonl holds of every epoch that was validated.
 LOGGED = (
@@ -114,7 +118,9 @@ def _build_model(config: dict, device: torch.device) -> nn.Module:
             last_attention(model)
     models.set_trainable(model, **{key: settings[key] for key in ("freeze_backbone", "train_cls", "freeze_layers")})
     if settings["sync_bn"]:
-        model = models.sync_bn(model, device)
+        if device.type != "cuda":
+            raise UserError("model.sync_bn=true: synchronised BatchNorm is for GPUs; set model.sync_bn=false")
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model.to(device, memory_format=torch.channels_last)  # faster on GPUs and CPUs (docs/benchmarks.md)
 
 
@@ -149,11 +155,11 @@ def save_run(run: Run, is_best: bool) -> None:
     save_tensors(run.folder / "last.pt", checkpoint | state)
 
 
-def load_run(run: Run, may_change: Collection[str]) -> None:
+def load_run(run: Run) -> None:
     """Go on from last.pt where there is one; epochs logged after it are done again.
 
     Raises:
-        UserError: if it is of another run: of other data, boxes, maps, or settings other than ``may_change``.
+        UserError: if it is of another run: of other data, boxes, maps, or settings other than RESUME_MAY_CHANGE.
     """
     path, config = run.folder / "last.pt", run.config
     if not path.exists():
@@ -163,7 +169,7 @@ def load_run(run: Run, may_change: Collection[str]) -> None:
     with user_errors(UNREADABLE, f"{path}: not of this run: "):
         if not isinstance(state, dict):
             raise TypeError("it holds no dict")
-        check_origin(run, state, may_change)
+        check_origin(run, state)
         run.model.load_state_dict(state["model"])
         run.ema.module.load_state_dict(state["ema"])
         run.ema.n_averaged.copy_(state["ema_updates"])
@@ -182,13 +188,13 @@ def load_run(run: Run, may_change: Collection[str]) -> None:
     print(f"going on after epoch {run.epoch}")
 
 
-def check_origin(run: Run, state: dict, may_change: Collection[str]) -> None:
+def check_origin(run: Run, state: dict) -> None:
     """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
     known = {"images", *state["made_from"]}  # an earlier version wrote fewer
     changed = first_difference(state["made_from"], {key: run.made_from[key] for key in known & run.made_from.keys()})
     if changed:
         raise ValueError(f"{changed}: not what they were when it was written; start a new run")
-    free = {*may_change, "num_epochs", "dataset.root"}  # a training may be extended; the images are compared themselves
+    free = RESUME_MAY_CHANGE | {"num_epochs", "dataset.root"}  # it may be extended; the images are compared themselves
     before, now = leaves(state["config"]), leaves(run.config)
     changed = first_difference(before, {key: value for key, value in now.items() if key not in free})
     if changed:

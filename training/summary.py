@@ -54,15 +54,9 @@ def summarize(run: Run, n_test: int, top1: dict) -> dict[str, Any]:
     }
 
 
-def last_epochs(records: list[dict], epoch: int, count: int = 100) -> dict[str, dict[str, float]]:
-    """Return the published measure for model and EMA: mean, first and last validated top-1 of the last epochs.
-
-    Args:
-        records: of the epochs that were validated (``log_interval``).
-        epoch: the last one.
-        count: of the last epochs.
-    """
-    late = [record for record in records if record["epoch"] > epoch - count]
+def last_epochs(records: list[dict], epoch: int) -> dict[str, dict[str, float]]:
+    """Return the published measure for model and EMA: mean, first and last validated top-1 of the last 100 epochs."""
+    late = [record for record in records if record["epoch"] > epoch - 100]
     return {
         which: {"mean": float(np.mean([r[key] for r in late])), "first": late[0][key], "last": late[-1][key]}
         for which, key in (("model", "top1"), ("ema", "ema_top1"))

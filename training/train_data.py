@@ -85,11 +85,7 @@ def reference(config: dict, data: DataSet) -> str:
 
 
 def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
-    """Return the cache of decoded images that ``cache`` asks for.
-
-    Raises:
-        UserError: if ``cache_side`` is so small that crops or views would be enlarged.
-    """
+    """Return the cache of decoded images that ``cache`` asks for; UserError if crops or views would be enlarged."""
     if config["cache"] == "none":
         return None
     needed = needed_side(config, data)
