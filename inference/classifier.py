@@ -9,23 +9,26 @@ predictions = classifier.predict(["a.jpg", "b.jpg"])  # each: path, classes, pro
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import models
-from inference.photos import Photos, find_boxes
+from inference.photos import Photos, reason
 from jobs.loader import build_loader
 from jobs.settings import DEFAULTS, leaves, nested
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
+from localized_crops.map_boxes import MapBox
+from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
 from localizer.networks import Localizer, configured_localizer
-from localizer.object_head import ObjectHead, build_features, cell_features
+from localizer.object_head import ObjectHead, build_features, cell_features, find_objects
 from readers.data_set import UprightPath
+from readers.images import image_sizes
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
 from transforms import View, normalize
@@ -67,11 +70,7 @@ class Classifier:
         """The view whose probabilities are the answer: the average of several."""
         return AVERAGE if len(self.views) > 1 else next(iter(self.views))
 
-    def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
-        """Return the prediction for each image file, in order; options as of `stream`."""
-        return list(self.stream(images, **options))
-
-    def stream(
+    def predict(
         self,
         images: Sequence[Path | str],
         *,
@@ -79,8 +78,8 @@ class Classifier:
         batch_size: int = 64,
         num_workers: int = 0,
         progress: bool = False,
-    ) -> Iterator[Prediction]:
-        """Yield the prediction for each image file, in order, while the next ones are decoded.
+    ) -> list[Prediction]:
+        """Return the prediction for each image file, in order.
 
         If a view needs the object's box, the localizer first finds the boxes of all images.
 
@@ -93,33 +92,64 @@ class Classifier:
         """
         paths, boxes, unreadable = [UprightPath(path) for path in images], None, {}
         if self.localizer is not None:
-            boxes, unreadable = find_boxes(
-                paths,
-                self.localizer,
-                self.config["dino"],
-                self.device,
-                precision=precision_on(self.device, self.config["amp"]),
-                num_workers=num_workers,
-                progress=progress,
-                head=self.object_head,
-            )
+            boxes, unreadable = self.find_boxes(paths, num_workers=num_workers, progress=progress)
         loader = build_loader(
             Photos(paths, list(self.views.values()), boxes, unreadable),
             batch_size=batch_size,
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        files = zip(paths, repeat(None) if boxes is None else map(tuple, boxes.tolist()), strict=False)
+        predictions = []
         with tqdm(total=len(paths), desc="classes", unit=" images", disable=None if progress else True) as bar:
             for views, errors in loader:
                 best = self.log_probs(views)[self.answer].exp().topk(min(top_k, len(self.class_names)))
                 answers = zip(best.values.tolist(), best.indices.tolist(), errors, strict=True)
-                for (probabilities, classes, error), (path, box) in zip(answers, files, strict=False):
-                    if error:
-                        yield Prediction(path, [], [], None, error)
-                    else:
-                        yield Prediction(path, [self.class_names[k] for k in classes], probabilities, box, None)
+                for row, (probabilities, classes, error) in enumerate(answers, len(predictions)):
+                    box = None if boxes is None else tuple(boxes[row].tolist())
+                    names = [self.class_names[k] for k in classes]
+                    failed = Prediction(paths[row], [], [], None, error)
+                    predictions.append(failed if error else Prediction(paths[row], names, probabilities, box, None))
                 bar.update(len(errors))
+        return predictions
+
+    def find_boxes(
+        self, paths: Sequence[Path], *, num_workers: int = 0, progress: bool = False
+    ) -> tuple[np.ndarray, dict[int, str]]:
+        """Return the box that the localizer finds in each image, and errors by row; arguments as of `predict`.
+
+        Returns:
+            (N, 4) x y width height in upright pixels: the whole image where the map is blank, zeros where the image
+            cannot be read; and row -> why it cannot.
+        """
+        sizes, _, errors = image_sizes(paths, keep_going=True)
+        rows = np.array([row for row in range(len(paths)) if row not in errors], dtype=np.int64)
+        boxes, files = np.zeros((len(paths), 4)), [paths[row] for row in rows]
+        self.localizer.model.to(self.device)
+        if self.object_head is None:
+            results = self._boxes_of_maps(files, sizes[rows], num_workers)
+        else:
+            network = self.localizer, self.object_head
+            results = find_objects(*network, files, sizes[rows], self.config["dino"], self.device, num_workers)
+        bar = tqdm(results, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
+        for number, box, error in bar:
+            row = int(rows[number])
+            boxes[row] = box.xywh
+            if error is not None:
+                errors[row] = reason(error, paths[row])
+        return boxes, errors
+
+    def _boxes_of_maps(
+        self, files: Sequence[Path], sizes: np.ndarray, num_workers: int
+    ) -> Iterator[tuple[int, MapBox, str | None]]:
+        """Yield row, box and error of each image, as `find_objects` does, from a Vision Transformer's attention."""
+        settings, side = self.config["dino"], self.config["dino"]["image_size"] or self.localizer.image_size
+        batches = plan_batches(sizes, side, self.localizer.patch, settings["batch_size"])
+        precision = precision_on(self.device, self.config["amp"])
+        options = {"autocontrast": settings["autocontrast"], "precision": precision, "num_workers": num_workers}
+        for part in attend_batches(self.localizer, batches, files, self.device, **options):
+            maps = clean_batch(part, settings)
+            for row, attention_map, error in zip(part.batch.rows, maps, part.errors, strict=True):
+                yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), settings), error
 
     def log_probs(self, views: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the log-probabilities (B, K) by view, on the CPU, of images (B, 3, size, size) uint8 in each view."""

@@ -1,24 +1,18 @@
-"""Image files without labels: finding them, the object's box in each, and their views."""
+"""Image files without labels: finding them, and their views."""
 
 import glob
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
-from tqdm import tqdm
 
 from localized_crops.files import UserError
-from localized_crops.map_boxes import MapBox
-from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
-from localizer.networks import Localizer
-from localizer.object_head import ObjectHead, find_objects
 from readers.data_set import UprightPath
-from readers.images import SUFFIXES, image_sizes, read_image
+from readers.images import SUFFIXES, read_image
 
 
 def find_images(images: str, lines: Iterable[str] | None = None) -> list[UprightPath]:
@@ -50,72 +44,6 @@ def reason(error: Exception | str, path: Path) -> str:
     """Return an error as one line that names the file."""
     line = " ".join(str(error).split())[:300] or type(error).__name__
     return line if str(path) in line else f"{path}: {line}"
-
-
-# --- boxes --------------------------------------------------------------------------------------------------------
-
-
-def find_boxes(
-    paths: Sequence[Path],
-    localizer: Localizer,
-    settings: Mapping[str, Any],
-    device: torch.device,
-    *,
-    precision: str = "float32",
-    num_workers: int = 0,
-    progress: bool = True,
-    head: ObjectHead | None = None,
-) -> tuple[np.ndarray, dict[int, str]]:
-    """Return the box of the object in each image, (N, 4) x y width height in upright pixels, and errors by row.
-
-    An image with a blank map gets the whole image; one that cannot be read gets zeros and an error.
-
-    Args:
-        paths: of the images.
-        localizer: the Vision Transformer that makes the maps, or the network whose cells ``head`` classifies.
-        settings: the section ``dino`` of the config.
-        device: where the localizer works.
-        precision: float32 | bf16 | fp16 (on CUDA).
-        num_workers: processes that decode ahead.
-        progress: show a bar.
-        head: of dino.method=object_head.
-    """
-    sizes, _, errors = image_sizes(paths, keep_going=True)
-    rows = np.array([row for row in range(len(paths)) if row not in errors], dtype=np.int64)
-    boxes, files = np.zeros((len(paths), 4)), [paths[row] for row in rows]
-    localizer.model.to(device)
-    if head is None:
-        results = _boxes_of_maps(localizer, files, sizes[rows], settings, device, precision, num_workers)
-    else:
-        results = find_objects(localizer, head, files, sizes[rows], settings, device, num_workers)
-    bar = tqdm(results, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
-    for number, box, error in bar:
-        row = int(rows[number])
-        boxes[row] = box.xywh
-        if error is not None:
-            errors[row] = reason(error, paths[row])
-    return boxes, errors
-
-
-def _boxes_of_maps(
-    localizer: Localizer,
-    files: Sequence[Path],
-    sizes: np.ndarray,
-    settings: Mapping[str, Any],
-    device: torch.device,
-    precision: str,
-    num_workers: int,
-) -> Iterator[tuple[int, MapBox, str | None]]:
-    """Yield row, box and error of each image, as `find_objects` does, from a Vision Transformer's attention."""
-    side = settings["image_size"] or localizer.image_size
-    batches = plan_batches(sizes, side, localizer.patch, settings["batch_size"])
-    options = {"autocontrast": settings["autocontrast"], "precision": precision, "num_workers": num_workers}
-    for part in attend_batches(localizer, batches, files, device, **options):
-        for row, attention_map, error in zip(part.batch.rows, clean_batch(part, settings), part.errors, strict=True):
-            yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), settings), error
-
-
-# --- views --------------------------------------------------------------------------------------------------------
 
 
 class Photos(Dataset):

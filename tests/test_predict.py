@@ -13,9 +13,9 @@ import torch
 import models
 import predict
 from inference.classifier import load_classifier
-from inference.photos import find_boxes, find_images
+from inference.photos import find_images
 from localized_crops.files import UserError
-from localizer.networks import TOY_WEIGHTS, build_localizer
+from localizer.networks import TOY_WEIGHTS
 from transforms import normalize
 from utils import load_tensors
 
@@ -94,7 +94,7 @@ def test_with_the_box_view_the_localizers_box_is_looked_at_and_averaged(site, ph
     words = [f"checkpoint={site}/run/best.pt", f"images={photos}", "eval_box=center", TOY, "eval.views=full"]
     config = predict.load_prediction_config(words)
     classifier = load_classifier(site / "run" / "best.pt", config=config)
-    boxes, failed = find_boxes(paths, build_localizer(None, None), config["dino"], torch.device("cpu"), progress=False)
+    boxes, failed = classifier.find_boxes(paths)
     assert list(classifier.views) == ["full", "box"] and failed == {}
     for line, path, box in zip(lines, paths, boxes, strict=True):
         assert line["box"] == pytest.approx(box.tolist())
