@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -41,18 +42,14 @@ class BoxCrops:
         boxes_xywh: np.ndarray,
         image_sizes: np.ndarray,
         *,
-        thr: float,
-        mode: str = "exact",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         redraw: Callable[[np.random.Generator], np.ndarray] | None = None,
+        **settings: Any,
     ) -> None:
-        """Keep the boxes (N, 4) and sizes (N, 2) of the images; the other arguments are ``crops.sample_crops``'s.
+        """Keep boxes (N, 4) and sizes (N, 2) of the images; ``settings``: thr, mode, scale, ratio of `sample_crops`.
 
         ``redraw`` returns the boxes of one epoch, for images that have several.
         """
-        self.boxes, self.image_sizes, self.redraw = boxes_xywh, image_sizes, redraw
-        self.settings = {"thr": thr, "mode": mode, "scale": tuple(scale), "ratio": tuple(ratio)}
+        self.boxes, self.image_sizes, self.redraw, self.settings = boxes_xywh, image_sizes, redraw, settings
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the crops of one epoch, (N, 4) int64 top left height width."""
@@ -66,11 +63,23 @@ class TrainTransform:
     Args:
         size: side of the result in pixels.
         interpolation: of the resizing, antialiased: bilinear | bicubic.
-        colour: colour augmentation applied after the crop, None for none.
+        augment, augment_p, augment_strength, use_augment_mix: the config's keys of these names.
     """
 
-    def __init__(self, size: int, interpolation: str = "bilinear", colour: v2.Transform | None = None) -> None:
-        self.size, self.interpolation, self.colour = size, interpolation, colour
+    def __init__(
+        self,
+        size: int,
+        interpolation: str = "bilinear",
+        *,
+        augment: bool = False,
+        augment_p: float = 1.0,
+        augment_strength: float = 1.0,
+        use_augment_mix: bool = False,
+    ) -> None:
+        self.size, self.interpolation, self.colour = size, interpolation, None
+        if augment or use_augment_mix:
+            colour = v2.AugMix() if use_augment_mix else build_colour_augmentation(augment_strength)
+            self.colour = v2.RandomApply([colour], augment_p) if augment_p < 1 else colour
 
     def __call__(
         self, image: torch.Tensor | PIL.Image.Image, crop: Sequence[float], seed: Callable[[], int]
@@ -103,22 +112,6 @@ def resized_crop(image: torch.Tensor, crop: Sequence[int], size: int, interpolat
     top, left, height, width = crop
     cut = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
     return interpolate(cut, (size, size), mode=interpolation, antialias=True)[0]
-
-
-def build_train_transform(
-    image_size: int,
-    interpolation: str,
-    *,
-    augment: bool,
-    augment_p: float = 1.0,
-    augment_strength: float = 1.0,
-    use_augment_mix: bool = False,
-) -> TrainTransform:
-    """Build the training transform; arguments are the config's keys of these names."""
-    if not (augment or use_augment_mix):
-        return TrainTransform(image_size, interpolation)
-    colour = v2.AugMix() if use_augment_mix else build_colour_augmentation(augment_strength)
-    return TrainTransform(image_size, interpolation, v2.RandomApply([colour], augment_p) if augment_p < 1 else colour)
 
 
 def flip_images(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:

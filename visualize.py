@@ -68,7 +68,7 @@ from masks.mask_files import load_masks, load_masks_info, mask_names
 from readers.data_set import DataSet
 from readers.images import read_image
 from training.batches import Crops, draw_seed
-from transforms import BoxCrops, build_train_transform
+from transforms import BoxCrops, TrainTransform
 from utils import load_log
 
 EPOCHS = 20  # of crops that a histogram counts
@@ -233,7 +233,7 @@ def crop_panels(
 ) -> dict[str, list[list[Panel]]]:
     """Return drawn crops as the training makes them (not flipped), by the method's name."""
     settings = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
-    transform = build_train_transform(config["image_size"], config["crop"]["interpolation"], **settings)
+    transform = TrainTransform(config["image_size"], config["crop"]["interpolation"], **settings)
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]

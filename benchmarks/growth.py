@@ -26,7 +26,7 @@ from readers.data_set import DataSet
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import EpochBatches, TrainImages
-from transforms import BoxCrops, build_train_transform
+from transforms import BoxCrops, TrainTransform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH, SIZE = 3, 128, 32, 96
@@ -91,7 +91,7 @@ def repeated(data: DataSet, times: int) -> DataSet:
 def train_images(data: DataSet, decoded) -> TrainImages:
     """Return the training images of a whole data set, plainly cropped."""
     crops = BoxCrops(data.boxes, data.image_sizes, thr=0.5)
-    transform = build_train_transform(SIZE, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(SIZE, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     return TrainImages(data, np.arange(len(data.ids)), crops, transform, flip=0.5, seed=0, decoded=decoded)
 
 

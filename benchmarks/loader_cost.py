@@ -28,7 +28,7 @@ from localized_crops.map_file import MapCache, save_map_cache
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import TrainImages
-from transforms import BoxCrops, build_train_transform
+from transforms import BoxCrops, TrainTransform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 9, 256, 32
@@ -142,7 +142,7 @@ def from_shards(tar: Path, paths: list[Path], size: int):
 
 def ours(data, rows, crops, size: int, decoded):
     """Return what loads the images of an epoch our way, and returns the seconds, those of drawing its crops too."""
-    transform = build_train_transform(size, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(size, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     images = TrainImages(data, rows, crops, transform, flip=0.5, seed=SEED, decoded=decoded)
 
     def load(epoch: int) -> None:

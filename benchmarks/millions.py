@@ -35,7 +35,7 @@ from localized_crops.map_file import MapCache, save_map_cache
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache, Rows, content_key, ids_to_keys
 from training.batches import EpochBatches, TrainImages
-from transforms import BoxCrops, build_train_transform
+from transforms import BoxCrops, TrainTransform
 from utils import environment
 
 COUNTS = (10_000, 100_000, 1_000_000)
@@ -232,7 +232,7 @@ def _cpu_of(pid: int) -> float:
 
 def _train_images(data: DataSet, rows: np.ndarray) -> TrainImages:
     crops = BoxCrops(data.boxes[rows], data.image_sizes[rows], thr=0.8)
-    transform = build_train_transform(16, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(16, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     return TrainImages(data, rows, crops, transform, flip=0.5, seed=0, reference=crops.boxes)
 
 

@@ -103,15 +103,13 @@ def save_boxes(
     if scores is not None:
         content["scores"] = {id_to_key(i): None if score is None else float(score) for i, score in scores.items()}
     file = _parse(content)
-    save_json(path, content if len(boxes) <= MOST_ENTRIES else _with_columns(content, file))
-
-
-def _with_columns(content: dict[str, Any], file: BoxFile) -> dict[str, Any]:
-    """Return the content of a file with columns in place of entries."""
-    columns = {"boxes": file.boxes_xywh, "image_sizes": file.sizes, "scores": file.all_scores}
-    header = {key: value for key, value in content.items() if key not in columns}
-    coded = {name: base64.b64encode(n.astype("<f8")).decode() for name, n in columns.items() if n is not None}
-    return header | {"version": COLUMNS_VERSION, "columns": {"ids": list(content["boxes"])} | coded}
+    if len(boxes) > MOST_ENTRIES:
+        arrays = {"boxes": file.boxes_xywh, "image_sizes": file.sizes, "scores": file.all_scores}
+        coded = {name: base64.b64encode(n.astype("<f8")).decode() for name, n in arrays.items() if n is not None}
+        columns = {"ids": list(content["boxes"])} | coded
+        header = {key: value for key, value in content.items() if key not in arrays}
+        content = header | {"version": COLUMNS_VERSION, "columns": columns}
+    save_json(path, content)
 
 
 def load_boxes(path: Path | str) -> BoxFile:

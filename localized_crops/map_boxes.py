@@ -185,7 +185,8 @@ def component_box(
     """
     if is_blank(attention_map):
         return whole_image(image_size)
-    fine = upsample_map(np.asarray(attention_map, dtype=np.float64), upsample)
+    cells = np.asarray(attention_map, dtype=np.float64)
+    fine = ndimage.zoom(cells, upsample, order=1, mode="nearest", grid_mode=True)  # cells stay where they are
     mask = component_mask(fine, resolve_threshold(fine, threshold), choose)
     if not mask.any():
         return whole_image(image_size)
@@ -211,11 +212,6 @@ def component_mask(values: np.ndarray, threshold: float, choose: str = "heaviest
     if choose != "heaviest":
         raise ValueError(f"choose={choose!r} must be 'heaviest' or 'strongest'")
     return labels == np.bincount(labels.ravel(), weights=values.ravel())[1:].argmax() + 1
-
-
-def upsample_map(attention_map: np.ndarray, factor: int) -> np.ndarray:
-    """Enlarge (feat_h, feat_w) bilinearly to ``factor`` times the size; cells stay where they are in the image."""
-    return ndimage.zoom(attention_map, factor, order=1, mode="nearest", grid_mode=True)
 
 
 def whole_image(image_size: tuple[int, int]) -> MapBox:

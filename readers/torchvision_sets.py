@@ -35,15 +35,12 @@ def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) ->
             part = getattr(torchvision.datasets, name)(root, split=theirs, download=download)
         except (RuntimeError, ValueError, OSError, KeyError) as error:
             raise UserError(f"{root}: {name}: {error}; dataset.root must hold it, or dataset.download=true") from None
-        files = _files(part)
+        # the public interface of these classes gives decoded images alone
+        if hasattr(part, "_samples"):
+            files, part_labels = zip(*part._samples, strict=True)
+        else:
+            files, part_labels = part._image_files if hasattr(part, "_image_files") else part._images, part._labels
         names += [os.path.relpath(file, root) for file in files]
-        labels += part._labels if hasattr(part, "_labels") else [label for _, label in part._samples]
+        labels += part_labels
         splits += [ours] * len(files)
     return from_names(name, root, names, labels, list(part.classes), splits, keep_going)
-
-
-def _files(part: torchvision.datasets.VisionDataset) -> list[str | Path]:
-    """Return the image files of a set: the classes give them out as decoded images alone."""
-    if hasattr(part, "_samples"):
-        return [file for file, _ in part._samples]
-    return part._image_files if hasattr(part, "_image_files") else part._images

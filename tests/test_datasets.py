@@ -23,7 +23,7 @@ from readers.images import read_image
 from readers.splits import class_notes
 from toybirds import writing
 from training.batches import EpochBatches, TrainImages, ViewImages
-from transforms import BoxCrops, build_train_transform, build_views
+from transforms import BoxCrops, TrainTransform, build_views
 
 
 def read(root, **options):
@@ -253,7 +253,7 @@ def test_the_word_dino_names_the_boxes_of_the_localizer(birds, tmp_path, monkeyp
 
 def train_images(data, seed=0):
     rows = data.rows("train")
-    transform = build_train_transform(24, "bilinear", augment=True, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(24, "bilinear", augment=True, augment_p=1.0, use_augment_mix=False)
     return TrainImages(
         data, rows, BoxCrops(data.boxes[rows], data.image_sizes[rows], thr=0.8), transform, flip=0.5, seed=seed
     )

@@ -23,7 +23,7 @@ from readers import image_cache
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import load_image
-from transforms import build_train_transform, build_views
+from transforms import TrainTransform, build_views
 from utils import load_log
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ def test_every_image_comes_back(tmp_path, photos):
 
 def test_crops_are_those_of_the_files(tmp_path, photos):
     cache = build(tmp_path / "cache", photos)
-    transform = build_train_transform(24, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(24, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     rng = np.random.default_rng(1)
     for image_id, path, (width, height) in zip(*photos, strict=True):
         for _ in range(10):

@@ -10,10 +10,10 @@ from readers.data_set import DataSet, ImagePaths, no_boxes
 from readers.images import ORIENTATION, read_image, read_reduced
 from training import batches
 from training.batches import TrainImages, reduction_for
-from transforms import build_train_transform
+from transforms import TrainTransform
 
 SIZE = 32  # pixels of the result
-PLAIN = build_train_transform(SIZE, "bilinear", augment=False)
+PLAIN = TrainTransform(SIZE, "bilinear", augment=False)
 
 
 @pytest.fixture

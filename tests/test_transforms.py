@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from localized_crops.boxes import coverage, crops_to_xywh
 from localized_crops.transforms import LocalizedRandomResizedCrop
-from transforms import BoxCrops, build_train_transform, build_views, flip_images, normalize, square_crop
+from transforms import BoxCrops, TrainTransform, build_views, flip_images, normalize, square_crop
 
 WIDTH, HEIGHT = 53, 37
 BOX = (20.0, 10.0, 15.5, 12.25)  # xywh
@@ -145,7 +145,7 @@ def test_the_transform_and_the_crops_of_an_epoch_have_the_same_law(mode):
 
 
 def test_the_training_transform_is_torchvisions_resized_crop():
-    transform = build_train_transform(24, "bicubic", augment=False, augment_p=1.0, use_augment_mix=False)
+    transform = TrainTransform(24, "bicubic", augment=False, augment_p=1.0, use_augment_mix=False)
     bicubic = v2.InterpolationMode.BICUBIC
     about = {"size": [24, 24], "interpolation": bicubic, "antialias": True}
     image = transform(tensor(), CROP, seed=None)  # nothing is drawn: no seed is asked for
@@ -173,7 +173,7 @@ def test_flips_are_torchvisions():
 
 @pytest.mark.parametrize("change", [{}, {"augment": False, "use_augment_mix": True}])
 def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
-    transform = build_train_transform(24, "bilinear", **COLOUR | change)
+    transform = TrainTransform(24, "bilinear", **COLOUR | change)
     before = torch.get_rng_state()
     seen = [transform(tensor(), CROP, lambda seed=seed: seed) for seed in (0, 0, 1, 2, 3)]
     assert all(image.shape == (3, 24, 24) and image.dtype == torch.uint8 for image in seen)
@@ -182,10 +182,10 @@ def test_augmentation_repeats_with_its_seed_and_leaves_torchs_generator(change):
 
 
 def test_augment_p_is_the_probability_of_augmenting():
-    plain = build_train_transform(24, "bilinear", augment=False)(tensor(), CROP, lambda: 0)
+    plain = TrainTransform(24, "bilinear", augment=False)(tensor(), CROP, lambda: 0)
     changed = []
     for p in (0.0, 0.3):
-        transform = build_train_transform(24, "bilinear", augment=True, augment_p=p)
+        transform = TrainTransform(24, "bilinear", augment=True, augment_p=p)
         seen = [transform(tensor(), CROP, lambda seed=seed: seed) for seed in range(200)]
         changed.append(sum(not torch.equal(image, plain) for image in seen) / len(seen))
     assert changed[0] == 0 and 0.15 < changed[1] < 0.4
@@ -193,7 +193,7 @@ def test_augment_p_is_the_probability_of_augmenting():
 
 def test_colour_augmentation_changes_colours_and_moves_nothing():
     flat = torch.tensor([200, 90, 40], dtype=torch.uint8)[:, None, None].expand(3, HEIGHT, WIDTH)
-    transform = build_train_transform(24, "bilinear", **COLOUR)
+    transform = TrainTransform(24, "bilinear", **COLOUR)
     colours = set()
     for seed in range(40):
         image = transform(flat, CROP, lambda seed=seed: seed)

@@ -20,7 +20,7 @@ from readers.images import read_image
 from readers.splits import class_notes
 from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
-from transforms import BoxCrops, build_train_transform, build_views
+from transforms import BoxCrops, TrainTransform, build_views
 
 WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
 
@@ -115,7 +115,7 @@ def build_train_loader(
     config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device, decoded: ImageCache | None
 ) -> DataLoader:
     """Build the loader of training crops."""
-    transform = build_train_transform(
+    transform = TrainTransform(
         config["image_size"],
         config["crop"]["interpolation"],
         **{key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")},
