@@ -77,3 +77,11 @@ class Rows:
         places = np.minimum(self.keys.searchsorted(keys, sorter=self._order), len(self.keys) - 1)
         rows = self._order[places]
         return np.where(self.keys[rows] == keys, rows, -1)
+
+    def row(self, image_id: ImageId) -> int:
+        """Return the row of an image; KeyError if there is none."""
+        key = str(image_id).encode()
+        place = int(self.keys.searchsorted(key, sorter=self._order))
+        if place == len(self.keys) or self.keys[self._order[place]] != key or key_to_id(str(image_id)) != image_id:
+            raise KeyError(image_id)
+        return int(self._order[place])
