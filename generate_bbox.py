@@ -122,7 +122,6 @@ def read_folders(masks: str, folders: str, data: DataSet) -> tuple[list[np.ndarr
     Args:
         masks: the folder, or several, separated by commas.
         folders: "first" (an image's candidates are those of the first folder that has any) or "all".
-        data: the data set.
     """
     paths = [Path(masks)] if Path(masks).exists() else [Path(part) for part in masks.split(",")]
     columns, setups = zip(*(candidate_boxes(path, data) for path in paths), strict=True)

@@ -47,10 +47,5 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
 
 
 def minimum_detectable_difference(deviation: float, n: int) -> float:
-    """Return the mean of n paired differences that a t-test at LEVEL finds with probability POWER.
-
-    Args:
-        deviation: standard deviation of the differences.
-        n: how many there are, at least 2.
-    """
+    """Return the mean of n >= 2 paired differences, of this deviation, that a t-test at LEVEL finds with POWER."""
     return float(scipy.stats.t.ppf(1 - LEVEL / 2, n - 1) + scipy.stats.t.ppf(POWER, n - 1)) * deviation / math.sqrt(n)

@@ -46,9 +46,7 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
     Args:
         configs: title of a block -> its config, of which model.type, model.weights, image_size, eval.crop_pct,
             eval.box_margin and num_threads are read.
-        name: of the table.
         sources: name of a row -> where its boxes come from, as ``source`` in config.py.
-        folder: where features and table lie.
         data: the data set; its split "val" chooses the penalty and the plain view to compare with.
     """
     labels, texts, numbers = data.labels[data.rows("test")], [], {}

@@ -63,18 +63,16 @@ def write_report(
     """Write NAME.md and NAME.png of the trainings that are done; return their rows by budget.
 
     Args:
-        table: says which trainings there are.
-        name: of the files.
-        seeds: of each row.
         folder: holds the run folders, and gets the files.
-        data: the data set of the trainings.
         against: the key whose values are the picture's x-axis; None: the maIoU of the crops.
     """
     blocks = {}
     for budget in table.budgets:
-        rows = {row: load_runs(table, budget, row, seeds, folder) for row in table.rows}
-        if done := {row: runs for row, runs in rows.items() if runs}:
-            blocks[budget] = done
+        for row in table.rows:
+            places = {seed: folder / place_of(table, budget, row, seed) for seed in seeds}
+            runs = [load_run(place, seed) for seed, place in places.items() if (place / "summary.json").exists()]
+            if runs:
+                blocks.setdefault(budget, {})[row] = runs
     if not blocks:
         return blocks
     parts = [f"### {table.title}", ""]
@@ -87,12 +85,6 @@ def write_report(
     save_figure(accuracy_figure(points_of(blocks, order), table.title, against or MAIOU, ticks), folder / f"{name}.png")
     print(f"\n{text}\n\nwritten to {folder / name}.md and .png")
     return blocks
-
-
-def load_runs(table: Table, budget: str, row: str, seeds: range, folder: Path) -> list[Run]:
-    """Read the finished trainings of one row."""
-    places = {seed: folder / place_of(table, budget, row, seed) for seed in seeds}
-    return [load_run(place, seed) for seed, place in places.items() if (place / "summary.json").exists()]
 
 
 def load_run(folder: Path, seed: int) -> Run:
@@ -208,8 +200,6 @@ def compared(
     """Compare a row with the control over the seeds that both have; None: they share none.
 
     Args:
-        runs, control: the rows.
-        view: of the row.
         images: (N,) bool, which test images; all unless given.
         against: view of the control; None: the same.
     """

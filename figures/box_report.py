@@ -12,7 +12,7 @@ from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, fill_mis
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from readers.images import read_image
-from utils import environment, markdown_table
+from utils import batched, environment, markdown_table
 
 SHEET_COLUMNS = 5  # images a row of the contact sheet
 IOU_LEVELS = (0.3, 0.5, 0.7)
@@ -110,20 +110,6 @@ def report_table(scores: dict[str, Any]) -> str:
     return markdown_table(heads, rows)
 
 
-def save_report(out: Path | str, scores: dict[str, Any], seconds: dict[str, float], **details: Any) -> None:
-    """Write the evaluation beside a box JSON: ``STEM.eval.json`` and the table ``STEM.eval.md``.
-
-    Args:
-        out: the box JSON.
-        scores: of `evaluate_boxes`.
-        seconds: time per stage.
-        **details: what else belongs to the result.
-    """
-    out = Path(out)
-    save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | details)
-    save_text(out.with_suffix(".eval.md"), report_table(scores) + "\n")
-
-
 def report_boxes(
     out: Path,
     data: DataSet,
@@ -134,13 +120,11 @@ def report_boxes(
     maps: Mapping[int, np.ndarray] | None = None,
     **details: Any,
 ) -> None:
-    """Print and save what is to be known of the boxes of a data set: evaluation, contact sheet, errors.txt.
+    """Print the evaluation of boxes; write STEM.eval.json, the table STEM.eval.md, a contact sheet, errors.txt.
 
     Args:
         out: the box JSON, beside which all lies.
-        data: the data set.
         boxes_xywh: (N, 4), NaN where no box was found: the whole image serves there.
-        seconds: time per stage.
         errors: image id -> why the image failed; such images have no box.
         maps: image id -> attention map, drawn over the images of the contact sheet.
         **details: what else the evaluation file keeps.
@@ -150,9 +134,11 @@ def report_boxes(
     start = time.perf_counter()
     draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
     seconds = seconds | {"contact_sheet": round(time.perf_counter() - start, 3)}
-    save_report(out, scores, seconds, **details)
+    save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | details)
+    table = report_table(scores)
+    save_text(out.with_suffix(".eval.md"), table + "\n")
     save_errors(out.with_name("errors.txt"), errors)
-    print(report_table(scores))
+    print(table)
     unfound = sum(i not in errors for i in data.ids[~found].tolist())
     print(
         f"{out}: {int(found.sum())} boxes; no box found in {unfound} images, {len(errors)} failed; seconds: {seconds}"
@@ -180,10 +166,9 @@ def contact_panels(
     data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
 ) -> dict[str, list[Panel]]:
     """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
-    rows = data.rows("test") if len(data.rows("test")) else np.arange(len(data.ids))
-    rows = np.array([row for row in rows if data.ids[row].item() not in failed], dtype=np.int64)
-    if data.has_box.any():
-        rows = rows[data.has_box[rows]]
+    shown = data.split == "test" if (data.split == "test").any() else np.ones(len(data.ids), dtype=bool)
+    shown &= [image_id not in failed for image_id in data.ids.tolist()]
+    rows = np.flatnonzero(shown & data.has_box if data.has_box.any() else shown)
     ious = iou(boxes_xywh[rows], data.boxes[rows])
 
     def panel(place: int) -> Panel:
@@ -195,9 +180,9 @@ def contact_panels(
 
     if np.isnan(ious).all():  # no true boxes: images at equal distances
         places = np.linspace(0, len(rows) - 1, min(len(rows), 3 * SHEET_COLUMNS)).astype(int).tolist()
-        cut = [places[start : start + SHEET_COLUMNS] for start in range(0, len(places), SHEET_COLUMNS)]
-        return {f"sample {number}": [panel(place) for place in part] for number, part in enumerate(cut, 1)}
-    chosen = best_median_worst(ious, SHEET_COLUMNS)
+        chosen = {f"sample {number}": part for number, part in enumerate(batched(places, SHEET_COLUMNS), 1)}
+    else:
+        chosen = best_median_worst(ious, SHEET_COLUMNS)
     return {name: [panel(place) for place in places] for name, places in chosen.items()}
 
 

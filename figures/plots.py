@@ -119,8 +119,6 @@ def accuracy_figure(
     Args:
         groups: label -> runs that differ in their seed alone: x, top1 (a fraction) and family, which names what
             a line may go through: one kind of crop, trained on one budget.
-        title: over the picture.
-        x_label: what x is.
         ticks: names of x = 0, 1, ...; no line is fitted then.
     """
     figure = Figure(figsize=(8, 4.2 + 0.2 * _legend_lines(groups)), layout="constrained")

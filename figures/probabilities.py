@@ -9,13 +9,7 @@ MOST_NAMES, MOST_COUNTS = 60, 20  # classes whose names and counts can still be 
 
 
 def confusion_figure(counts: np.ndarray, class_names: list[str], title: str) -> Figure:
-    """Return a figure of a confusion matrix, coloured by the share of the row's class.
-
-    Args:
-        counts: (K, K), rows are true classes, columns answers.
-        class_names: of both.
-        title: over the picture.
-    """
+    """Return a figure of a confusion matrix (K, K), rows true classes, coloured by the share of the row's class."""
     side = float(np.clip(0.28 * len(counts) + 3, 5, 20))
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes, total = figure.subplots(), counts.sum(1, keepdims=True)
@@ -36,9 +30,7 @@ def confusion_figure(counts: np.ndarray, class_names: list[str], title: str) -> 
 def calibration_figure(calibration: dict[str, Any], title: str) -> Figure:
     """Return a figure of accuracy against confidence, and of how many images have which.
 
-    Args:
-        calibration: of ``inference.metrics.calibration``.
-        title: over the picture.
+    ``calibration`` is what ``inference.metrics.calibration`` returns.
     """
     figure = Figure(figsize=(5, 5.6), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)

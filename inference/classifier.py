@@ -220,11 +220,6 @@ def load_localizer(
 ) -> tuple[Localizer, ObjectHead | None]:
     """Return the network that finds the object's box and, for dino.method=object_head, its classifier of cells.
 
-    Args:
-        config: the settings to use.
-        content: of the checkpoint, with the classifier of cells of the training's boxes.
-        path: of the checkpoint.
-
     Raises:
         UserError: if the checkpoint holds no classifier of cells, or the network cannot be built.
     """

@@ -55,7 +55,6 @@ class Photos(Dataset):
         """Keep what is to be shown.
 
         Args:
-            paths: of the images.
             views: (image, box) -> (3, size, size) uint8.
             boxes: (N, 4) x y width height, for the views that look at one; None: the whole image.
             unreadable: row -> why it is not to be tried again.

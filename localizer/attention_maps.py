@@ -27,7 +27,6 @@ def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], bat
         image_sizes: (N, 2) width height in pixels.
         side: of the input's short side, pixels.
         patch: (height, width) in pixels.
-        batch_size: images of a batch, at most.
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for row, size in enumerate(image_sizes.tolist()):
@@ -38,10 +37,7 @@ def plan_batches(image_sizes: np.ndarray, side: int, patch: tuple[int, int], bat
 def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) of the network's input: short side near ``side``, whole patches, aspect kept.
 
-    Args:
-        image_size: (width, height) of the image in pixels.
-        side: of the input's short side, pixels.
-        patch: (height, width) in pixels.
+    ``image_size`` is (width, height), ``patch`` (height, width), all in pixels.
     """
     width, height = image_size
     scale = side / min(width, height)
@@ -76,12 +72,9 @@ def attend_batches(
 
     Args:
         localizer: the network, on ``device``.
-        batches: what to do.
         paths: the images of the data set, by row.
-        device: of the network.
         autocontrast: stretch each image's contrast first.
         precision: float32 | bf16 | fp16 (on CUDA).
-        num_workers: processes that decode ahead.
         with_logits: also return the network's output.
     """
     images = BatchImages(batches, paths, localizer.patch, autocontrast)
@@ -115,9 +108,7 @@ def _attend(
 def clean_batch(attended: Attended, settings: dict[str, Any]) -> np.ndarray:
     """Return the cleaned maps (B, feat_h, feat_w) float16 of a batch; failed and blank ones are zeros.
 
-    Args:
-        attended: the batch.
-        settings: heads, steps, filter_size: the section ``dino`` of the config.
+    ``settings`` is the section ``dino`` of the config, of which heads, steps and filter_size are read.
     """
     maps = np.stack([clean(heads, settings) for heads in attended.attention.cpu().numpy()]).astype(np.float16)
     maps[[bool(error) or map_boxes.is_blank(cells) for error, cells in zip(attended.errors, maps, strict=True)]] = 0

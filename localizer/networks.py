@@ -77,7 +77,6 @@ def as_localizer(model: nn.Module, name: str, weights: str, **input_of: Any) -> 
 
     Args:
         model: a timm Vision Transformer with CLS attention.
-        name: of the architecture.
         weights: where they came from, for people.
         **input_of: image_size and, if not ImageNet's, mean and std.
 
@@ -108,7 +107,6 @@ def create_network(model_type: str, weights: str, model_key: str, weights_key: s
     """Build a timm network without a classifier.
 
     Args:
-        model_type: the network.
         weights: "hub", "random" or the path of a state dict.
         model_key, weights_key: the keys of the config that these two come from.
         **options: of ``timm.create_model``.

@@ -47,10 +47,9 @@ class ObjectHead(NamedTuple):
 
 
 def build_features(model_type: str, weights: str) -> Localizer:
-    """Build the network whose last two feature maps, at strides 16 and 32 for most, describe the cells.
+    """Build the convolutional network whose last two feature maps, at strides 16 and 32 for most, describe the cells.
 
     Args:
-        model_type: a timm convolutional network.
         weights: "hub", "random" (to test a pipeline) or a state dict's path.
 
     Raises:
@@ -80,8 +79,6 @@ def learn_head(
         attention: image id -> cleaned attention map; a blank one teaches nothing.
         settings: the section ``dino`` of the config. The training images are evenly spread, at most ``object_images``;
             ``threshold`` cuts the components that teach the first classifier.
-        device: of the network.
-        num_workers: processes that decode ahead.
 
     Raises:
         UserError: if no training image has a map that points anywhere.
@@ -118,11 +115,8 @@ def find_objects(
     Args:
         network: of `build_features`, on ``device``.
         head: of `learn_head`, with the same network and ``object_image_size``.
-        paths: the images.
         image_sizes: (N, 2) width height.
         settings: the section ``dino`` of the config.
-        device: of the network.
-        num_workers: processes that decode ahead.
     """
     cells = _features(network, paths, image_sizes, settings["object_image_size"], device, num_workers)
     for row, grid, error in cells:
@@ -146,7 +140,6 @@ def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds:
     Args:
         features: row -> (feat_h, feat_w, D).
         masks: row -> (feat_h, feat_w) bool, where the object is thought to be.
-        rounds: of self-training.
     """
     rng, drawn, places = np.random.default_rng(0), [], []
     for grid in features.values():

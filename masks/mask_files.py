@@ -37,27 +37,22 @@ def mask_names(ids: Sequence[ImageId], paths: Sequence[Path]) -> list[str]:
     """
     stems = [path.stem for path in paths]
     counts = Counter(stems) + Counter(["setup", "setup"])  # the key of the setup is no image's
-    pairs = list(zip(stems, ids, strict=True))
-    names = [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in pairs]
+    names = [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in zip(stems, ids, strict=True)]
     counts = Counter(names)
-    fits = [counts[name] == 1 and "/" not in name and len(os.fsencode(name)) <= LONGEST_NAME for name in names]
-    return [name if fit else _hashed(*pair) for name, fit, pair in zip(names, fits, pairs, strict=True)]
-
-
-def _hashed(stem: str, image_id: ImageId) -> str:
-    start = os.fsencode(stem)[: LONGEST_NAME - 20].decode(errors="ignore")
-    return f"{start}.{hashlib.sha256(os.fsencode(str(image_id))).hexdigest()[:16]}"
+    for row, name in enumerate(names):
+        if counts[name] > 1 or "/" in name or len(os.fsencode(name)) > LONGEST_NAME:
+            start = os.fsencode(stems[row])[: LONGEST_NAME - 20].decode(errors="ignore")
+            names[row] = f"{start}.{hashlib.sha256(os.fsencode(str(ids[row]))).hexdigest()[:16]}"
+    return names
 
 
 # --- masks --------------------------------------------------------------------------------------------------------
 
 
 def save_masks(path: Path, masks: torch.Tensor, store: str) -> None:
-    """Write the masks of one image, whole or not at all.
+    """Write the masks of one image, (N, H, W) bool on the CPU (N may be 0), whole or not at all.
 
     Args:
-        path: the ``.pt`` file.
-        masks: (N, H, W) bool on the CPU; N may be 0.
         store: "bool" (the tensor as it is, a byte per pixel) or "packed" (a bit per pixel).
     """
     if store == "bool":
@@ -130,7 +125,6 @@ def load_masks_info(
     """Read and check masks_info.json.
 
     Args:
-        folder: the folder masks_{i}.
         dataset: fingerprint of the data set at hand (`DataSet.fingerprint`); None: any.
 
     Returns:
@@ -151,17 +145,13 @@ def load_masks_info(
     if dataset not in (None, setup.get("dataset")):
         raise UserError(f"{folder}: made for another data set; make it again: python generate_mask.py")
     for name, entries in content.items():
-        if not _is_file_name(name) or not isinstance(entries, list) or not all(map(_has_box, entries)):
+        is_file_name = Path(name).name == name and "\0" not in name and len(name.encode(errors="replace")) <= 250
+        if not is_file_name or not isinstance(entries, list) or not all(map(_has_box, entries)):
             fault = f"image {name[:60]}: a mask has no bbox x y width height"
             raise UserError(f"{path}: {fault}; make it again: python generate_mask.py")
         if setup.get("store") != "none" and not (folder / f"{name}.pt").exists():
             raise UserError(f"{folder / name}.pt: missing, though masks_info.json names it; make the masks again")
     return setup, content
-
-
-def _is_file_name(name: str) -> bool:
-    """Tell whether ``name`` and a suffix can name a file in a folder."""
-    return Path(name).name == name and "\0" not in name and len(name.encode(errors="replace")) <= 250
 
 
 def _has_box(entry: Any) -> bool:

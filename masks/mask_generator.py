@@ -145,12 +145,9 @@ class MaskGenerator:
     # stability_score (M,), area (M,) in pixels, points (M, 2) x y and boxes (M, 4) xyxy in pixels of the crop.
 
     def _candidates(self, crops: list[np.ndarray], frames: list["_Frame"], grid: np.ndarray) -> list[MaskData]:
-        """Return, for each crop, the masks that pass both scores, in the order of the points.
+        """Return, for each crop (H, W, 3) uint8, the masks that pass both scores, in the order of the points.
 
-        Args:
-            crops: (H, W, 3) uint8 arrays.
-            frames: of the crops.
-            grid: (P, 2), x and y of the points as fractions of the crop's sides.
+        ``grid`` (P, 2) holds x and y of the points as fractions of the crop's sides.
         """
         embeddings, candidates = self.embed(crops), []
         together = max(1, self.points_per_batch // len(grid))  # crops whose points are decoded at once
@@ -302,12 +299,9 @@ class _Frame:
 
 
 def remove_small_regions(mask: np.ndarray, min_area: int) -> bool:
-    """Fill holes and drop islands of less than ``min_area`` pixels in place; return whether there were any.
+    """Fill holes and drop islands of less than ``min_area`` pixels of a mask (H, W) bool in place; tell if any were.
 
     Regions touch at corners too. If all islands are small the largest stays.
-
-    Args:
-        mask: (H, W) bool, changed.
     """
     holes, sizes = _regions(~mask)
     small = sizes < min_area

@@ -58,17 +58,12 @@ def _encoder_attention(attn: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         rows = torch.einsum("bnhwc,hkc->bnhwk", places, get_rel_pos(height, height, attn.rel_pos_h))
         cols = torch.einsum("bnhwc,wkc->bnhwk", places, get_rel_pos(width, width, attn.rel_pos_w))
         scaled = torch.cat([scaled, rows.flatten(2, 3), cols.flatten(2, 3)], dim=-1)
-        one_hot = _one_hot_places(height, width, key).expand(*key.shape[:3], -1)
-        key = torch.cat([key, one_hot], dim=-1)
+        at_row, at_col = (torch.eye(count, dtype=key.dtype, device=key.device) for count in (height, width))
+        one_hot = torch.cat([at_row.repeat_interleave(width, dim=0), at_col.repeat(height, 1)], dim=-1)
+        key = torch.cat([key, one_hot.expand(*key.shape[:3], -1)], dim=-1)
         value = F.pad(value, (0, height + width))  # the kernels want one size of head
     attended = F.scaled_dot_product_attention(scaled, key, value, scale=1.0)[..., :head_dim]
     return attn.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
-
-
-def _one_hot_places(height: int, width: int, like: torch.Tensor) -> torch.Tensor:
-    """Return (height * width, height + width): for each place a one at its row, and one at its column."""
-    rows, cols = (torch.eye(count, dtype=like.dtype, device=like.device) for count in (height, width))
-    return torch.cat([rows.repeat_interleave(width, dim=0), cols.repeat(height, 1)], dim=-1)
 
 
 @dataclass
@@ -104,7 +99,6 @@ def decode_prompts(
 
     Args:
         decoder: the mask decoder; K masks belong to its multi-mask output.
-        image: the images.
         prompts: (B, P, S, C) sparse prompt tokens.
 
     Returns:

@@ -78,15 +78,11 @@ class PromptedMasks:
         self.predictor, self.prompt, self.precision = SamPredictor(sam), prompt, precision
 
     def generate(self, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Return for each (H, W, 3) uint8 image a list of one record, empty where the map points nowhere.
+        """Return for each (H, W, 3) uint8 RGB image, with its map (feat_h, feat_w), a list of one record.
 
-        Args:
-            images: RGB.
-            maps: (feat_h, feat_w) of each image.
-
-        Returns:
-            records as those of `MaskGenerator`, except that ``stability_score`` is the agreement with the attention and
-            that ``bbox`` x y width height holds all of the mask. An image whose chosen mask is empty has no record.
+        It is empty where the map points nowhere or the chosen mask is empty. Records are as those of `MaskGenerator`,
+        except that ``stability_score`` is the agreement with the attention and that ``bbox`` x y width height holds
+        all of the mask.
         """
         return [self._records(*pair) for pair in zip(images, maps, strict=True)]
 

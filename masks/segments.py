@@ -50,13 +50,10 @@ class SegmentGenerator:
         return asdict(self) | {"scales": list(self.scales), "merging": [list(weights) for weights in self.merging]}
 
     def generate(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Return the candidates of each image, the highest score first, as records of SAM's generator.
+        """Return the candidates of each image (H, W, 3) uint8 RGB, the highest score first, as SAM's generator does.
 
         ``predicted_iou`` and ``stability_score`` are both the score of `boundary_score`; neither is a prediction.
         ``bbox`` x y width height holds all pixels of the mask.
-
-        Args:
-            images: (H, W, 3) uint8 RGB.
         """
         return [self._generate_one(image) for image in images]
 
@@ -121,13 +118,7 @@ class Regions:
 
 
 def merged_regions(labels: np.ndarray, lab: np.ndarray, weights: tuple[float, float, float]) -> Iterator[np.ndarray]:
-    """Yield the masks (H, W) bool of all regions of a segmentation, and of all that arise while they are merged.
-
-    Args:
-        labels: (H, W) int, regions numbered from 0.
-        lab: (H, W, 3) the image's colours.
-        weights: of colour, size and fill.
-    """
+    """Yield the masks (H, W) bool of all `Regions`, and of all that arise while they are merged."""
     regions = Regions(labels, lab, weights)
     yield from list(regions.masks.values())
     pairs = [(a, b) for a, near in enumerate(regions.neighbours) for b in near if a < b]

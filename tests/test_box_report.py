@@ -5,8 +5,9 @@ import PIL.Image
 import pytest
 
 from figures import box_report
-from figures.box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table, save_report
+from figures.box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table
 from localized_crops.files import load_json
+from readers.data_set import DataSet, ImagePaths
 
 SIZES = np.array([[53, 37], [40, 61], [30, 30], [71, 44], [64, 48]])  # width, height: odd and unequal
 SPLIT = np.array(["train", "val", "test", "train", "test"])
@@ -80,14 +81,22 @@ def test_a_split_without_images_is_left_out():
     assert "train" not in report_table(scores).replace("median training", "")
 
 
-def test_the_files(scores, tmp_path):
-    save_report(tmp_path / "my.boxes.json", scores, {"maps": 1.5}, images_mapped=5)
+def test_the_files(scores, tmp_path, monkeypatch):
+    monkeypatch.setattr(box_report, "contact_panels", lambda *_: {})
+    monkeypatch.setattr(box_report, "draw_contact_sheet", lambda *_: None)
+    boxes, ids, paths = some_boxes(0), np.arange(5), ImagePaths(tmp_path, ["a.jpg"] * 5)
+    boxes[1] = np.nan
+    data = DataSet("cub", tmp_path, ids, paths, np.zeros(5, int), ["a"], some_boxes(1), SPLIT, SIZES)
+    box_report.report_boxes(
+        tmp_path / "my.boxes.json", data, boxes, seconds={"maps": 1.5}, errors={7: "torn"}, images_mapped=5
+    )
     content = load_json(tmp_path / "my.boxes.eval.json")
-    assert content["boxes"] == scores["boxes"] and content["seconds"] == {"maps": 1.5}
+    assert content["boxes"]["test"] == scores["boxes"]["test"] and content["seconds"]["maps"] == 1.5
+    assert (tmp_path / "errors.txt").read_text() == "1 images failed\n7: torn\n"
     assert "torch" in content["environment"] and content["images_mapped"] == 5
     table = (tmp_path / "my.boxes.eval.md").read_text().splitlines()
     assert len(table) == 2 + 2 * 4 and len({line.count("|") for line in table}) == 1
-    assert f"{scores['boxes']['train']['mean_iou']:.3f}" in table[2]
+    assert f"{content['boxes']['train']['mean_iou']:.3f}" in table[2]
 
 
 def test_best_median_worst():

@@ -98,11 +98,7 @@ def mask_to_density(masks: torch.Tensor, stride: int) -> torch.Tensor:
 def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, epochs: int) -> float:
     """Train the attention of ``model`` in place; return the mean divergence (nats) over the last epoch.
 
-    Args:
-        model: of `build_toy_vit`.
-        images: (N, 3, H, W) uint8.
-        densities: (N, feat_h, feat_w).
-        epochs: passes over the images.
+    ``images`` are (N, 3, H, W) uint8, ``densities`` (N, feat_h, feat_w).
     """
     steps = epochs * (len(images) // BATCH_SIZE)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.05)
