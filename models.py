@@ -319,9 +319,6 @@ def fit_linear(features: np.ndarray, labels: np.ndarray, n_classes: int, l2: flo
     return weights, head.bias.detach().numpy() - weights @ mean
 
 
-# --- EMA ----------------------------------------------------------------------------------------------------------
-
-
 def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
     """Return the exponential moving average of the model's weights and buffers.
 
@@ -360,8 +357,6 @@ def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None)
     """Load a trained model, head included: a checkpoint of train.py, or a plain state dict.
 
     Args:
-        model: the network that takes the weights.
-        path: the file.
         ema: of a checkpoint of train.py take the EMA or the model; None: whichever validated better.
 
     Returns:

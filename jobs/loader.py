@@ -28,7 +28,6 @@ def build_loader(
     Args:
         dataset: what to load; its class stands in a module, not in the script, which workers do not import.
         num_workers: processes; 0: this one.
-        pin_memory: for copies to a GPU.
         persistent: the workers stay for the next epoch, until the loader goes or `end_workers`; false: they end with
             the first.
         **batches: batch_size; or None and a sampler whose items are batches.

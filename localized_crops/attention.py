@@ -109,13 +109,11 @@ def last_attention(model: nn.Module) -> nn.Module:
 def _last_attention_hook(model: nn.Module, *, keep_keys: bool, stop: bool) -> Iterator[dict[str, torch.Tensor]]:
     """Record the CLS row of the next pass; the hook is gone afterwards, whatever happened in between.
 
-    Args:
-        model: one that `last_attention` accepts.
-        keep_keys: record the keys too.
-        stop: end the pass there, by _LastAttentionReachedError.
+    With ``stop`` the pass ends there, by _LastAttentionReachedError.
 
     Yields:
-        A dict that the pass fills: ``row`` (B, heads, N) float32 softmaxed, ``keys`` (B, kv heads, N, head_dim).
+        A dict that the pass fills: ``row`` (B, heads, N) float32 softmaxed, with ``keep_keys`` also ``keys`` (B, kv
+        heads, N, head_dim).
     """
     record = {}
 
@@ -138,14 +136,9 @@ def _last_attention_hook(model: nn.Module, *, keep_keys: bool, stop: bool) -> It
 def _cls_query_and_keys(attn: nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the normalised query of the CLS token and keys of all tokens, before rotary embedding.
 
-    Args:
-        attn: one of SUPPORTED_ATTENTION, with a fused ``qkv`` or with ``q_proj`` and ``k_proj``.
-        tokens: (B, N, C), the input of ``attn``; token 0 is CLS.
-
-    Returns:
-        query (B, heads, 1, head_dim) and keys (B, kv heads, N, head_dim).
+    They are (B, heads, 1, head_dim) and (B, kv heads, N, head_dim), of the input (B, N, C) of ``attn``; token 0 is CLS.
     """
-    if attn.qkv is None:
+    if attn.qkv is None:  # not fused
         query, keys = attn.q_proj(tokens[:, :1]), attn.k_proj(tokens)
     else:
         weight_q, weight_k, _ = attn.qkv.weight.chunk(3)

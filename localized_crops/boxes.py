@@ -16,9 +16,6 @@ MAIOU_CROPS = 20_000  # for a mean asymmetric IoU with an error of about 0.001
 CENTER_SHARE = 0.65  # of each side: the constant centred box, the control that every method must beat
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------------
-
-
 def intersection(a_xywh: np.ndarray, b_xywh: np.ndarray) -> np.ndarray:
     """Return the area, (N,), that boxes (N, 4) share pair by pair; exactly b's area where a holds b."""
     a, b = np.asarray(a_xywh, dtype=np.float64), np.asarray(b_xywh, dtype=np.float64)

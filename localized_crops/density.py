@@ -30,8 +30,7 @@ def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
 
     Args:
         attention_map: (feat_h, feat_w) float, cleaned (`map_boxes.clean_map`).
-        temperature: > 0; towards 0 all mass sits on the largest cell, towards infinity it is uniform. On a map that
-            was scaled to [0, 1], T = 2 makes the largest cell only exp(1/2) = 1.65 times as likely as the least one.
+        temperature: > 0; towards 0 all mass sits on the largest cell, towards infinity it is uniform.
     """
     if is_blank(attention_map):
         return np.full(attention_map.shape, 1 / attention_map.size)
@@ -51,8 +50,7 @@ def sample_density_crops(
     Args:
         density: (feat_h, feat_w), non-negative, with a sum above 0 (1 or not); stretched over the whole image.
         image_size: (width, height) in pixels.
-        scale: least and largest area of the crop, as shares of the image's area.
-        ratio: least and largest width / height; its logarithm is uniform.
+        scale, ratio: as of `sample_crops`.
 
     Returns:
         (num_crops, 4) int64, top left height width in pixels, inside the image.

@@ -126,9 +126,6 @@ def min_max(maps: np.ndarray) -> np.ndarray:
         return (maps - low) / np.where(spread == 0, 1, spread)
 
 
-# --- thresholds ---------------------------------------------------------------------------------------------------
-
-
 def resolve_threshold(attention_map: np.ndarray, threshold: float | str) -> float:
     """Return a fixed threshold as it is; for "otsu" the one that separates the values best in two groups (Otsu 1979).
 

@@ -64,8 +64,7 @@ class LocalizedRandomResizedCrop(_RandomCrop):
         size: of the output in pixels, a side or (height, width).
         thr: share of the box that the crop keeps, 0 to 1; negative: the law of RandomResizedCrop, no box is needed.
         mode: "exact" (every crop keeps its share) or "reference" (the published crop, which nearly does).
-        scale: least and largest area, as shares of the image's.
-        ratio: least and largest width / height.
+        scale, ratio: as of `sample_crops`.
         interpolation: of the resizing, antialiased.
 
     Raises:
@@ -88,20 +87,6 @@ class LocalizedRandomResizedCrop(_RandomCrop):
             raise ValueError(f"thr={thr} must be a share of the box, at most 1 (negative: no box)")
         self.thr, self.mode, self.scale, self.ratio = thr, mode, tuple(scale), tuple(ratio)
 
-    @staticmethod
-    def get_params(
-        image_size: tuple[int, int],
-        box_xywh: Sequence[float],
-        thr: float,
-        mode: str = "exact",
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        rng: np.random.Generator | None = None,
-    ) -> tuple[int, int, int, int]:
-        """Return (top, left, height, width) of one crop of an image of (width, height) pixels."""
-        crop = sample_crops(np.array([box_xywh], float), np.array([image_size]), thr, mode, scale, ratio, rng)
-        return tuple(crop[0].tolist())
-
     def forward(self, *inputs: Any, box: Sequence[float] | None = None) -> Any:
         """Crop and resize; ``box`` is (x, y, width, height) in pixels where no BoundingBoxes is among the inputs."""
         if box is None:
@@ -115,8 +100,9 @@ class LocalizedRandomResizedCrop(_RandomCrop):
         """Draw the crop for one sample (a hook of v2 transforms)."""
         height, width = F.get_size(next(filter(_is_image, flat_inputs)))
         box = (0, 0, width, height) if self.thr < 0 else _box_inside(_only_box(flat_inputs), (width, height))
-        crop = self.get_params((width, height), box, self.thr, self.mode, self.scale, self.ratio, _torch_rng())
-        return dict(zip(CROP_SIDES, crop, strict=True))
+        about = np.array([box], float), np.array([(width, height)])
+        crop = sample_crops(*about, self.thr, self.mode, self.scale, self.ratio, _torch_rng())[0]
+        return dict(zip(CROP_SIDES, crop.tolist(), strict=True))
 
     def extra_repr(self) -> str:
         """Return the arguments, for printing."""
@@ -182,8 +168,7 @@ class DinoRandomResizedCrop(_RandomCrop):
 
     Args:
         size: (height, width) of the output in pixels; one number makes a square.
-        scale: least and largest area of the crop, as shares of the image's area.
-        ratio: least and largest width / height; its logarithm is uniform.
+        scale, ratio: as of `sample_crops`.
         temperature: of the softmax that turns the map into a density; None: what is given is a density already. The
             default fits maps that were scaled to [0, 1], as `map_boxes.clean_map` scales them: the largest cell is
             then exp(10), some 22,000 times, as likely as the least one. The published temperature of 2 belongs to

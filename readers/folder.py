@@ -50,7 +50,10 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
             raise UserError(f"{root}: holds no images; put them into {root}/CLASS/ or {root}/train/CLASS/")
         return from_names(name, root, names, [-1] * len(names), [], ["test"] * len(names), keep_going)
     class_names = sorted(set(classes))
-    notes += _alike(class_names)
+    plain = {name: " ".join(name.lower().split()) for name in class_names}
+    counts = Counter(plain.values())
+    if alike := [repr(name) for name in class_names if counts[plain[name]] > 1]:
+        notes.append(f"classes whose names differ in case or spaces alone: {', '.join(alike)}")
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[class_name] for class_name in classes]
     return from_names(name, root, names, labels, class_names, splits, keep_going, notes=notes)
@@ -102,11 +105,3 @@ def _images_in(folder: Path) -> tuple[list[str], int]:
         files += [os.path.join(place, name) for name in names if not name.startswith(".")]
     images = sorted(file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES)
     return images, len(files) - len(images)
-
-
-def _alike(class_names: list[str]) -> list[str]:
-    """Return a line on class names that differ in case or spaces alone."""
-    plain = {name: " ".join(name.lower().split()) for name in class_names}
-    counts = Counter(plain.values())
-    alike = [repr(name) for name in class_names if counts[plain[name]] > 1]
-    return [f"classes whose names differ in case or spaces alone: {', '.join(alike)}"] if alike else []

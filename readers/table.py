@@ -28,7 +28,10 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     Raises:
         UserError: on any fault, naming file and line.
     """
-    path = Path(table) if table else _only_table(root)
+    tables = [Path(table)] if table else list(root.glob("*.csv"))
+    if len(tables) != 1:
+        raise UserError(f"{root}: holds {len(tables)} CSV files; name the table: dataset.table=FILE.csv")
+    path = tables[0]
     columns, lines = read_columns(path, ("path", "label"), ("split", *BOX_COLUMNS))
     _refuse_lines(path, lines, columns["path"], [not field for field in columns["path"]], "has no path")
     _refuse_lines(path, lines, columns["label"], [not field for field in columns["label"]], "has no label")
@@ -44,13 +47,6 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     labels = [label_of[class_name] for class_name in columns["label"]]
     more = {"boxes_xywh": boxes, "boxes_file": path}
     return from_names(name, root, columns["path"], labels, class_names, splits, keep_going, **more)
-
-
-def _only_table(root: Path) -> Path:
-    tables = sorted(root.glob("*.csv"))
-    if len(tables) != 1:
-        raise UserError(f"{root}: holds {len(tables)} CSV files; name the table: dataset.table=FILE.csv")
-    return tables[0]
 
 
 def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[dict[str, list[str]], list]:

@@ -71,9 +71,9 @@ def test_pil_images_and_uint8_tensors_give_the_same_pixels():
 @pytest.mark.parametrize("mode", ["exact", "reference"])
 def test_params_keep_the_box(mode):
     kept = []
-    for number in range(200):
-        rng = np.random.default_rng(number)
-        crop = LocalizedRandomResizedCrop.get_params((WIDTH, HEIGHT), BOX, 0.9, mode, rng=rng)
+    torch.manual_seed(0)
+    for _ in range(200):
+        crop = list(LocalizedRandomResizedCrop(16, 0.9, mode).make_params([picture(), tv_box()]).values())
         top, left, height, width = crop
         assert top >= 0 and top + height <= HEIGHT and left >= 0 and left + width <= WIDTH
         kept.append(coverage(crops_to_xywh(np.array(crop)), np.array(BOX)))
