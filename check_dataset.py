@@ -10,7 +10,7 @@ import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,20 +42,15 @@ def main(config: dict) -> None:
     same = same_files(data, key, what)
     faults = [*data.unreadable.values(), *unreadable_images(data.paths)]
     for lines in (data.notes, class_notes(data), faults, same):
-        print_some(lines)
+        for line in lines[:SHOWN]:
+            print(line)
+        if len(lines) > SHOWN:
+            print(f"... and {len(lines) - SHOWN} more like this")
     if faults:
         raise UserError(f"{data.root}: {len(faults)} of {total} images cannot be read; they are listed above")
     if same:
         raise UserError(f"{data.root}: {len(same)} images stand under several ids; they are listed above")
     print(f"all {total} images can be read")
-
-
-def print_some(lines: Sequence[str]) -> None:
-    """Print the first lines and how many more there are."""
-    for line in lines[:SHOWN]:
-        print(line)
-    if len(lines) > SHOWN:
-        print(f"... and {len(lines) - SHOWN} more like this")
 
 
 def report(data: DataSet) -> str:

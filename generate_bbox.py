@@ -237,26 +237,22 @@ def score_crops(
     stage: Stage, rows: list[int], crops: torch.Tensor, errors: dict[str, str], means: torch.Tensor | None
 ) -> dict[str, list[float]]:
     """Return the scores of a unit's candidates by image id; images that failed have none."""
-    counts, size = [len(stage.candidates[row]) for row in rows], stage.config["bbox"]["batch_size"]
-    labels = torch.from_numpy(np.repeat(stage.data.labels[rows], counts))
-    batches = zip(crops.split(size), labels.split(size), strict=True) if len(crops) else ()
-    scores = np.concatenate([np.zeros(0), *(_scores(stage, *batch, means) for batch in batches)])
-    parts = np.split(scores, np.cumsum(counts)[:-1])
+    score, size = stage.config["bbox"]["score"], stage.config["bbox"]["batch_size"]
+    counts = [len(stage.candidates[row]) for row in rows]
+    labels = torch.from_numpy(np.repeat(stage.data.labels[rows], counts)).to(stage.device)
+    parts = [torch.zeros(0, device=stage.device)]
+    for batch, of_images in zip(crops.split(size), labels.split(size), strict=True) if len(crops) else ():
+        features, logits = features_and_logits(stage, batch)
+        if score == "ncm":
+            parts.append(nn.functional.cosine_similarity(features, means[of_images]))
+        elif score == "logit":
+            parts.append(logits.gather(1, of_images[:, None])[:, 0])
+        else:
+            parts.append(logits.softmax(1).amax(1))
+    scores = torch.cat(parts).double().cpu().numpy()
     ids = [str(stage.data.ids[row]) for row in rows]
-    return {i: part.tolist() for i, part in zip(ids, parts, strict=True) if i not in errors}
-
-
-def _scores(stage: Stage, crops: torch.Tensor, labels: torch.Tensor, means: torch.Tensor | None) -> np.ndarray:
-    """Return the scores, (B,) float64, of cut-outs (B, 3, H, W) uint8 whose images have these labels (B,)."""
-    score = stage.config["bbox"]["score"]
-    features, logits = features_and_logits(stage, crops)
-    if score == "ncm":
-        scores = nn.functional.cosine_similarity(features, means[labels.to(stage.device)])
-    elif score == "logit":
-        scores = logits.gather(1, labels[:, None].to(stage.device))[:, 0]
-    else:
-        scores = logits.softmax(1).amax(1)
-    return scores.double().cpu().numpy()
+    of_image = zip(ids, np.split(scores, np.cumsum(counts)[:-1]), strict=True)
+    return {i: part.tolist() for i, part in of_image if i not in errors}
 
 
 def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,11 +35,13 @@ def main(config: dict) -> None:
     set_threads(config["num_threads"])
     with user_errors(ValueError):
         classifier = load_classifier(config["checkpoint"][0], config=config, device=config["device"])
-    out, settings = Path(config["out"] or default_out(config)), config["predict"]
+    images, settings = config["images"], config["predict"]
+    name = "stdin" if images == "-" else Path(images).stem.strip("*") or "images"
+    out = Path(config["out"] or Path(config["checkpoint"][0]).with_name(f"predictions_{name}.csv"))
     check_out(out)
     if settings["sheet"]:
         check_picture(settings["sheet"])
-    paths = find_images(config["images"])
+    paths = find_images(images)
     print(describe(classifier, len(paths)), flush=True)
     predictions = classify(classifier, paths, config)
     save_predictions(out, predictions, min(settings["top_k"], len(classifier.class_names)))
@@ -57,12 +59,6 @@ def load_prediction_config(arguments: list[str]) -> dict | None:
     if len(config["checkpoint"]) != 1 or config["images"] is None:
         raise UserError("predict.py needs checkpoint=FILE (best.pt of a run) and images=FOLDER|FILE|PATTERN|-")
     return load_config(arguments, base=training_defaults(config["checkpoint"][0]))
-
-
-def default_out(config: dict) -> Path:
-    """Return where predictions go when ``out`` is None: beside the checkpoint, named after the images."""
-    name = Path(config["images"]).stem.strip("*") or "images"
-    return Path(config["checkpoint"][0]).parent / f"predictions_{'stdin' if config['images'] == '-' else name}.csv"
 
 
 def describe(classifier: Classifier, count: int) -> str:

@@ -94,26 +94,6 @@ def main(config: dict) -> None:
 
 
 @dataclass(frozen=True)
-class Candidates:
-    """A folder of candidate masks."""
-
-    folder: Path
-    stored: bool  # whether the masks themselves are there, not only their boxes
-    names: list[str]  # of the images, by row
-    info: dict[str, list[dict[str, Any]]]  # image name -> entries with bbox
-
-    def of(self, row: int) -> dict[str, Any]:
-        """Return what a `Panel` shows of an image: its best candidates, as masks if these are stored, else as boxes."""
-        entries = self.info.get(self.names[row], [])
-        scores = [(entry.get("predicted_iou", 0), entry.get("stability_score", 0)) for entry in entries]
-        best = sorted(range(len(entries)), key=lambda number: scores[number], reverse=True)[:MOST_CANDIDATES]
-        title = f"best {MOST_CANDIDATES} of {len(entries)}" if len(entries) > len(best) else f"{len(entries)} found"
-        if self.stored and entries:
-            return {"title": title, "masks": load_masks(self.folder / f"{self.names[row]}.pt").numpy()[best]}
-        return {"title": title, "candidates_xywh": [entries[number]["bbox"] for number in best]}
-
-
-@dataclass(frozen=True)
 class Subject:
     """A data set and what was found in its images."""
 
@@ -121,7 +101,8 @@ class Subject:
     boxes: np.ndarray  # (N, 4) of the source, the whole image where it has none
     has_box: np.ndarray  # (N,) bool: the source has a box
     maps: MapCache | None
-    candidates: Candidates | None
+    # of each image the file of its candidate masks (None: only their boxes are stored), and their entries with bbox
+    candidates: list[tuple[Path | None, list[dict[str, Any]]]] | None
 
 
 def read_subject(config: dict) -> Subject:
@@ -134,9 +115,10 @@ def read_subject(config: dict) -> Subject:
     maps = MapCache.open(config["dino_maps"], dataset=data.fingerprint()) if config["dino_maps"] else None
     candidates = None
     if config["masks"]:
-        setup, info = load_masks_info(Path(config["masks"]), dataset=data.fingerprint())
-        names = mask_names(data.ids.tolist(), data.paths)
-        candidates = Candidates(Path(config["masks"]), setup.get("store") != "none", names, info)
+        setup, info = load_masks_info(config["masks"], dataset=data.fingerprint())
+        stored = setup.get("store") != "none"
+        files = {name: Path(config["masks"], f"{name}.pt") for name in mask_names(data.ids.tolist(), data.paths)}
+        candidates = [(path if stored else None, info.get(name, [])) for name, path in files.items()]
     return Subject(data, fill_missing(boxes, data.image_sizes), has_box, maps, candidates)
 
 
@@ -206,8 +188,7 @@ def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Imag
     if subject.maps is not None:
         groups["attention"] = [[Panel(image, subject.maps.get(ids[row]))] for row, image in pairs]
     if subject.candidates is not None:
-        shown = {row: subject.candidates.of(row) for row in rows.tolist()}
-        groups["candidates"] = [[Panel(image, true_xywh=true_box(subject, row), **shown[row])] for row, image in pairs]
+        groups["candidates"] = [[candidates_panel(subject, row, image)] for row, image in pairs]
     return groups
 
 
@@ -226,6 +207,18 @@ def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     elif true is not None:
         title = f"{title}, IoU {iou(box, true):.2f}"
     return Panel(image, None, box, true, title)
+
+
+def candidates_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
+    """Return an image with its best candidates, as masks if these are stored, else as boxes."""
+    path, entries = subject.candidates[row]
+    scores = [(entry.get("predicted_iou", 0), entry.get("stability_score", 0)) for entry in entries]
+    best = sorted(range(len(entries)), key=lambda number: scores[number], reverse=True)[:MOST_CANDIDATES]
+    title = f"best {MOST_CANDIDATES} of {len(entries)}" if len(entries) > len(best) else f"{len(entries)} found"
+    panel = Panel(image, true_xywh=true_box(subject, row), title=title)
+    if path is not None and entries:
+        return panel._replace(masks=load_masks(path).numpy()[best])
+    return panel._replace(candidates_xywh=[entries[number]["bbox"] for number in best])
 
 
 def crop_panels(

@@ -21,7 +21,7 @@ def pytest_configure():
 def birds(tmp_path_factory) -> Path:
     """Return a small ToyBirds folder, in CUB's file format: read only."""
     root = tmp_path_factory.mktemp("data") / "birds"
-    write_toybirds(root, train_per_class=6, test_per_class=3, progress=False)
+    write_toybirds(root, train_per_class=6, test_per_class=3)
     return root
 
 

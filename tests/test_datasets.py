@@ -79,7 +79,7 @@ def test_validation_is_the_end_of_each_class_of_train(birds):
 
 def test_toybirds_are_drawn_once_and_another_version_is_not_taken_for_this_one(tmp_path, monkeypatch):
     draw = writing.write_toybirds
-    small = functools.partial(draw, train_per_class=2, test_per_class=1, progress=False)
+    small = functools.partial(draw, train_per_class=2, test_per_class=1)
     monkeypatch.setattr(writing, "write_toybirds", small)
     monkeypatch.setitem(datasets.DEFAULT_ROOTS, "toybirds", tmp_path / "toy")
     first = read_dataset("toybirds")

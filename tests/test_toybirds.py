@@ -11,7 +11,7 @@ from PIL import Image
 from toybirds import drawing, writing
 
 LISTS = {"images", "image_class_labels", "classes", "bounding_boxes", "train_test_split"}
-SMALL = {"train_per_class": 3, "test_per_class": 2, "progress": False}
+SMALL = {"train_per_class": 3, "test_per_class": 2}
 
 
 def _draw(seed: int, label: int, **kwargs) -> drawing.ToyBird:

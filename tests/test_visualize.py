@@ -274,11 +274,12 @@ def test_runs_that_are_damaged(few_birds, runs, tmp_path):
     assert "not of this version" in fault(few_birds, "visualize.what=curves", f"visualize.runs={folder.parent}")
 
 
-def test_of_many_candidates_the_best_are_drawn_and_all_counted(tmp_path):
+def test_of_many_candidates_the_best_are_drawn_and_all_counted(data):
     entries = [{"bbox": [number, 0, 9, 9], "predicted_iou": number / 40, "stability_score": 1} for number in range(40)]
-    shown = visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(0)
-    assert [box[0] for box in shown["candidates_xywh"]] == [39, 38, 37, 36, 35] and "40" in shown["title"]
-    assert visualize.Candidates(tmp_path, False, ["a", "b"], {"a": entries}).of(1)["title"] == "0 found"
+    subject = visualize.Subject(data, data.boxes, data.has_box, None, [(None, entries), (None, [])])
+    first, second = (visualize.candidates_panel(subject, row, PIL.Image.new("RGB", (53, 37))) for row in (0, 1))
+    assert [box[0] for box in first.candidates_xywh] == [39, 38, 37, 36, 35] and "40" in first.title
+    assert second.title == "0 found"
 
 
 def test_an_image_without_a_box_says_so(few_birds, data, tmp_path):

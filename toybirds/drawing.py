@@ -23,6 +23,7 @@ CLASS_NAMES: list[str] = [f"{CROWNS[crown]}_{WINGS[wing]}_{BEAKS[beak]}" for cro
 SIDES = (128, 176)  # pixels, inclusive; width and height are drawn alike and never equal
 BOX_SHARE = (0.14, 0.43)  # of the image's area, before leaves hide the feet: 0.10 at the least is left
 BEHIND, IN_FRONT = 14, 3  # distractors an image
+FRAGMENTS = ("head", "beak", "wing", "bars", "trunk", "leaf", "twig")  # what lies behind: pieces of birds, and plants
 SUPERSAMPLE = 2  # Pillow's polygons have hard edges: scenes are drawn twice as large and averaged down
 
 Color = tuple[int, int, int]
@@ -204,37 +205,31 @@ def _place_bird(rng: np.random.Generator, bird: _Bird, size: np.ndarray) -> _Pla
 
 def _fragments(rng: np.random.Generator, size: np.ndarray, palette: Palette) -> list[_Shape]:
     """Return what lies behind the bird: pieces of birds, in the parts' forms and colours, leaves, twigs."""
-    makers = (_loose_head, _loose_beak, _loose_wing, _loose_bars, _loose_trunk, _leaf, _twig)
     shapes = []
-    for maker in rng.choice(len(makers), BEHIND):
+    for number in rng.choice(len(FRAGMENTS), BEHIND):
         scale = size.min() * rng.uniform(0.18, 0.42)  # as a bird's own
         place = _Placement(_rotation(rng.uniform(0, 360)) * scale, rng.uniform(0, size))
-        shapes += place.shapes(makers[maker](rng, palette))
+        shapes += place.shapes(_fragment(rng, FRAGMENTS[number], palette))
     return shapes
 
 
-def _loose_head(rng: np.random.Generator, palette: Palette) -> list[_Shape]:
-    return [_Shape(HEAD, _pick(rng, palette.bodies)), _Shape(CROWN, _pick(rng, palette.crowns))]
-
-
-def _loose_beak(rng: np.random.Generator, palette: Palette) -> list[_Shape]:
-    return [_Shape((CONE, DAGGER)[rng.integers(2)], _pick(rng, palette.beaks))]
-
-
-def _loose_wing(rng: np.random.Generator, palette: Palette) -> list[_Shape]:
-    color = _near(rng, palette.bars, 8)
-    bars = [_Shape(bar, color) for bar in WING_BARS] * int(rng.integers(2))
-    return [_Shape(WING, _scaled(_pick(rng, palette.bodies), rng.uniform(0.52, 0.7))), *bars]
-
-
-def _loose_bars(rng: np.random.Generator, palette: Palette) -> list[_Shape]:
-    colors = (palette.bars, *palette.crowns, *palette.beaks)
-    return [_Shape(bar, _pick(rng, colors)) for bar in WING_BARS]
-
-
-def _loose_trunk(rng: np.random.Generator, palette: Palette) -> list[_Shape]:
-    body = _pick(rng, palette.bodies)
-    return [_Shape(TRUNK, body), _Shape(BELLY, _scaled(body, 1.0, rng.uniform(20, 60)))]
+def _fragment(rng: np.random.Generator, kind: str, palette: Palette) -> list[_Shape]:
+    """Return one piece, of a kind in FRAGMENTS."""
+    if kind == "head":
+        return [_Shape(HEAD, _pick(rng, palette.bodies)), _Shape(CROWN, _pick(rng, palette.crowns))]
+    if kind == "beak":
+        return [_Shape((CONE, DAGGER)[rng.integers(2)], _pick(rng, palette.beaks))]
+    if kind == "wing":
+        color = _near(rng, palette.bars, 8)
+        bars = [_Shape(bar, color) for bar in WING_BARS] * int(rng.integers(2))
+        return [_Shape(WING, _scaled(_pick(rng, palette.bodies), rng.uniform(0.52, 0.7))), *bars]
+    if kind == "bars":
+        colors = (palette.bars, *palette.crowns, *palette.beaks)
+        return [_Shape(bar, _pick(rng, colors)) for bar in WING_BARS]
+    if kind == "trunk":
+        body = _pick(rng, palette.bodies)
+        return [_Shape(TRUNK, body), _Shape(BELLY, _scaled(body, 1.0, rng.uniform(20, 60)))]
+    return _leaf(rng, palette) if kind == "leaf" else _twig(rng, palette)
 
 
 def _leaf(rng: np.random.Generator, palette: Palette) -> list[_Shape]:

@@ -107,7 +107,9 @@ def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, ep
     losses = []
     for _ in tqdm(range(steps), desc="training", unit=" steps", mininterval=1.0):
         rows = torch.randint(len(images), (BATCH_SIZE,))
-        batch, expected = _flip(normalize(images[rows]), densities[rows])
+        batch, expected = normalize(images[rows]), densities[rows]
+        mirrored = torch.rand(BATCH_SIZE) < 0.5
+        batch[mirrored], expected[mirrored] = batch[mirrored].flip(-1), expected[mirrored].flip(-1)
         loss = divergence(attention(batch), expected)
         optimizer.zero_grad()
         loss.backward()
@@ -132,13 +134,6 @@ def divergence(attention: torch.Tensor, densities: torch.Tensor) -> torch.Tensor
     """Return the mean KL(density || attention) in nats; what CLS gives itself is lost mass and counts against it."""
     expected = densities.flatten(1)
     return (torch.xlogy(expected, expected) - expected * (attention + 1e-8).log()).sum(1).mean()
-
-
-def _flip(images: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mirror half of the images, with the densities that their attention shall match."""
-    mirrored = torch.rand(len(images)) < 0.5
-    images[mirrored], densities[mirrored] = images[mirrored].flip(-1), densities[mirrored].flip(-1)
-    return images, densities
 
 
 # --- the file -----------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ def write_toybirds(
     train_per_class: int = 75,
     test_per_class: int = 60,
     seed: int = 0,
-    progress: bool = True,
 ) -> None:
     """Write the data set as JPEGs in CUB-200-2011's layout, whole or not at all.
 
@@ -40,7 +39,6 @@ def write_toybirds(
         train_per_class: images a class with a 1 in train_test_split.txt.
         test_per_class: images a class with a 0 there.
         seed: of the drawings, 0 or more.
-        progress: whether to show a bar.
 
     Raises:
         FileExistsError: if ``root`` holds something else already.
@@ -49,7 +47,7 @@ def write_toybirds(
     if _is_written(root, header):
         return
     with scratch_folder(root) as scratch:
-        _write_into(scratch, list(_rows(train_per_class, test_per_class)), seed, progress)
+        _write_into(scratch, list(_rows(train_per_class, test_per_class)), seed)
         (scratch / "README.txt").write_text(header, encoding="utf-8")
         _publish(scratch, root, header)
 
@@ -94,14 +92,11 @@ def _rows(train_per_class: int, test_per_class: int) -> Iterator[_Row]:
             yield _Row((class_id - 1) * total + index + 1, class_id, name, is_train)
 
 
-def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int, progress: bool) -> None:
+def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int) -> None:
     """Draw all images and write them and CUB's five lists into ``folder``."""
     for class_id, class_name in enumerate(CLASS_NAMES, start=1):
         (folder / "images" / f"{class_id:03d}.{class_name}").mkdir(parents=True)
-    boxes = [
-        _write_image(folder, row, seed)
-        for row in tqdm(rows, desc="drawing ToyBirds", disable=None if progress else True)
-    ]
+    boxes = [_write_image(folder, row, seed) for row in tqdm(rows, desc="drawing ToyBirds", disable=None)]
     lists = {
         "images.txt": [f"{row.image_id} {row.name}" for row in rows],
         "image_class_labels.txt": [f"{row.image_id} {row.class_id}" for row in rows],
