@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from jobs.torchrun import process_numbers, torchrun_number
 from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
-from utils import file_stats, locked
+from utils import file_sha256, file_stats, locked
 
 MOST_READ = 50_000  # files whose content is hashed
 STALLED_SECONDS = 1800  # without a finished unit of any process, the others are taken for dead
@@ -55,8 +55,7 @@ def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
 
     def digest(path: Path) -> bytes:
         try:
-            with open(path, "rb") as file:
-                return hashlib.file_digest(file, "sha256").digest()
+            return bytes.fromhex(file_sha256(path))
         except OSError:  # it is reported when it is to be decoded
             return b"unreadable"
 

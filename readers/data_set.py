@@ -60,9 +60,10 @@ class DataSet:
     notes: tuple[str, ...] = ()  # oddities of the files that users should know, a line each
     unreadable: dict[int | str, str] = field(default_factory=dict)  # image id -> why; these images have no row
 
-    def rows(self, split: str) -> np.ndarray:
-        """Return the row numbers of one split."""
-        return np.flatnonzero(self.split == split)
+    def rows(self, *splits: str) -> np.ndarray:
+        """Return the row numbers of a split; of several the first one that has images."""
+        found = [np.flatnonzero(self.split == split) for split in splits]
+        return next(filter(len, found), found[-1])
 
     @property
     def has_box(self) -> np.ndarray:

@@ -10,13 +10,13 @@ from readers.data_set import DataSet
 from training.distributed import rank
 from training.evaluation import loss_and_top1
 from training.run import Run
-from training.train_data import report_rows, test_views
+from training.train_data import REPORTED, test_views
 from utils import environment
 
 
 def finish(run: Run, data: DataSet, loader: DataLoader, notes: dict) -> dict[str, Any]:
     """Test the final model and its EMA in every view; write predictions.json and summary.json."""
-    names, rows = list(test_views(run.config)), report_rows(data)
+    names, rows = list(test_views(run.config)), data.rows(*REPORTED)
     log_probs, labels = run.predict(loader, names)
     views = list(log_probs["model"])  # with several their average too
     top1 = {view: {which: loss_and_top1(log_probs[which][view], labels)[1] for which in log_probs} for view in views}

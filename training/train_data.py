@@ -22,6 +22,7 @@ from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
 from transforms import BoxCrops, TrainTransform, build_views
 
+REPORTED, VALIDATED = ("test", "val"), ("val", "test")  # a run reports on, and validates on, the first that has images
 WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
 
 
@@ -31,7 +32,7 @@ def load_data(config: dict) -> DataSet:
     if len(data.class_names) < 2 or not len(data.rows("train")):
         counts = f"{len(data.class_names)} classes, {len(data.rows('train'))} images in the train split"
         raise UserError(f"{data.root}: {counts}; two classes are the least that can be told apart")
-    if not len(report_rows(data)):
+    if not len(data.rows(*REPORTED)):
         raise UserError(
             f"{data.root}: no image in the test split, nor in val, to report on; see dataset.split, "
             "dataset.test_fraction and dataset.val_fraction"
@@ -39,12 +40,6 @@ def load_data(config: dict) -> DataSet:
     for line in (*data.notes, *class_notes(data)):
         print(f"{data.root}: {line}")
     return data
-
-
-def report_rows(data: DataSet) -> np.ndarray:
-    """Return the rows that a run reports on: the test images, or the validation images where there are none."""
-    rows = data.rows("test")
-    return rows if len(rows) else data.rows("val")
 
 
 def view_boxes(config: dict, data: DataSet) -> np.ndarray:
@@ -103,7 +98,7 @@ def needed_side(config: dict, data: DataSet) -> int:
     """Return the short side in pixels of an image whose smallest crop and view need not be enlarged."""
     scale, ratio = config["crop"]["scale"][0], config["crop"]["ratio"]
     crop_side = math.sqrt(scale / max(ratio[1], 1 / ratio[0]))  # share of the short side
-    rows = np.concatenate([report_rows(data), validation_rows(data)])
+    rows = np.concatenate([data.rows(*REPORTED), data.rows(*VALIDATED)])
     sides = view_boxes(config, data)[rows, 2:].max(1) * (1 + 2 * config["eval"]["box_margin"])
     smallest_box = min(1.0, float((sides / data.image_sizes[rows].min(1)).min()))
     shares = {"full": 1.0, "center": config["eval"]["crop_pct"], "whole": 1.0, "box": smallest_box}
@@ -149,7 +144,7 @@ def build_view_loaders(
             num_workers=workers_for(len(rows), config),
             pin_memory=device.type == "cuda",
         )
-        for rows, shown in ((my_rows(validation_rows(data)), views[:1]), (my_rows(report_rows(data)), views))
+        for rows, shown in ((my_rows(data.rows(*VALIDATED)), views[:1]), (my_rows(data.rows(*REPORTED)), views))
     )
 
 
@@ -194,12 +189,6 @@ def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:
     if missing:
         print(f"{maps.path}: no map for {missing} of {len(ids)} training images; they get plain crops")
     return maps
-
-
-def validation_rows(data: DataSet) -> np.ndarray:
-    """Return the rows to validate on: the split "val", or the test images where there is none (as published)."""
-    rows = data.rows("val")
-    return rows if len(rows) else data.rows("test")
 
 
 def test_views(config: dict) -> dict:
