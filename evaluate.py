@@ -27,14 +27,14 @@ from inference.evaluation import evaluate, write_report
 from inference.export import export_classifier
 from jobs.guard import run_script
 from localized_crops.files import UserError, check_output, no_empty_folder, user_errors
-from utils import environment, new_folder, set_threads
+from utils import environment, new_folder, set_up_cpu
 
 REPORT = ("evaluation.*", "predictions.csv", "confusion*.png", "calibration*.png")  # its files
 
 
 def main(configs: list[dict]) -> None:
     """Evaluate or export the checkpoint of each config, which differ in what their trainings used."""
-    set_threads(configs[0]["num_threads"])
+    set_up_cpu(configs[0]["num_threads"])
     with user_errors(ValueError):
         if configs[0]["export"]:
             print(export_classifier(load_classifier(configs[0]["checkpoint"][0], localize=False), configs[0]["export"]))

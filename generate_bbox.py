@@ -47,7 +47,7 @@ from masks.mask_files import load_masks_info, mask_names
 from models import build_model, features_of, load_trained
 from readers.data_set import DataSet
 from transforms import normalize
-from utils import autocast, batched, file_sha256, load_tensors, memory_errors, set_threads, timed
+from utils import autocast, batched, file_sha256, load_tensors, memory_errors, set_up_cpu, timed
 
 
 def main(config: dict) -> None:
@@ -86,7 +86,7 @@ def prepare(config: dict) -> Stage:
     """Read data set, candidates and classifier."""
     settings = config["bbox"]
     out = box_path(config["out"], f"runs/mask_boxes_{config['dataset']['name']}/boxes.json")
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
     start_server(CutOuts, config["num_workers"])

@@ -47,7 +47,7 @@ from localizer.batches import BatchImages
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
 from readers.data_set import DataSet
-from utils import precision_on, set_threads, timed
+from utils import precision_on, set_up_cpu, timed
 
 
 def main(config: dict) -> None:
@@ -88,7 +88,7 @@ def prepare(config: dict) -> Stage:
     start = time.perf_counter()
     settings = config["dino"]
     out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     start_server(BatchImages, config["num_workers"])
     device = choose_device(config["device"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list

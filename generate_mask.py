@@ -46,7 +46,7 @@ from masks.sam_prompts import PromptedMasks
 from masks.segments import SegmentGenerator
 from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
-from utils import batched, new_folder, precision_on, set_threads, timed
+from utils import batched, new_folder, precision_on, set_up_cpu, timed
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")
@@ -92,7 +92,7 @@ class Stage:
 
 def prepare(config: dict) -> Stage:
     """Read the data set, build the engine, and find the folder."""
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     start_server(ImageBatches, config["num_workers"])
     settings = config["mask"]
     if process_numbers()[1] > 1 and settings["folder"] is None:

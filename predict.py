@@ -27,12 +27,12 @@ from inference.predictions import check_out, save_predictions, sheet_figure
 from jobs.guard import run_script
 from localized_crops.files import UserError, save_text, user_errors
 from training.train_data import workers_for
-from utils import set_threads
+from utils import set_up_cpu
 
 
 def main(config: dict) -> None:
     """Classify the images of ``config``."""
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     with user_errors(ValueError):
         classifier = load_classifier(config["checkpoint"][0], config=config, device=config["device"])
     images, settings = config["images"], config["predict"]

@@ -52,7 +52,7 @@ from training.train_data import (
     localizer_settings,
     view_boxes,
 )
-from utils import locked, new_folder, seed_everything, set_threads
+from utils import locked, new_folder, seed_everything, set_up_cpu
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
@@ -150,7 +150,7 @@ def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
 
 
 def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     start_server(TrainImages, config["num_workers"])
     config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
     seed_everything(config["seed"], config["deterministic"])

@@ -1,6 +1,7 @@
 """What every script needs: checkpoints, run folders and their locks, logs, devices, seeds."""
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import itertools
@@ -37,6 +38,7 @@ from localized_crops.files import (
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 UNREADABLE += (AssertionError, safetensors.SafetensorError)
 NO_MEMORY = "can't allocate memory|ALLOC_FAILED"  # of torch's errors on a CPU and of CUDA's libraries
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt, in bytes
 MOST_TRIES = 1000  # to lock a file whose folder others remove meanwhile
 
 
@@ -233,10 +235,18 @@ def environment() -> dict[str, Any]:
     }
 
 
-def set_threads(count: int | None) -> None:
-    """Let torch compute in so many threads, at most one a core: with many more it stands still; None: its choice."""
-    if count:
-        torch.set_num_threads(min(count, os.cpu_count() or 1))
+def set_up_cpu(threads: int | None) -> None:
+    """Let torch compute in so many threads, and keep freed memory for the next step.
+
+    More threads than cores stand still: there is at most one a core; None: torch's choice. glibc gives large blocks
+    back to the system when they are freed, which then clears every page of the next ones: half the time of a training
+    step (benchmarks/kept_memory.py). The process grows to its peak and stays there.
+    """
+    if threads:
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's alone
+        set_option(M_MMAP_THRESHOLD, 2**30)
+        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def precision_on(device: torch.device, amp: str) -> str:

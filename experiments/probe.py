@@ -22,7 +22,7 @@ from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
 from readers.images import read_image
 from transforms import View, normalize
-from utils import environment, markdown_table, set_threads
+from utils import environment, markdown_table, set_up_cpu
 
 PLAIN_VIEWS = ("full", "center", "whole")
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, view by view
@@ -51,7 +51,7 @@ def write_probe(configs: dict[str, dict], name: str, sources: dict[str, str], fo
     """
     labels, texts, numbers = data.labels[data.rows("test")], [], {}
     for title, config in configs.items():
-        set_threads(config["num_threads"])
+        set_up_cpu(config["num_threads"])
         features = {view: view_features(config, data, view, None, folder) for view in PLAIN_VIEWS}
         for row, source in sources.items():
             features[f"box: {row}"] = view_features(config, data, f"box: {row}", source, folder)

@@ -34,6 +34,18 @@ def photos(tmp_path_factory):
     return write_cub(tmp_path_factory.mktemp("data") / "photos", build_images(6), 24, 3)
 
 
+def test_kept_memory_is_measured_beside_memory_given_back(monkeypatch, capsys):
+    script = importlib.import_module("kept_memory")
+
+    def in_this_process(command, **options):
+        settings = script.parse_settings(command[2:], script.SETTINGS)
+        return subprocess.CompletedProcess(command, 0, json.dumps(script.measure(settings)))
+
+    monkeypatch.setattr(script.subprocess, "run", in_this_process)
+    script.main(script.SETTINGS | {"rounds": 1, "steps": 1, "batch_size": 2, "work": "training toyresnet, 64 px"})
+    assert "| training toyresnet, 64 px | " in capsys.readouterr().out
+
+
 def test_one_command_measures_every_row(tmp_path):
     printed = bench("gpu.py", cwd=tmp_path)
     found = lines(tmp_path)

@@ -1,4 +1,6 @@
 import os
+import platform
+import resource
 import signal
 import stat
 from pathlib import Path
@@ -137,9 +139,22 @@ def test_memory_that_ran_out_is_one_line_and_other_errors_are_their_own():
 
 def test_there_are_no_more_threads_than_cores():
     before = torch.get_num_threads()
-    utils.set_threads(1024)
+    utils.set_up_cpu(1024)
     assert torch.get_num_threads() <= os.cpu_count()
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
+def test_freed_memory_is_there_for_the_next_step():
+    utils.set_up_cpu(None)
+
+    def page_faults(values):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(values)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    page_faults(2**26)
+    assert page_faults(2**25) < 1000  # of 32,768 pages, 128 MiB
 
 
 def test_torch_seed_repeats_and_leaves_no_trace():

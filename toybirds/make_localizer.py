@@ -29,7 +29,7 @@ from localized_crops.files import check_output
 from toybirds import drawing
 from toybirds.network import build_toy_vit
 from transforms import normalize
-from utils import environment, save_tensors, seed_everything, set_threads
+from utils import environment, save_tensors, seed_everything, set_up_cpu
 
 ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
 NUM_IMAGES = 4000
@@ -43,7 +43,7 @@ def main(config: dict) -> None:
     """Draw, train, save."""
     out = Path(config["out"] or "toybirds/toy_localizer.pt")
     check_output(out, OURS)
-    set_threads(config["num_threads"])
+    set_up_cpu(config["num_threads"])
     seed_everything(config["seed"], config["deterministic"])
     images, masks = draw_images(NUM_IMAGES, ARCHITECTURE["image_size"], config["seed"])
     start = time.perf_counter()
