@@ -116,7 +116,11 @@ def _create(
         return timm.create_model("resnet18", channels=TOY_CHANNELS, num_classes=n_classes, **options)
     name, options = known_name(model_type), options | {"num_classes": n_classes}
     if timm.models.model_entrypoint(name.split(".")[0]).__module__ not in PLAIN_VITS:
-        return _create_for_size(name, image_size, pretrained=pretrained, **options)
+        model = _create_told_size(name, image_size, pretrained=pretrained, **options)
+        if not _takes(model, image_size):
+            sizes = ", ".join(map(str, _sizes_that_work(name, image_size)))
+            raise UserError(f"image_size={image_size}: {name} cannot take it; it takes for instance {sizes}")
+        return model.train()
     patch = timm.create_model(name, num_classes=n_classes, depth=1).patch_embed.patch_size[0]  # depth 1: quick
     if patch_size != patch:
         raise UserError(f"patch_size={patch_size}: {name} has patches of {patch} pixels; set patch_size={patch}")
@@ -124,16 +128,8 @@ def _create(
     return timm.create_model(name, pretrained=pretrained, img_size=image_size, dynamic_img_size=True, **options)
 
 
-def _create_for_size(name: str, image_size: int, **options: Any) -> nn.Module:
-    """Create a timm model, with its input size as an argument if it takes one, and try the size on a blank image."""
-    model = _create_told_size(name, image_size, **options)
-    if not _takes(model, image_size):
-        sizes = ", ".join(map(str, _sizes_that_work(name, image_size)))
-        raise UserError(f"image_size={image_size}: {name} cannot take it; it takes for instance {sizes}")
-    return model.train()
-
-
 def _create_told_size(name: str, image_size: int, **options: Any) -> nn.Module:
+    """Create a timm model, with its input size as an argument if it takes one."""
     for size in ({"img_size": image_size, "dynamic_img_size": True}, {"img_size": image_size}):
         try:
             return timm.create_model(name, **size, **options)
@@ -145,6 +141,7 @@ def _create_told_size(name: str, image_size: int, **options: Any) -> nn.Module:
 
 
 def _takes(model: nn.Module, image_size: int) -> bool:
+    """Try an image size on a blank image."""
     try:
         with torch.no_grad():
             model.eval()(torch.zeros(1, 3, image_size, image_size))
@@ -153,12 +150,12 @@ def _takes(model: nn.Module, image_size: int) -> bool:
     return True
 
 
-def _sizes_that_work(name: str, image_size: int, count: int = 3) -> list[int]:
-    """Return the nearest image sides that a timm model takes, tried on its shapes alone, in increasing order."""
+def _sizes_that_work(name: str, image_size: int) -> list[int]:
+    """Return the three nearest image sides that a timm model takes, tried on its shapes alone, in increasing order."""
     published = (timm.get_pretrained_cfg_value(name, "input_size") or (3, 224, 224))[-1]
     sizes: list[int] = []
     for size in sorted({*range(32, 513, 32), published}, key=lambda size: abs(size - image_size)):
-        if len(sizes) == count:
+        if len(sizes) == 3:
             break
         # some cannot even be built for a size
         with torch.device("meta"), contextlib.suppress(Exception):

@@ -237,27 +237,21 @@ def _sweep_values(config: dict) -> list:
 
 
 def _fill_in(config: dict, machine_workers: Mapping[str, int]) -> dict:
-    """Return ``config`` with what None leaves to this machine or to chance: A_machine, num_workers, seed."""
-    config["A_machine"] = config["A_machine"] or platform.node()
+    """Return ``config`` with what None leaves to this machine or to chance: A_machine, num_workers, seed.
+
+    The processes that torchrun started on a machine share its workers.
+    """
+    machine = config["A_machine"] = config["A_machine"] or platform.node()
     if config["num_workers"] is None:
-        config["num_workers"] = worker_count(config["A_machine"], machine_workers)
+        whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
+        with user_errors(UserError, f"config.py, MACHINE_WORKERS of {machine}: "):
+            check_value("num_workers", whole)
+        config["num_workers"] = whole // torchrun_number("LOCAL_WORLD_SIZE", 1)
     if config["seed"] is None:
         config["seed"] = secrets.randbelow(2**31)  # below the limit, for a sweep counts on from it
         if os.environ.get("RANK", "0") == "0":  # the other processes of a training take it over
             print(f"seed=none: seed={config['seed']} was drawn")
     return config
-
-
-def worker_count(machine: str, machine_workers: Mapping[str, int]) -> int:
-    """Return how many processes load images for this process.
-
-    As many as ``machine_workers`` says of ``machine``, else one less than the cores, at most 8; the processes that
-    torchrun started on the machine share them.
-    """
-    whole = machine_workers.get(machine, max(0, min(8, len(os.sched_getaffinity(0)) - 1)))
-    with user_errors(UserError, f"config.py, MACHINE_WORKERS of {machine}: "):
-        check_value("num_workers", whole)
-    return whole // torchrun_number("LOCAL_WORLD_SIZE", 1)
 
 
 # --- help and warnings --------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -112,11 +111,6 @@ def reduction_for(crop: Sequence[int], size: int) -> int:
     return next(reduction for reduction in (8, 4, 2, 1) if reduction == 1 or min(crop[2:]) >= reduction * size)
 
 
-def load_image(path: Path, image_id: int | str, decoded: ImageCache | None) -> torch.Tensor:
-    """Return an image, (3, H, W) uint8 in channels-last order, from the cache of decoded images or from its file."""
-    return pil_to_tensor(read_image(path)) if decoded is None else decoded[image_id]
-
-
 def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:
     """Return the seed of the colours of one image in one epoch."""
     number = image_id if isinstance(image_id, int) else int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8])
@@ -180,7 +174,8 @@ class ViewImages(Dataset):
 
     def __getitem__(self, row: int) -> tuple[tuple[torch.Tensor, ...], int]:
         """Return the views, each (3, size, size) uint8, and the label."""
-        image, box = load_image(self.paths[row], self.ids[row], self.decoded), self.boxes[row]
-        if self.decoded is not None:
-            box = self.decoded.box_as_stored(self.ids[row], box)
+        if self.decoded is None:
+            image, box = pil_to_tensor(read_image(self.paths[row])), self.boxes[row]
+        else:
+            image, box = self.decoded[self.ids[row]], self.decoded.box_as_stored(self.ids[row], self.boxes[row])
         return tuple(view(image, box) for view in self.views), int(self.labels[row])

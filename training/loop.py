@@ -20,8 +20,6 @@ from training.run import Run, save_run
 from transforms import flip_images
 from utils import autocast, memory_errors, save_log
 
-LESS_MEMORY = "lower image_size or batch_size, or raise opt.accumulate"
-
 
 def train_and_log_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader) -> None:
     """Train one epoch; every ``log_interval`` epochs validate, log and draw; save."""
@@ -70,7 +68,8 @@ def train_one_epoch(run: Run, loader: DataLoader) -> dict[str, float]:
     bar = tqdm(loader, desc=f"epoch {run.epoch + 1}/{config['num_epochs']}", leave=False, disable=disable)
     for number, batch in enumerate(bar, 1):
         is_last_part = number % config["opt"]["accumulate"] == 0
-        with memory_errors(f"training, {len(batch.images)} images of image_size={config['image_size']}", LESS_MEMORY):
+        what = f"training, {len(batch.images)} images of image_size={config['image_size']}"
+        with memory_errors(what, "lower image_size or batch_size, or raise opt.accumulate"):
             sums += backward(run, batch, is_last_part)
         covered = batch.coverage[: batch.real]
         seen, kept, boxed = seen + batch.real, kept + float(covered.nansum()), boxed + int((~covered.isnan()).sum())
