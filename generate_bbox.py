@@ -90,7 +90,7 @@ def prepare(config: dict) -> Stage:
     if config["masks"] is None:
         raise UserError("masks: none given; make candidates with python generate_mask.py, then masks=FOLDER")
     start_server(CutOuts, config["num_workers"])
-    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
     candidates, setup = read_folders(config["masks"], settings["folders"], data)
     device = choose_device(config["device"])
     model, image_size, statistics = load_classifier(settings["classifier"], data)
@@ -191,7 +191,7 @@ def plan_units(candidates: list[np.ndarray], batch_size: int) -> list[list[int]]
 
 
 def take_over(stage: Stage) -> None:
-    """Take over the boxes at ``out`` if they are of this very run; ``bbox.again`` removes them.
+    """Reuse the boxes at ``out`` if they were made with the same settings and data; ``bbox.again`` removes them.
 
     Raises:
         UserError: if they are of other settings, candidates or another classifier, or the file is of another script.
@@ -297,7 +297,7 @@ def choose_boxes(stage: Stage) -> tuple[np.ndarray, dict[ImageId, str]]:
             best = int(np.argmax(scores))
             chosen[image_id] = stage.candidates[row_of[image_id]][best].tolist(), scores[best]
     boxes, scores = np.full((len(row_of), 4), np.nan), np.zeros(len(row_of))
-    for image_id in chosen.keys() - errors.keys():  # one that was replaced and fails now has lost its earlier box
+    for image_id in chosen.keys() - errors.keys():  # an image that was replaced and fails now loses its box
         boxes[row_of[image_id]], scores[row_of[image_id]] = chosen[image_id]
     settings = stage.config | {"identity": stage.work.identity, "batches": stage.work.keys}
     save_source(stage.out, data, boxes, made_by=Path(__file__).name, settings=settings, scores=scores)

@@ -91,7 +91,7 @@ def prepare(config: dict) -> Stage:
     set_up_cpu(config["num_threads"])
     start_server(BatchImages, config["num_workers"])
     device = choose_device(config["device"])
-    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
     read = time.perf_counter()
     localizer = configured_localizer(config)
     localizer.model.to(device)
@@ -142,7 +142,7 @@ def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, d
 
 
 def take_over(stage: Stage) -> None:
-    """Take over the maps at ``out`` if they are of this very run; ``dino.again`` removes them.
+    """Reuse the maps at ``out`` if they were made with the same settings and data; ``dino.again`` removes them.
 
     Raises:
         UserError: if they are of other settings, another model or data set, or the files are of another script.

@@ -43,7 +43,7 @@ from masks.mask_files import info_entry, load_masks, load_masks_info, mask_names
 from masks.mask_generator import MaskGenerator
 from masks.sam_models import load_sam
 from masks.sam_prompts import PromptedMasks
-from masks.segments import SegmentGenerator
+from masks.segments import SETTINGS, segment_image
 from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
 from utils import batched, new_folder, precision_on, set_up_cpu, timed
@@ -97,7 +97,7 @@ def prepare(config: dict) -> Stage:
     settings = config["mask"]
     if process_numbers()[1] > 1 and settings["folder"] is None:
         raise UserError("several processes write to one folder: name it, such as mask.folder=CUB_200_2011/masks_0")
-    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faults are this stage's to list
+    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
     generate, identity = build_engine(config, data, choose_device(config["device"]))
     identity |= {"dataset": data.fingerprint(), "store": settings["store"]}
     is_prompted = settings["prompt"] == "dino"
@@ -114,7 +114,7 @@ def prepare(config: dict) -> Stage:
 
 
 def take_over(stage: Stage) -> None:
-    """Take over the masks in the folder if they are of this very run.
+    """Reuse the masks in the folder if they were made with the same settings and data.
 
     Raises:
         UserError: if they are of other settings or another data set, or other files lie there or at ``out``.
@@ -136,8 +136,7 @@ def build_engine(config: dict, data: DataSet, device: torch.device) -> tuple[Eng
     settings, sam_settings = config["mask"], config["sam"]
     identity = {"engine": settings["engine"], "prompt": settings["prompt"]}
     if settings["engine"] == "segments":
-        segments = SegmentGenerator()
-        return lambda images, _ids: segments.generate(images), identity | {"settings": segments.settings()}
+        return lambda images, _ids: [segment_image(image) for image in images], identity | {"settings": SETTINGS}
     sam, sha256 = load_sam(sam_settings["model"], sam_settings["checkpoint"])
     sam = sam.to(device)
     precision = precision_on(device, config["amp"])
@@ -205,9 +204,9 @@ def records_of(stage: Stage, images: dict[int, np.ndarray], errors: dict[str, st
     try:
         with torch.no_grad():
             return dict(zip(images, stage.generate(list(images.values()), ids), strict=True))
-    except DeadWorkerError:  # thrown by a signal into the work on an image, which is not at fault
+    except DeadWorkerError:  # raised by a signal handler while an image was in work: not its fault
         raise
-    except Exception as error:  # whatever an image raises, the others go on
+    except Exception as error:  # one image must not stop the others, whatever it raises
         if len(images) == 1:
             errors[str(ids[0])] = " ".join(str(error).split())[:300] or type(error).__name__
             return {}

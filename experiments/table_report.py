@@ -264,7 +264,7 @@ def numbers_of(runs: list[Run]) -> dict[str, Any]:
     return numbers | {"top1": {view: top1_of(runs, view) for view in runs[0].correct}}
 
 
-def points_of(blocks: dict[str, Rows], order: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+def points_of(blocks: dict[str, Rows], order: list[str] | None) -> dict[str, list[dict[str, Any]]]:
     """Return the runs by row and budget as points of the picture of accuracy.
 
     Their x is the maIoU of the crops or, where ``order`` is given, the place of the row in it.

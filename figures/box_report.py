@@ -22,7 +22,7 @@ METHOD_NAMES = {
     "center": f"centred box, {CENTER_SHARE} of each side",
     "median_train": "median training box",
 }
-SPLITS = {"train": ("train", "val"), "test": ("test",)}  # what is held out of training for choosing is training too
+SPLITS = {"train": ("train", "val"), "test": ("test",)}  # validation images are held out of the training images
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ SPLITS = {"train": ("train", "val"), "test": ("test",)}  # what is held out of t
 def evaluate_boxes(
     boxes_xywh: np.ndarray, found: np.ndarray, true_xywh: np.ndarray, image_sizes: np.ndarray, split: np.ndarray
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Compare boxes with the true ones, and the trivial boxes too.
+    """Compare boxes, and boxes that need no method, with the true ones.
 
     Args:
         boxes_xywh: (N, 4), the whole image where no box was found.
@@ -178,7 +178,7 @@ def contact_panels(
         title = short(image_id) if true is None else f"image {short(image_id)}, IoU {ious[place]:.2f}"
         return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], true, title)
 
-    if np.isnan(ious).all():  # no true boxes: images at equal distances
+    if np.isnan(ious).all():  # no true boxes: images evenly spaced over the list
         places = np.linspace(0, len(rows) - 1, min(len(rows), 3 * SHEET_COLUMNS)).astype(int).tolist()
         chosen = {f"sample {number}": part for number, part in enumerate(batched(places, SHEET_COLUMNS), 1)}
     else:

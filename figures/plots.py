@@ -27,8 +27,8 @@ BINS = 50  # of a histogram over [0, 1]
 MARKERS, LINE_STYLES = "soD^vP", ("--", ":", "-.")  # of families of crops
 COLOURS = matplotlib.colormaps["tab20"]
 LEGEND_COLUMNS = 2  # folder names are long
-LEAST_POINTS = 5  # runs that a line is fitted through
-MADE_BY = "localized-crops"  # stands in every picture
+LEAST_POINTS = 5  # runs; a line is fitted through no fewer
+MADE_BY = "localized-crops"  # in the metadata of every picture, by which its files are recognised
 MAIOU = "mean asymmetric IoU of the training crops"
 
 
@@ -209,7 +209,7 @@ class Panel(NamedTuple):
 
 
 def short(image_id: int | str) -> str:
-    """Return an image id as it fits over a panel: of a long path its end."""
+    """Return an image id, shortened to fit over a panel: a long path keeps its end."""
     text = str(image_id)
     return text if len(text) <= LONGEST_TITLE else f"...{text[-LONGEST_TITLE:]}"
 

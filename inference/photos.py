@@ -2,7 +2,7 @@
 
 import glob
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +15,18 @@ from readers.data_set import UprightPath
 from readers.images import SUFFIXES, read_image
 
 
-def find_images(images: str, lines: Iterable[str] | None = None) -> list[UprightPath]:
+def find_images(images: str) -> list[UprightPath]:
     """Return the image files that ``images`` names, in a stable order, to be read with their EXIF orientation applied.
 
     Args:
         images: a file; a folder (all files in it and below with an image's suffix); a pattern such as
-            ``photos/*.jpg`` (``**`` stands for any folders); or ``-``, the paths in ``lines``.
-        lines: one path a line, empty lines are left out; None: those of stdin.
+            ``photos/*.jpg`` (``**`` stands for any folders); or ``-``, the paths on stdin, one a line.
 
     Raises:
         UserError: if there is no such file.
     """
     if images == "-":
-        paths = [line.rstrip("\r\n") for line in lines or sys.stdin if line.strip()]
+        paths = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif Path(images).is_dir():
         files = (path for path in Path(images).rglob("*") if path.is_file())
         paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
@@ -72,6 +71,6 @@ class Photos(Dataset):
                 image = pil_to_tensor(read_image(self.paths[row]))
                 box = np.array([0, 0, *image.shape[:0:-1]]) if self.boxes is None else self.boxes[row]
                 return tuple(view(image, box) for view in self.views), ""
-            except Exception as fault:  # whatever one file does, the others go on; decoders raise many kinds
+            except Exception as fault:  # one file must not stop the others; decoders raise many kinds
                 error = reason(fault, self.paths[row])
         return tuple(torch.zeros(3, view.size, view.size, dtype=torch.uint8) for view in self.views), error

@@ -49,7 +49,7 @@ def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) 
 
 
 class Attended(NamedTuple):
-    """What the network made of a batch; on CUDA it may still be in the making."""
+    """The network's output for a batch; on CUDA its computation may not have finished."""
 
     batch: Batch
     attention: torch.Tensor  # (B, heads, feat_h, feat_w) float32
@@ -68,7 +68,7 @@ def attend_batches(
     num_workers: int = 0,
     with_logits: bool = False,
 ) -> Iterator[Attended]:
-    """Yield the CLS attention of each batch, one batch behind the device: it works while the last one is used.
+    """Yield the CLS attention of each batch, one batch late: the device computes the next while this one is used.
 
     Args:
         localizer: the network, on ``device``.

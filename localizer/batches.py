@@ -35,7 +35,7 @@ class BatchImages(Dataset):
         return len(self.batches)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, list[str | None]]:
-        """Return images (B, H, W, 3) uint8 of the batch, zeros where one failed, and what failed (None: nothing)."""
+        """Return images (B, H, W, 3) uint8 of the batch, zeros where one failed, and the error of each (None: none)."""
         batch = self.batches[number]
         pixels = np.zeros((len(batch.rows), batch.height, batch.width, 3), dtype=np.uint8)
         errors = []
@@ -43,7 +43,7 @@ class BatchImages(Dataset):
             try:
                 place[:] = self.read(self.paths[row], batch)
                 errors.append(None)
-            except Exception as error:  # whatever one image does, the others go on; decoders raise many kinds
+            except Exception as error:  # one image must not stop the others; decoders raise many kinds
                 errors.append(" ".join(str(error).split())[:300] or type(error).__name__)
         return torch.from_numpy(pixels), errors
 

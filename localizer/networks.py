@@ -19,13 +19,13 @@ from transforms import normalize
 from utils import UNREADABLE, load_tensors, torch_seed
 
 TOY_WEIGHTS = Path(__file__).parent.parent / "toybirds" / "toy_localizer.pt"  # made by toybirds/make_localizer.py
-PHOTOGRAPHS = "dinov2_vits14"  # the network for all but the drawn birds, whose localizer knows nothing else
-MAX_SIDE = 4096  # pixels, cells, layers: the largest number of an architecture that a file may ask for
+PHOTOGRAPHS = "dinov2_vits14"  # the default for all data sets but ToyBirds
+MAX_SIDE = 4096  # upper bound of every size (pixels, cells, layers) that a file may ask for
 
 
 @dataclass(frozen=True)
 class Localizer:
-    """A network without its classifier, and what its input must be."""
+    """A network without its classifier, and the input that it expects."""
 
     model: nn.Module  # in eval mode
     name: str  # of the architecture
@@ -37,7 +37,7 @@ class Localizer:
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """Return (B, 3, H, W) uint8 images as the float32 that the network wants, on their device."""
+        """Return (B, 3, H, W) uint8 images as normalised float32, on their device."""
         return normalize(images, self.mean, self.std)
 
 

@@ -24,8 +24,8 @@ from localizer.networks import Localizer, create_network, input_of, state_hash
 from models import fit_linear, timm_name
 from readers.data_set import DataSet
 
-OBJECT = 0.5  # probability from which a cell is object: the classifier's own border
-CELLS_PER_IMAGE = 120  # of a training image, drawn at random: neighbours say the same
+OBJECT = 0.5  # a cell of at least this probability is object: the classifier's decision boundary
+CELLS_PER_IMAGE = 120  # sampled from each training image: neighbouring cells are redundant
 L2 = 6e-3  # of the classifier, on standardised features
 BATCH = 8  # images of one shape
 
@@ -135,7 +135,7 @@ def attention_mask(attention_map: np.ndarray, grid: tuple[int, int], threshold: 
 
 
 def teach(features: dict[int, np.ndarray], masks: dict[int, np.ndarray], rounds: int) -> ObjectHead:
-    """Return the classifier learned from masks, then ``rounds`` times from its own masks.
+    """Fit the classifier to masks, then by self-training ``rounds`` times to the masks that it predicts.
 
     Args:
         features: row -> (feat_h, feat_w, D).

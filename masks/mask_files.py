@@ -25,7 +25,7 @@ from utils import load_tensors, save_tensors
 KIND, VERSION = "localized-crops masks", 1
 STORES = ("bool", "packed", "none")
 ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
-LONGEST_NAME = 220  # bytes: file systems take 255, and the name of a file in the making is longer
+LONGEST_NAME = 220  # bytes: file systems take 255; the temporary name while a file is written is longer
 MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
 
 
@@ -36,7 +36,7 @@ def mask_names(ids: Sequence[ImageId], paths: Sequence[Path]) -> list[str]:
     is no unused file name, and behind the beginning of a long name, a hash of the image id stands in its place.
     """
     stems = [path.stem for path in paths]
-    counts = Counter(stems) + Counter(["setup", "setup"])  # the key of the setup is no image's
+    counts = Counter(stems) + Counter(["setup", "setup"])  # reserved: the key of the setup
     names = [stem if counts[stem] == 1 else f"{stem}.{image_id}" for stem, image_id in zip(stems, ids, strict=True)]
     counts = Counter(names)
     for row, name in enumerate(names):
@@ -157,4 +157,4 @@ def load_masks_info(
 def _has_box(entry: Any) -> bool:
     box = entry.get("bbox") if isinstance(entry, dict) else None
     numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
-    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # NaN is not
+    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # false for NaN

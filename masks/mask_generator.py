@@ -325,7 +325,7 @@ def _regions(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _suppress(boxes: torch.Tensor, scores: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return the rows that survive non-maximum suppression, best first; as the official call, for its order of ties."""
+    """Return the rows that survive non-maximum suppression, best first; ties are ordered as by the official call."""
     return batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), iou_threshold=threshold)
 
 

@@ -61,7 +61,7 @@ def _encoder_attention(attn: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
         at_row, at_col = (torch.eye(count, dtype=key.dtype, device=key.device) for count in (height, width))
         one_hot = torch.cat([at_row.repeat_interleave(width, dim=0), at_col.repeat(height, 1)], dim=-1)
         key = torch.cat([key, one_hot.expand(*key.shape[:3], -1)], dim=-1)
-        value = F.pad(value, (0, height + width))  # the kernels want one size of head
+        value = F.pad(value, (0, height + width))  # the fused kernels need one head size
     attended = F.scaled_dot_product_attention(scaled, key, value, scale=1.0)[..., :head_dim]
     return attn.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
 
@@ -114,7 +114,7 @@ def decode_prompts(
         queries = layer.norm2(queries + seen)
         queries = layer.norm3(queries + layer.mlp(queries))
         keys = _update_image(layer.cross_attn_image_to_token, queries + tokens, queries, image, keys)
-        keys = layer.norm4(keys).type_as(keys)  # autocast would norm into float32, for every product to round again
+        keys = layer.norm4(keys).type_as(keys)  # autocast makes it float32, which every product would convert
     kept = [0, *range(2, decoder.num_mask_tokens + 1)]  # token 1 is the mask of the single-mask output
     queries, tokens = queries[:, :, kept], tokens[:, :, kept]
     seen = _attend_to_image(transformer.final_attn_token_to_image, queries + tokens, image, keys)
@@ -133,7 +133,7 @@ def _attend_to_prompt(layer: nn.Module, queries: torch.Tensor, tokens: torch.Ten
 def _attend_to_image(
     attn: nn.Module, queries: torch.Tensor, image: ImageTokens, keys: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return what each token (B, P, T, C) gathers from the image tokens.
+    """Return the cross-attention output for tokens (B, P, T, C) that attend to the image tokens.
 
     Args:
         keys: (B, P, N, C), the image tokens of each prompt; None before the first update, when all have ``image``'s.
@@ -151,7 +151,7 @@ def _attend_to_image(
 def _update_image(
     attn: nn.Module, queries: torch.Tensor, values: torch.Tensor, image: ImageTokens, keys: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return the image tokens (B, P, N, C) plus what they gather from the tokens of their prompt.
+    """Return the image tokens (B, P, N, C) plus their cross-attention to the tokens of their prompt.
 
     Args:
         queries, values: (B, P, T, C), the tokens with and without their positional encoding.
@@ -160,10 +160,10 @@ def _update_image(
     vectors = _split_heads(attn.k_proj(queries), attn.num_heads)
     weights = _image_scores(vectors, attn.q_proj, image, keys).softmax(dim=-2).flatten(2, 3)  # (B, P, heads * T, N)
     # W (sum of weight * value) = sum of weight * (W value); a head's weights sum to 1: each brings its part of the bias
-    gifts = _split_heads(attn.v_proj(values), attn.num_heads) @ _by_head(attn.out_proj.weight.T, attn)
-    gifts = gifts.flatten(2, 3) + attn.out_proj.bias / attn.num_heads  # (B, P, heads * T, C)
+    parts = _split_heads(attn.v_proj(values), attn.num_heads) @ _by_head(attn.out_proj.weight.T, attn)
+    parts = parts.flatten(2, 3) + attn.out_proj.bias / attn.num_heads  # (B, P, heads * T, C)
     before = image.tokens[:, None].expand(-1, queries.shape[1], -1, -1) if keys is None else keys
-    updated = torch.baddbmm(before.flatten(0, 1), weights.flatten(0, 1).mT, gifts.flatten(0, 1))
+    updated = torch.baddbmm(before.flatten(0, 1), weights.flatten(0, 1).mT, parts.flatten(0, 1))
     return updated.unflatten(0, queries.shape[:2])
 
 

@@ -15,7 +15,7 @@ from utils import autocast
 
 
 class Prompt(NamedTuple):
-    """What SAM is asked, in pixels of the original image."""
+    """A prompt for SAM, in pixels of the original image."""
 
     box_xyxy: np.ndarray | None  # (4,)
     points: np.ndarray  # (n, 2) x y

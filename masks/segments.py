@@ -6,8 +6,7 @@ knows nothing of objects, so its candidates are many and its scores weak: a clas
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,57 +19,38 @@ from torchvision.ops import box_convert, nms
 
 from masks.mask_files import tight_box
 
-SAME_IOU = 0.85 - 1e-9  # of two candidates' boxes, from which on the one of the lower score is left out
+SAME_IOU = 0.85 - 1e-9  # non-maximum suppression of candidates, by their boxes
 
 
-@dataclass(frozen=True)
-class SegmentGenerator:
-    """Candidates for whole lists of images; every image by itself.
+SETTINGS = {  # as masks_info.json keeps them
+    "scales": [50.0, 150.0],  # of the over-segmentations: larger ones give larger regions, candidates of all are kept
+    "sigma": 0.8,  # of the blur before the over-segmentation, pixels
+    "min_size": 30,  # of its regions, pixels
+    # weights of colour, size and fill in the distance of two regions; candidates of both ways of merging are kept
+    "merging": [[1.0, 1.0, 1.0], [0.0, 1.0, 1.0]],
+    "min_area": 0.01,  # of a candidate, share of the image
+    "max_area": 0.8,
+    "max_masks": 40,  # of an image, those of the highest score
+}
 
-    Args:
-        scales: of the over-segmentations, larger ones give larger regions; candidates of all are put together.
-        sigma: blur before the over-segmentation, pixels.
-        min_size: of its regions, pixels.
-        merging: weights of colour, size and fill in the distance of two regions; each triple merges anew, and the
-            candidates of all are put together.
-        min_area, max_area: of a candidate, as shares of the image.
-        max_masks: so many candidates an image are kept, those of the highest score.
+
+def segment_image(image: np.ndarray, settings: Mapping[str, Any] = SETTINGS) -> list[dict[str, Any]]:
+    """Return the candidates of an image (H, W, 3) uint8 RGB, the highest score first, as records of SAM's generator.
+
+    ``predicted_iou`` and ``stability_score`` are both the score of `boundary_score`; neither is a prediction.
+    ``bbox`` x y width height holds all pixels of the mask.
     """
-
-    scales: tuple[float, ...] = (50.0, 150.0)
-    sigma: float = 0.8
-    min_size: int = 30
-    merging: tuple[tuple[float, float, float], ...] = ((1.0, 1.0, 1.0), (0.0, 1.0, 1.0))
-    min_area: float = 0.01
-    max_area: float = 0.8
-    max_masks: int = 40
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings as JSON holds them."""
-        return asdict(self) | {"scales": list(self.scales), "merging": [list(weights) for weights in self.merging]}
-
-    def generate(self, images: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Return the candidates of each image (H, W, 3) uint8 RGB, the highest score first, as SAM's generator does.
-
-        ``predicted_iou`` and ``stability_score`` are both the score of `boundary_score`; neither is a prediction.
-        ``bbox`` x y width height holds all pixels of the mask.
-        """
-        return [self._generate_one(image) for image in images]
-
-    def _generate_one(self, image: np.ndarray) -> list[dict[str, Any]]:
-        lab = rgb2lab(image)
-        masks = [mask for mask in self._regions(image, lab) if self.min_area <= mask.mean() <= self.max_area]
-        edges = edge_strength(lab)
-        scores = [boundary_score(mask, edges) for mask in masks]
-        boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
-        kept = distinct(boxes, np.array(scores), self.max_masks)
-        return [to_record(masks[row], scores[row]) for row in kept]
-
-    def _regions(self, image: np.ndarray, lab: np.ndarray) -> Iterator[np.ndarray]:
-        for scale in self.scales:
-            labels = felzenszwalb(image, scale=scale, sigma=self.sigma, min_size=self.min_size, channel_axis=-1)
-            for weights in self.merging:
-                yield from merged_regions(labels, lab, weights)
+    lab, masks = rgb2lab(image), []
+    for scale in settings["scales"]:
+        labels = felzenszwalb(image, scale, settings["sigma"], settings["min_size"], channel_axis=-1)
+        for weights in settings["merging"]:
+            regions = merged_regions(labels, lab, weights)
+            masks += [mask for mask in regions if settings["min_area"] <= mask.mean() <= settings["max_area"]]
+    edges = edge_strength(lab)
+    scores = [boundary_score(mask, edges) for mask in masks]
+    boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
+    kept = distinct(boxes, np.array(scores), settings["max_masks"])
+    return [to_record(masks[row], scores[row]) for row in kept]
 
 
 # --- regions ------------------------------------------------------------------------------------------------------
@@ -79,7 +59,7 @@ class SegmentGenerator:
 class Regions:
     """The regions of a segmentation while they are merged."""
 
-    def __init__(self, labels: np.ndarray, lab: np.ndarray, weights: tuple[float, float, float]) -> None:
+    def __init__(self, labels: np.ndarray, lab: np.ndarray, weights: Sequence[float]) -> None:
         """Take (H, W) int labels from 0, (H, W, 3) colours, and the weights of colour, size and fill."""
         count = int(labels.max()) + 1
         self.pixels, self.weights = labels.size, weights
@@ -91,7 +71,7 @@ class Regions:
         self.neighbours = touching(labels, count)
 
     def distance(self, first: int, second: int) -> float:
-        """Return how badly two regions fit: difference of colour, joint size, and box that they leave unfilled."""
+        """Return the dissimilarity of two regions: colour difference, joint size, and unfilled part of their box."""
         colour = float(np.linalg.norm(self.colours[first] - self.colours[second])) / 100
         size = self.areas[first] + self.areas[second]
         top, left, bottom, right = self.joint_bounds(first, second)
@@ -117,7 +97,7 @@ class Regions:
         return new
 
 
-def merged_regions(labels: np.ndarray, lab: np.ndarray, weights: tuple[float, float, float]) -> Iterator[np.ndarray]:
+def merged_regions(labels: np.ndarray, lab: np.ndarray, weights: Sequence[float]) -> Iterator[np.ndarray]:
     """Yield the masks (H, W) bool of all `Regions`, and of all that arise while they are merged."""
     regions = Regions(labels, lab, weights)
     yield from list(regions.masks.values())

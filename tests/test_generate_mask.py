@@ -212,15 +212,15 @@ def test_images_that_fail_are_listed_and_the_rest_goes_on(root, monkeypatch):
     data.paths[1].write_bytes(kept[: len(kept) // 2])
     kept_5 = data.paths[5].read_bytes()
     data.paths[5].write_bytes(b"no image")
-    original = stage.SegmentGenerator.generate
+    original = stage.segment_image
 
-    def fail(self, images):
-        if any(image.shape[1::-1] == tuple(data.image_sizes[3]) for image in images):
+    def fail(image):
+        if image.shape[1::-1] == tuple(data.image_sizes[3]):
             raise RuntimeError("out of\nmemory")
-        return original(self, images)
+        return original(image)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.SegmentGenerator, "generate", fail)
+        patch.setattr(stage, "segment_image", fail)
         with pytest.raises(UserError, match="3 images failed"):
             run(root)
     lines = (root / "masks_0" / "errors.txt").read_text().splitlines()

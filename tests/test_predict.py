@@ -43,16 +43,18 @@ def rows_of(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_images_are_found_by_file_folder_pattern_and_list(photos):
+def test_images_are_found_by_file_folder_pattern_and_list(photos, monkeypatch):
     everything = find_images(str(photos))
     assert len(everything) == 5 and everything == sorted(everything)
     assert find_images(str(everything[0])) == everything[:1]
     assert find_images(f"{photos}/*.jpg") == [path for path in everything if path.parent == photos]
     assert find_images(f"{photos}/**/*.jpg") == everything
-    assert find_images("-", [f"{path}\n" for path in everything[::-1]] + ["\n"]) == everything[::-1]
+    monkeypatch.setattr("sys.stdin", [f"{path}\n" for path in everything[::-1]] + ["\n"])
+    assert find_images("-") == everything[::-1]
+    monkeypatch.setattr("sys.stdin", ["\n"])
     for nothing in (f"{photos}/*.png", f"{photos}/none", "-"):
         with pytest.raises(UserError, match="images="):
-            find_images(nothing, ["\n"])
+            find_images(nothing)
 
 
 def test_every_image_gets_a_row_with_the_networks_own_probabilities(site, photos, tmp_path):

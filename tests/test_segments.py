@@ -6,7 +6,7 @@ import torch
 from torchvision.ops import masks_to_boxes
 
 from masks.mask_files import ENTRY_KEYS
-from masks.segments import SegmentGenerator, boundary_score, distinct, touching
+from masks.segments import SETTINGS, boundary_score, distinct, segment_image, touching
 
 HEIGHT, WIDTH = 37, 53
 
@@ -27,14 +27,14 @@ def mask_iou(a, b):
 
 def test_parts_and_the_whole_that_they_make_are_candidates():
     image, left, right = drawing()
-    (records,) = SegmentGenerator(min_size=10).generate([image])
+    records = segment_image(image, SETTINGS | {"min_size": 10})
     for wanted in (left, right, left | right):
         assert max(mask_iou(record["segmentation"], wanted) for record in records) > 0.9
     assert len(records) < 30
 
 
 def test_records_are_as_those_of_sam():
-    (records,) = SegmentGenerator(min_size=10).generate([drawing()[0]])
+    records = segment_image(drawing()[0], SETTINGS | {"min_size": 10})
     scores = [record["predicted_iou"] for record in records]
     assert scores == sorted(scores, reverse=True) and min(scores) >= 0 and max(scores) <= 1
     for record in records:
@@ -48,23 +48,14 @@ def test_records_are_as_those_of_sam():
         assert mask[int(row), int(column)]
 
 
-def test_an_images_candidates_depend_on_it_alone():
-    images = [drawing(seed)[0] for seed in range(3)] + [drawing(5)[0][:, :31]]
-    together = SegmentGenerator().generate(images)
-    alone = [SegmentGenerator().generate([image])[0] for image in reversed(images)][::-1]
-    for one, other in zip(together, alone, strict=True):
-        assert [record["bbox"] for record in one] == [record["bbox"] for record in other]
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (2, 300), (HEIGHT, WIDTH)])
 def test_images_without_structure(shape):
-    (records,) = SegmentGenerator().generate([np.full((*shape, 3), 77, np.uint8)])
-    assert records == []  # the only region is the whole image
+    assert segment_image(np.full((*shape, 3), 77, np.uint8)) == []  # the only region is the whole image
 
 
 def test_limits():
     image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
-    (records,) = SegmentGenerator(min_size=4, max_masks=7, min_area=0.02, max_area=0.3).generate([image])
+    records = segment_image(image, SETTINGS | {"min_size": 4, "max_masks": 7, "min_area": 0.02, "max_area": 0.3})
     assert len(records) == 7
     assert all(0.02 <= record["area"] / image[..., 0].size <= 0.3 for record in records)
 
