@@ -52,7 +52,7 @@ def main(config: dict) -> None:
 
 
 def load_prediction_config(arguments: list[str]) -> dict | None:
-    """Return the config: what the training used, and config.py and the command line over it."""
+    """Return the settings of the training, overridden by config.py and the command line."""
     config = load_config(arguments)
     if config is None:
         return None
@@ -62,7 +62,7 @@ def load_prediction_config(arguments: list[str]) -> dict | None:
 
 
 def describe(classifier: Classifier, count: int) -> str:
-    """Return the line that the work starts with."""
+    """Return the line that is printed before the work starts."""
     views = f"views {', '.join(classifier.views)}"
     box = f", box by {classifier.localizer.name} ({classifier.localizer.weights})" if classifier.localizer else ""
     network = f"{classifier.path} ({classifier.weights}), {len(classifier.class_names)} classes"

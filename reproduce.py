@@ -55,7 +55,7 @@ def load_request(arguments: list[str]) -> dict | None:
 
 
 def main(request: dict) -> None:
-    """Run what is missing of the table, then write it."""
+    """Run the stages and trainings that the table still lacks, then write it."""
     name, seeds, overrides = request["table"], request["seeds"], request["overrides"]
     if name not in TABLES:
         raise UserError(f"reproduce.table={name}: there is no such table; there are {', '.join(TABLES)}")

@@ -95,7 +95,7 @@ def main(config: dict) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """A data set and what was found in its images."""
+    """A data set with the boxes, attention maps and candidate masks of its images."""
 
     data: DataSet
     boxes: np.ndarray  # (N, 4) of the source, the whole image where it has none
@@ -123,7 +123,7 @@ def read_subject(config: dict) -> Subject:
 
 
 def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, Crops]:
-    """Return what draws the crops of some images, by the name of the method."""
+    """Return the crop samplers for some images, by the name of the method."""
     crop, ids, sizes = config["crop"], subject.data.ids[rows], subject.data.image_sizes[rows]
     shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
     methods = {"RandomResizedCrop": BoxCrops(subject.boxes[rows], sizes, thr=-1.0, **shape)}
@@ -259,7 +259,9 @@ def boxes_picture(config: dict) -> tuple[Figure, str]:
         crops = {column: crop_samples(methods, boxes[rows], rng) for column, boxes in columns.items()}
         histograms[f"{name}, {len(rows)} images"] = box_samples(source, subject, rows) | crops
     promise = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
-    figure = histogram_figure(histograms, {list(columns)[-1]: promise})  # crops promise it of their own boxes alone
+    figure = histogram_figure(
+        histograms, {list(columns)[-1]: promise}
+    )  # the promise is for the boxes that crops are held to
     return figure, f"{len(subject.data.ids)} images of {subject.data.root}"
 
 

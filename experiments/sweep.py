@@ -30,7 +30,9 @@ def run_sweep(config: dict, train: Train) -> None:
         else:
             run_grid(config, points, train, config["sweep"]["count"])
         if any((point.folder / "summary.json").exists() for point in points):
-            with lock_file(folder / ".lock", fcntl.LOCK_EX):  # the later of two processes finds at least as many runs
+            with lock_file(
+                folder / ".lock", fcntl.LOCK_EX
+            ):  # of two processes the one that writes last has seen all runs
                 remove_scratch(folder)
                 write_summary(config, table, seeds, folder)
 

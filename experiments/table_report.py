@@ -110,7 +110,7 @@ def load_run(folder: Path, seed: int) -> Run:
 
 
 def best_by_validation(rows: Rows, names: Iterable[str]) -> str | None:
-    """Return which of the rows of these names, as far as they are done, has the best mean validation accuracy."""
+    """Return the row with the best mean validation accuracy among those of these names that have finished runs."""
     done = [row for row in names if row in rows]
     return max(done, key=lambda row: np.mean([run.validation for run in rows[row]]), default=None)
 
@@ -191,11 +191,7 @@ def top1_of(runs: list[Run], view: str, images: np.ndarray | slice = slice(None)
 
 
 def compared(
-    runs: list[Run],
-    control: list[Run],
-    view: str,
-    images: np.ndarray | slice = slice(None),
-    against: str | None = None,
+    runs: list[Run], control: list[Run], view: str, images: np.ndarray | slice = slice(None), against: str | None = None
 ) -> Comparison | None:
     """Compare a row with the control over the seeds that both have; None: they share none.
 
@@ -240,7 +236,7 @@ def detectable_text(result: Comparison | None) -> str:
 
 
 def machine_line() -> str:
-    """Return how the table is to be read, and the hardware and versions, for under it."""
+    """Return the footnote of a table: how to read it, hardware and versions."""
     made_with = environment()
     gpu = f", {made_with['gpu']}" if made_with["gpu"] else ", no GPU"
     return (
@@ -256,12 +252,12 @@ def machine_line() -> str:
 
 def numbers_of(runs: list[Run]) -> dict[str, Any]:
     """Return what the JSON keeps of a row."""
-    numbers = {
+    return {
         "seeds": [run.seed for run in runs],
         "maiou": [run.maiou for run in runs],
         "validation": [run.validation for run in runs],
+        "top1": {view: top1_of(runs, view) for view in runs[0].correct},
     }
-    return numbers | {"top1": {view: top1_of(runs, view) for view in runs[0].correct}}
 
 
 def points_of(blocks: dict[str, Rows], order: list[str] | None) -> dict[str, list[dict[str, Any]]]:

@@ -171,11 +171,7 @@ class Classifier:
 
 
 def load_classifier(
-    path: Path | str,
-    *,
-    config: dict[str, Any] | None = None,
-    device: str | None = None,
-    localize: bool = True,
+    path: Path | str, *, config: dict[str, Any] | None = None, device: str | None = None, localize: bool = True
 ) -> Classifier:
     """Build the classifier of a checkpoint of train.py.
 

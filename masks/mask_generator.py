@@ -123,15 +123,16 @@ class MaskGenerator:
 
     def _generate_group(self, images: Sequence[np.ndarray], with_masks: bool) -> list[list[dict[str, Any]]]:
         """Return the records of as many images as are encoded at once: of all their crops, layer by layer."""
-        candidates, crops = [[] for _ in images], []
+        candidates, crops = [[] for _ in images], [[] for _ in range(self.crop_n_layers + 1)]  # by image; by layer
         for index, image in enumerate(images):
-            boxes, layers = generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio)
-            crops += [(layer, index, box) for box, layer in zip(boxes, layers, strict=True)]
-        for layer in range(self.crop_n_layers + 1):
-            for batch in batched([crop[1:] for crop in crops if crop[0] == layer], self.image_batch):
+            boxes = generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio)
+            for box, layer in zip(*boxes, strict=True):
+                crops[layer].append((index, box))
+        for crops_of_layer, grid in zip(crops, self.point_grids, strict=False):
+            for batch in batched(crops_of_layer, self.image_batch):
                 pixels = [images[index][y0:y1, x0:x1] for index, (x0, y0, x1, y1) in batch]
                 frames = [_Frame.build(crop.shape[:2], self.sam) for crop in pixels]
-                found = self._candidates(pixels, frames, self.point_grids[layer])
+                found = self._candidates(pixels, frames, grid)
                 for (index, box), frame, data in zip(batch, frames, found, strict=True):
                     self._place_crop(data, box, images[index].shape[:2])
                     candidates[index].append((frame, data))

@@ -10,7 +10,7 @@ from localized_crops.files import UserError
 from utils import file_sha256, load_tensors, torch_seed
 
 ADDRESS = "https://dl.fbaipublicfiles.com/segment_anything"
-# Meta's files (Apache 2.0; 2.6, 1.2 and .4 GB) and their sha256
+# Meta's files (Apache 2.0; 2.6, 1.2 and 0.4 GB) and their sha256
 CHECKPOINTS = {
     "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
     "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),

@@ -86,8 +86,8 @@ class ImageTokens:
             transformer.final_attn_token_to_image.k_proj: position,
         }
         for layer in later:
-            inputs |= {layer.cross_attn_token_to_image.k_proj: position}
-            inputs |= {layer.cross_attn_image_to_token.q_proj: position}
+            inputs[layer.cross_attn_token_to_image.k_proj] = position
+            inputs[layer.cross_attn_image_to_token.q_proj] = position
         heads = transformer.num_heads
         return cls(image, {project: _split_heads(project(tokens), heads) for project, tokens in inputs.items()})
 

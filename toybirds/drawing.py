@@ -182,7 +182,7 @@ def _trunk(rng: np.random.Generator, body: Color, head: _Placement) -> list[_Sha
 
 
 def _place_bird(rng: np.random.Generator, bird: _Bird, size: np.ndarray) -> _Placement:
-    """Return where the bird goes: turned, maybe mirrored, as large as drawn by lot, anywhere in the image.
+    """Return where the bird goes: turned, maybe mirrored, of random size, anywhere in the image.
 
     The class has no say: only what all classes share is measured.
 
@@ -193,7 +193,7 @@ def _place_bird(rng: np.random.Generator, bird: _Bird, size: np.ndarray) -> _Pla
     outline = np.concatenate([shape.points for shape in bird.plain] + [bird.reach]) @ matrix.T
     low, extent = outline.min(axis=0), np.ptp(outline, axis=0)
     least, most = BOX_SHARE
-    share = least * (most / least) ** (rng.uniform() ** 2)  # small birds are the rule: the median is .185
+    share = least * (most / least) ** (rng.uniform() ** 2)  # most birds are small: the median share is 0.185
     scale = math.sqrt(share * size.prod() / extent.prod())
     scale = min(scale, *(0.97 * size / extent))  # a wide bird in a tall image
     corner = rng.uniform(0, size - scale * extent)

@@ -158,7 +158,7 @@ def describe(seed: int, loss: float, seconds: float) -> dict[str, Any]:
 
 
 def save_localizer(path: Path, model: nn.Module, description: dict[str, Any]) -> None:
-    """Write weights in float16 (counters as they are) and what they are."""
+    """Write the weights in float16 (counters unchanged) with their description."""
     state = {key: value.half() if value.is_floating_point() else value for key, value in model.state_dict().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_tensors(path, {"model": state, "about": description})

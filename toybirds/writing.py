@@ -21,13 +21,7 @@ class _Row(NamedTuple):
     is_train: bool
 
 
-def write_toybirds(
-    root: pathlib.Path,
-    *,
-    train_per_class: int = 75,
-    test_per_class: int = 60,
-    seed: int = 0,
-) -> None:
+def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_class: int = 60, seed: int = 0) -> None:
     """Write the data set as JPEGs in CUB-200-2011's layout, whole or not at all.
 
     It is drawn into a scratch folder beside ``root``, which takes the final name when it is complete. Where
@@ -49,7 +43,11 @@ def write_toybirds(
     with scratch_folder(root) as scratch:
         _write_into(scratch, list(_rows(train_per_class, test_per_class)), seed)
         (scratch / "README.txt").write_text(header, encoding="utf-8")
-        _publish(scratch, root, header)
+        try:
+            os.replace(scratch, root)
+        except OSError:
+            if not _is_written(root, header):  # by another process since
+                raise
 
 
 def _header(train_per_class: int, test_per_class: int, seed: int) -> str:
@@ -117,12 +115,3 @@ def _write_image(folder: pathlib.Path, row: _Row, seed: int) -> tuple[float, flo
     drawing = draw_toybird(rng, row.class_id - 1)
     drawing.image.save(folder / "images" / row.name, quality=int(rng.integers(80, 96)))
     return drawing.box_xywh
-
-
-def _publish(scratch: pathlib.Path, root: pathlib.Path, header: str) -> None:
-    """Give the finished folder its final name, unless the same set has that name by now."""
-    try:
-        os.replace(scratch, root)
-    except OSError:
-        if not _is_written(root, header):
-            raise
