@@ -17,6 +17,7 @@ from localized_crops.boxes import center_boxes, fill_missing, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import ImageId
 from readers.box_sources import BoxSet, is_foreign, read_foreign
+from readers.build import Listing, build_data_set
 from readers.cub import download_cub, read_cub_tables
 from readers.data_set import DataSet
 from readers.folder import read_folder
@@ -63,7 +64,12 @@ def read_dataset(
     Raises:
         UserError: on any fault of the files, naming file, line or image.
     """
-    data = _read(name, root, table, download, keep_going)
+    if root is None and name not in DEFAULT_ROOTS:
+        raise UserError(f"dataset.name={name} needs dataset.root=FOLDER")
+    folder = Path(root or DEFAULT_ROOTS[name])
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; dataset.root must be a folder")
+    data = build_data_set(name, folder, _list_images(name, folder, table, download), keep_going)
     faults = unreadable_images(data.paths) if check else []
     if faults:
         raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
@@ -76,32 +82,27 @@ def read_dataset(
     return hold_out(data, val_fraction, "val", None if in_file_order else split_seed)
 
 
-def _read(name: str, root: Path | str | None, table: Path | str | None, download: bool, keep_going: bool) -> DataSet:
-    if root is None and name not in DEFAULT_ROOTS:
-        raise UserError(f"dataset.name={name} needs dataset.root=FOLDER")
-    folder = Path(root or DEFAULT_ROOTS[name])
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; dataset.root must be a folder")
+def _list_images(name: str, folder: Path, table: Path | str | None, download: bool) -> Listing:
     if name == "toybirds":
-        return _read_toybirds(folder, keep_going)
+        return _list_toybirds(folder)
     if name in SETS:
-        return read_torchvision(name, folder, download, keep_going)
+        return read_torchvision(name, folder, download)
     if name == "cub" and download and not folder.exists():
         download_cub(folder)
     if not folder.exists():
         fetched = "; dataset.download=true fetches CUB-200-2011 (1.1 GB, non-commercial research use)"
         raise UserError(f"{folder}: there is no such folder; give dataset.root{fetched if name == 'cub' else ''}")
     if name == "cub":
-        return read_cub_tables(name, folder, keep_going)
-    return read_folder(name, folder, keep_going) if name == "folder" else read_table(name, folder, table, keep_going)
+        return read_cub_tables(folder)
+    return read_folder(folder) if name == "folder" else read_table(folder, table)
 
 
-def _read_toybirds(folder: Path, keep_going: bool) -> DataSet:
+def _list_toybirds(folder: Path) -> Listing:
     """Read ToyBirds; only the default folder is drawn into."""
     if folder == Path(DEFAULT_ROOTS["toybirds"]) or writing.has_toybirds(folder):
         with user_errors(FileExistsError):  # something else, or another version of the drawings, lies there
             writing.write_toybirds(folder)
-        return read_cub_tables("toybirds", folder, keep_going)
+        return read_cub_tables(folder)
     if not folder.exists():
         raise UserError(f"{folder}: there is no such folder (for the drawn birds leave dataset.root out)")
     raise UserError(

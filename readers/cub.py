@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from localized_crops.files import UserError, read_text, refuse_special, remove_scratch, scratch_folder, whole_file
 from localized_crops.image_ids import MOST_DIGITS
-from readers.build import build_data_set
-from readers.data_set import DataSet, ImagePaths
+from readers.build import Listing
+from readers.data_set import ImagePaths
 from utils import file_sha256
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
@@ -23,13 +23,8 @@ CUB_SHA256 = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
 LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
 
 
-def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
+def read_cub_tables(root: Path) -> Listing:
     """Read a folder in CUB's file format.
-
-    Args:
-        name: of the data set.
-        root: the folder.
-        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
 
     Raises:
         UserError: on any fault of the files, naming file, line or image.
@@ -44,18 +39,8 @@ def read_cub_tables(name: str, root: Path, keep_going: bool) -> DataSet:
     labels = _labels(root, np.array(list(classes), dtype=np.int64), ids, class_of[:, 0])
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
     paths = ImagePaths(folder, _image_names(root, names))
-    return build_data_set(
-        name,
-        root,
-        paths,
-        ids=ids,
-        labels=labels,
-        class_names=list(classes.values()),
-        split=np.where(is_train[:, 0] == 1, "train", "test").astype("<U5"),
-        keep_going=keep_going,
-        boxes_xywh=boxes,
-        boxes_file=root / "bounding_boxes.txt",
-    )
+    split = np.where(is_train[:, 0] == 1, "train", "test").astype("<U5")
+    return Listing(paths, ids, labels, list(classes.values()), split, boxes, root / "bounding_boxes.txt")
 
 
 def _lines(path: Path) -> list[str]:

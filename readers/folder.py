@@ -2,23 +2,18 @@
 
 import os
 import re
-import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from localized_crops.files import UserError
-from readers.build import build_data_set
-from readers.data_set import DataSet, ImagePaths
+from readers.build import Listing, list_names
 from readers.images import SUFFIXES
 from readers.splits import SPLIT_NAMES
 
 MASKS = re.compile(r"masks_\d+")  # what generate_mask.py writes beside the class folders
 
 
-def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
+def read_folder(root: Path) -> Listing:
     """Read a folder of class folders, or of images without labels; ids are the paths below ``root``.
 
     With a folder ``train`` in it, its split folders are read (``val`` may be called valid or validation, and it and
@@ -26,7 +21,7 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
     no class folder have no label and are all test images. Inside a class folder, folders are read too.
 
     Raises:
-        UserError: if there are no images, or the layout is neither, or, unless ``keep_going``, an image cannot be read.
+        UserError: if there are no images, or the layout is neither.
     """
     folders = {folder.name: SPLIT_NAMES.get(folder.name.lower()) for folder in _folders(root)}
     parts = {name: split for name, split in folders.items() if split}
@@ -48,7 +43,7 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
         names = [os.path.relpath(path, root) for path in _images_in(root)[0]]
         if not names:
             raise UserError(f"{root}: holds no images; put them into {root}/CLASS/ or {root}/train/CLASS/")
-        return from_names(name, root, names, [-1] * len(names), [], ["test"] * len(names), keep_going)
+        return list_names(root, names, [-1] * len(names), [], ["test"] * len(names))
     class_names = sorted(set(classes))
     plain = {name: " ".join(name.lower().split()) for name in class_names}
     counts = Counter(plain.values())
@@ -56,39 +51,7 @@ def read_folder(name: str, root: Path, keep_going: bool) -> DataSet:
         notes.append(f"classes whose names differ in case or spaces alone: {', '.join(alike)}")
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[class_name] for class_name in classes]
-    return from_names(name, root, names, labels, class_names, splits, keep_going, notes=notes)
-
-
-def from_names(
-    name: str,
-    root: Path,
-    names: list[str],
-    labels: list[int],
-    class_names: list[str],
-    splits: list[str],
-    keep_going: bool,
-    **more: Any,
-) -> DataSet:
-    """Return the data set of N image files whose ids are their paths below ``root``; see `build_data_set`.
-
-    Raises:
-        UserError: if an image cannot be read, unless ``keep_going``; or a name cannot be an id.
-    """
-    for image in names:
-        # control characters, ends of lines, and what is no UTF-8; other invisible ones are in many files' names
-        if image.isdigit() or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in image):
-            raise UserError(f"{root}: {image!r}: a file name of digits alone, or with control characters; rename it")
-    return build_data_set(
-        name,
-        root,
-        ImagePaths(root, names, upright=True),
-        ids=np.array(names, dtype=np.str_),
-        labels=np.array(labels, dtype=np.int64),
-        class_names=class_names,
-        split=np.array(splits, dtype="<U5"),
-        keep_going=keep_going,
-        **more,
-    )
+    return list_names(root, names, labels, class_names, splits, notes=notes)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from localized_crops.files import UserError, read_text
-from readers.data_set import DataSet, no_boxes
-from readers.folder import from_names
+from readers.build import Listing, list_names
+from readers.data_set import no_boxes
 from readers.splits import SPLIT_NAMES
 
 BOX_COLUMNS = ("x", "y", "width", "height")
 
 
-def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool) -> DataSet:
+def read_table(root: Path, table: str | Path | None) -> Listing:
     """Read a data set that a table names; ids are its paths, relative to ``root``.
 
     Without a column split all images are training images. A box is in pixels of the upright image; where its four
@@ -23,7 +23,6 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
 
     Args:
         table: the CSV file; None: the only one in ``root``.
-        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
 
     Raises:
         UserError: on any fault, naming file and line.
@@ -45,8 +44,7 @@ def read_table(name: str, root: Path, table: str | Path | None, keep_going: bool
     class_names = sorted(set(columns["label"]), key=lambda label: label.zfill(18) if label.isdigit() else label)
     label_of = {class_name: label for label, class_name in enumerate(class_names)}
     labels = [label_of[class_name] for class_name in columns["label"]]
-    more = {"boxes_xywh": boxes, "boxes_file": path}
-    return from_names(name, root, columns["path"], labels, class_names, splits, keep_going, **more)
+    return list_names(root, columns["path"], labels, class_names, splits, boxes=boxes, boxes_file=path)
 
 
 def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[dict[str, list[str]], list]:

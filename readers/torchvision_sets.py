@@ -6,8 +6,7 @@ from pathlib import Path
 import torchvision.datasets
 
 from localized_crops.files import UserError
-from readers.data_set import DataSet
-from readers.folder import from_names
+from readers.build import Listing, list_names
 
 SETS = {  # name of the class -> torchvision's split -> ours
     "FGVCAircraft": {"train": "train", "val": "val", "test": "test"},
@@ -18,16 +17,15 @@ SETS = {  # name of the class -> torchvision's split -> ours
 }
 
 
-def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) -> DataSet:
+def read_torchvision(name: str, root: Path, download: bool) -> Listing:
     """Read one of SETS; ids are the paths below ``root``, the classes' own folder names included; there are no boxes.
 
     Args:
         name: of the class in torchvision.datasets.
         download: let torchvision fetch and unpack what is missing.
-        keep_going: leave out images that cannot be read, into ``unreadable``, instead of raising.
 
     Raises:
-        UserError: if it is not there, cannot be fetched or an image cannot be read.
+        UserError: if it is not there or cannot be fetched.
     """
     names, labels, splits = [], [], []
     for theirs, ours in SETS[name].items():
@@ -43,4 +41,4 @@ def read_torchvision(name: str, root: Path, download: bool, keep_going: bool) ->
         names += [os.path.relpath(file, root) for file in files]
         labels += part_labels
         splits += [ours] * len(files)
-    return from_names(name, root, names, labels, list(part.classes), splits, keep_going)
+    return list_names(root, names, labels, list(part.classes), splits)
