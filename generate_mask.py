@@ -167,7 +167,7 @@ def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tu
     prompt["threshold"] = "otsu" if config["dino"]["otsu"] else config["dino"]["threshold"]
     engine = PromptedMasks(sam, identity["precision"], **prompt)
     identity |= {"settings": prompt, "maps_sha256": maps.header["sha256"]}
-    return lambda images, ids: engine.generate(images, [maps[image_id] for image_id in ids]), identity
+    return lambda images, ids: [engine.generate(image, maps[i]) for image, i in zip(images, ids, strict=True)], identity
 
 
 # --- masks --------------------------------------------------------------------------------------------------------

@@ -42,8 +42,8 @@ def measure(sam: Sam, device: str, points: int, count: int, rounds: int, **own: 
     images, maps = build_images(count), [np.random.default_rng(n).random((37, 49)) for n in range(count)]
     automatic = MaskGenerator(sam, points_per_side=points, stability_score_thresh=0.5, **own)
     prompted = PromptedMasks(sam, str(own.get("precision", "float32")), **PROMPT)
-    prompted.generate(images[:1], maps[:1])  # warms up
-    work = (lambda: automatic.generate(images), lambda: prompted.generate(images, maps))
+    prompted.generate(images[0], maps[0])  # warms up
+    work = (lambda: automatic.generate(images), lambda: list(map(prompted.generate, images, maps)))
     return np.array([[timed_on(device, one, time.perf_counter) for one in work] for _ in range(rounds)])
 
 

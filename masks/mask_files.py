@@ -23,8 +23,6 @@ from localized_crops.image_ids import ImageId
 from utils import load_tensors, save_tensors
 
 KIND, VERSION = "localized-crops masks", 1
-STORES = ("bool", "packed", "none")
-ENTRY_KEYS = ("bbox", "area", "predicted_iou", "stability_score", "point_coords", "crop_box")
 LONGEST_NAME = 220  # bytes: file systems take 255; the temporary name while a file is written is longer
 MAX_PIXELS = 2**40  # of all masks of an image; more is a damaged file
 
@@ -97,6 +95,21 @@ def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     """Return (x, y, width, height) of a mask (H, W) bool that is not empty; it holds every True pixel."""
     left, top, right, bottom = PIL.Image.fromarray(mask).getbbox()
     return left, top, right - left, bottom - top
+
+
+def mask_record(
+    mask: np.ndarray, *, predicted_iou: float, stability_score: float, point_coords: list[list[float]]
+) -> dict[str, Any]:
+    """Return a record as those of SAM's generator of a mask (H, W) bool; but ``bbox`` holds all pixels of the mask."""
+    return {
+        "segmentation": mask,
+        "area": int(mask.sum()),
+        "bbox": list(tight_box(mask)),
+        "predicted_iou": predicted_iou,
+        "point_coords": point_coords,
+        "stability_score": stability_score,
+        "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
+    }
 
 
 # --- info ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Masks that SAM draws where DINO's attention points: one encoder pass and one decoder call an image."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 
 from localized_crops.map_boxes import component_box, is_blank, min_max
-from masks.mask_files import tight_box
+from masks.mask_files import mask_record
 from utils import autocast
 
 
@@ -77,17 +76,14 @@ class PromptedMasks:
         """Keep the network and the arguments of `prompt_from_map`; ``precision`` is the encoder's on CUDA."""
         self.predictor, self.prompt, self.precision = SamPredictor(sam), prompt, precision
 
-    def generate(self, images: Sequence[np.ndarray], maps: Sequence[np.ndarray]) -> list[list[dict[str, Any]]]:
-        """Return for each (H, W, 3) uint8 RGB image, with its map (feat_h, feat_w), a list of one record.
+    @torch.no_grad()
+    def generate(self, image: np.ndarray, attention_map: np.ndarray) -> list[dict[str, Any]]:
+        """Return a list of one record for an image (H, W, 3) uint8 RGB, with its map (feat_h, feat_w).
 
         It is empty where the map points nowhere or the chosen mask is empty. Records are as those of `MaskGenerator`,
         except that ``stability_score`` is the agreement with the attention and that ``bbox`` x y width height holds
         all of the mask.
         """
-        return [self._records(*pair) for pair in zip(images, maps, strict=True)]
-
-    @torch.no_grad()
-    def _records(self, image: np.ndarray, attention_map: np.ndarray) -> list[dict[str, Any]]:
         prompt = prompt_from_map(attention_map, image.shape[1::-1], **self.prompt)
         if prompt is None:
             return []
@@ -98,17 +94,7 @@ class PromptedMasks:
         masks, predicted, _ = self.predictor.predict(points, labels, prompt.box_xyxy)  # (3, H, W), (3,)
         agreed = agreement(torch.from_numpy(masks), attention_map).numpy()
         best = int((predicted + agreed).argmax())
-        mask = masks[best]
-        if not mask.any():
+        if not masks[best].any():
             return []
-        return [
-            {
-                "segmentation": mask,
-                "area": int(mask.sum()),
-                "bbox": list(tight_box(mask)),
-                "predicted_iou": float(predicted[best]),
-                "point_coords": prompt.points[prompt.labels == 1].tolist(),
-                "stability_score": float(agreed[best]),
-                "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
-            }
-        ]
+        scores = {"predicted_iou": float(predicted[best]), "stability_score": float(agreed[best])}
+        return [mask_record(masks[best], **scores, point_coords=prompt.points[prompt.labels == 1].tolist())]

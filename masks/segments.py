@@ -17,7 +17,7 @@ from skimage.filters import sobel
 from skimage.segmentation import felzenszwalb
 from torchvision.ops import box_convert, nms
 
-from masks.mask_files import tight_box
+from masks.mask_files import mask_record, tight_box
 
 SAME_IOU = 0.85 - 1e-9  # non-maximum suppression of candidates, by their boxes
 
@@ -38,7 +38,6 @@ def segment_image(image: np.ndarray, settings: Mapping[str, Any] = SETTINGS) -> 
     """Return the candidates of an image (H, W, 3) uint8 RGB, the highest score first, as records of SAM's generator.
 
     ``predicted_iou`` and ``stability_score`` are both the score of `boundary_score`; neither is a prediction.
-    ``bbox`` x y width height holds all pixels of the mask.
     """
     lab, masks = rgb2lab(image), []
     for scale in settings["scales"]:
@@ -50,7 +49,12 @@ def segment_image(image: np.ndarray, settings: Mapping[str, Any] = SETTINGS) -> 
     scores = [boundary_score(mask, edges) for mask in masks]
     boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
     kept = distinct(boxes, np.array(scores), settings["max_masks"])
-    return [to_record(masks[row], scores[row]) for row in kept]
+    return [
+        mask_record(
+            masks[row], predicted_iou=scores[row], stability_score=scores[row], point_coords=[middle(masks[row])]
+        )
+        for row in kept
+    ]
 
 
 # --- regions ------------------------------------------------------------------------------------------------------
@@ -149,16 +153,8 @@ def distinct(boxes: np.ndarray, scores: np.ndarray, most: int) -> list[int]:
     return nms(xyxy, torch.from_numpy(scores), SAME_IOU)[:most].tolist()
 
 
-def to_record(mask: np.ndarray, score: float) -> dict[str, Any]:
-    """Return a record as SAM's generator makes them."""
+def middle(mask: np.ndarray) -> list[float]:
+    """Return x, y of the pixel of a mask (H, W) bool that is nearest to the mean of all its pixels."""
     points = np.argwhere(mask)
-    row, column = points[np.abs(points - points.mean(0)).sum(1).argmin()].tolist()  # the pixel nearest to the middle
-    return {
-        "segmentation": mask,
-        "area": len(points),
-        "bbox": list(tight_box(mask)),
-        "predicted_iou": score,
-        "point_coords": [[float(column), float(row)]],
-        "stability_score": score,
-        "crop_box": [0, 0, mask.shape[1], mask.shape[0]],
-    }
+    row, column = points[np.abs(points - points.mean(0)).sum(1).argmin()].tolist()
+    return [float(column), float(row)]

@@ -76,8 +76,9 @@ def sam():
 def test_the_answers_are_those_of_the_packages_predictor(sam, asked):
     images, maps = build_images(2, ((50, 80), (70, 45))), [bump(), bump()[:, ::-1]]
     prompt = PROMPT | asked
-    answers = PromptedMasks(sam, **prompt).generate(images, maps)
-    for image, attention_map, records in zip(images, maps, answers, strict=True):
+    prompted = PromptedMasks(sam, **prompt)
+    for image, attention_map in zip(images, maps, strict=True):
+        records = prompted.generate(image, attention_map)
         question = prompt_from_map(attention_map, image.shape[1::-1], **prompt)
         predictor = SamPredictor(sam)
         predictor.set_image(image)
@@ -98,5 +99,5 @@ def test_the_answers_are_those_of_the_packages_predictor(sam, asked):
 
 def test_an_image_with_a_blank_map_gets_no_mask(sam):
     images = build_images(2, ((50, 80), (70, 45)))
-    first, second = PromptedMasks(sam, **PROMPT).generate(images, [np.zeros(FEAT), bump()])
+    first, second = map(PromptedMasks(sam, **PROMPT).generate, images, [np.zeros(FEAT), bump()])
     assert first == [] and len(second) <= 1

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.ops import masks_to_boxes
 
-from masks.mask_files import ENTRY_KEYS
+from masks.mask_files import info_entry
 from masks.segments import SETTINGS, boundary_score, distinct, segment_image, touching
 
 HEIGHT, WIDTH = 37, 53
@@ -39,7 +39,7 @@ def test_records_are_as_those_of_sam():
     assert scores == sorted(scores, reverse=True) and min(scores) >= 0 and max(scores) <= 1
     for record in records:
         mask = record["segmentation"]
-        assert record.keys() == {*ENTRY_KEYS, "segmentation"}
+        assert record.keys() == {*info_entry(record), "segmentation"}
         assert mask.shape == (HEIGHT, WIDTH) and mask.dtype == bool and mask.sum() == record["area"]
         near_far = masks_to_boxes(torch.from_numpy(mask)[None])[0].tolist()  # its far corner is the last pixel
         x, y, width, height = record["bbox"]
