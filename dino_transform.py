@@ -5,6 +5,7 @@ and a crop. Nothing in this module's transform needs a model or a GPU, so it wor
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,14 @@ import torch
 from localized_crops.attention import cls_attention as cls_attention  # for users, as the class below
 from localized_crops.crops import plain_corners, random_shapes
 from localized_crops.density import crops_around, density_points, running_sums, unnormalised_densities
-from localized_crops.image_ids import compact_ids, listed_ids
+from localized_crops.image_ids import ImageId, compact_ids, listed_ids
 from localized_crops.transforms import DinoRandomResizedCrop as DinoRandomResizedCrop
 
 MAPS_AT_ONCE = 64  # are summed in one go
 KEPT_BYTES = 2**27  # of running sums that a process keeps for the next epochs: 12,000 maps of 37 x 37 cells
 
 
+@dataclass(eq=False)
 class MapCrops:
     """The density-map crops of a data set, drawn for whole epochs; a plain crop where an image has no map.
 
@@ -27,26 +29,15 @@ class MapCrops:
     do not hold all of them.
     """
 
-    def __init__(
-        self,
-        maps: Mapping[int, np.ndarray],
-        ids: np.ndarray,
-        image_sizes: np.ndarray,
-        *,
-        temperature: float,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    ) -> None:
-        """Keep what crops are drawn from.
+    maps: Mapping[ImageId, np.ndarray]  # image id -> attention map (feat_h, feat_w); read when crops are drawn
+    ids: np.ndarray  # (N,) image ids
+    image_sizes: np.ndarray  # (N, 2) width height in pixels
+    temperature: float  # this and the others: see `DinoRandomResizedCrop`
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
-        Args:
-            maps: image id -> attention map (feat_h, feat_w); read when crops are drawn.
-            ids: (N,) image ids.
-            image_sizes: (N, 2) width height in pixels.
-            temperature, scale, ratio: see `DinoRandomResizedCrop`.
-        """
-        self.maps, self.ids, self.image_sizes = maps, compact_ids(np.asarray(ids)), image_sizes
-        self.temperature, self.scale, self.ratio = temperature, scale, ratio
+    def __post_init__(self) -> None:
+        self.ids = compact_ids(np.asarray(self.ids))
         self._kept: dict[int, MapSums | None] = {}
         self._room = KEPT_BYTES
 

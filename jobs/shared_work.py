@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,30 +87,20 @@ class Result(NamedTuple):
     arrays: dict[str, np.ndarray] = {}  # noqa: RUF012 - never changed
 
 
+@dataclass
 class SharedWork:
-    """The work of one stage on the images of a data set, in units of some images each.
+    """The work of one stage on the images of a data set, in units of some images each."""
 
-    Args:
-        folder: where the finished units lie until all are there.
-        identity: all that the results depend on, as JSON holds it; its ``settings`` are of one section of the config.
-        section: that section's name.
-        again: the command that starts anew.
-        units: rows of the data set that are worked on together.
-        paths: of the images, by row.
-    """
+    folder: Path  # where the finished units lie until all are there
+    identity: dict[str, Any]  # all that the results depend on, as JSON holds it
+    section: str  # of the config, whose keys ``identity["settings"]`` holds
+    again: str  # the command that starts anew
+    units: Sequence[Sequence[int]]  # rows of the data set that are worked on together
+    paths: InitVar[Sequence[Path]]  # of the images, by row
 
-    def __init__(
-        self,
-        folder: Path,
-        identity: dict[str, Any],
-        section: str,
-        again: str,
-        units: Sequence[Sequence[int]],
-        paths: Sequence[Path],
-    ) -> None:
-        self.folder, self.identity, self.section, self.again, self.units = folder, identity, section, again, units
+    def __post_init__(self, paths: Sequence[Path]) -> None:
         self.rank, self.world_size = process_numbers()
-        self.keys = content_keys([[paths[row] for row in unit] for unit in units])
+        self.keys = content_keys([[paths[row] for row in unit] for unit in self.units])
         self.earlier: set[int] = set()  # numbers of the units that an earlier run's final file holds
 
     @contextmanager

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -120,21 +121,17 @@ def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:
 BatchKey = tuple[int, list[int], int, int]  # epoch, rows, number of them that count, images of the whole step
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler):
     """Batches, shuffled each epoch by (seed, epoch) alone, each cut into parts for accumulation and processes."""
 
-    def __init__(
-        self, size: int, batch_size: int, seed: int, *, parts: int = 1, rank: int = 0, world_size: int = 1
-    ) -> None:
-        """Plan the batches of one process.
-
-        Args:
-            size: images.
-            batch_size: images of a step, over all processes and parts.
-            parts: of one step in each process (gradient accumulation).
-        """
-        self.size, self.batch_size, self.seed, self.epoch = size, batch_size, seed, 0
-        self.parts, self.rank, self.world_size = parts, rank, world_size
+    size: int  # images
+    batch_size: int  # images of a step, over all processes and parts
+    seed: int
+    parts: int = 1  # of one step in each process (gradient accumulation)
+    rank: int = 0  # of this process
+    world_size: int = 1
+    epoch: int = 0  # the one that is to come
 
     def __len__(self) -> int:
         return len(self._starts()) * self.parts
