@@ -59,7 +59,10 @@ def main(config: dict) -> None:
         with timed(stage.seconds, "scores"):
             stage.work.run_units(partial(scored_units, stage), "candidates")
         if stage.work.rank == 0:
-            report(stage, *choose_boxes(stage))
+            boxes, errors = choose_boxes(stage)
+            count = sum(map(len, stage.candidates))
+            report_boxes(stage.out, stage.data, boxes, seconds=stage.seconds, errors=errors, candidates=count)
+            raise_if_any_failed(errors, stage.out.with_name("errors.txt"))
 
 
 # --- what is to be done -------------------------------------------------------------------------------------------
@@ -303,13 +306,6 @@ def choose_boxes(stage: Stage) -> tuple[np.ndarray, dict[ImageId, str]]:
     save_source(stage.out, data, boxes, made_by=Path(__file__).name, settings=settings, scores=scores)
     stage.work.remove()
     return boxes, errors
-
-
-def report(stage: Stage, boxes: np.ndarray, errors: dict[ImageId, str]) -> None:
-    """Print and save the evaluation; images that failed end the script with status 2."""
-    count = sum(map(len, stage.candidates))
-    report_boxes(stage.out, stage.data, boxes, seconds=stage.seconds, errors=errors, candidates=count)
-    raise_if_any_failed(errors, stage.out.with_name("errors.txt"))
 
 
 if __name__ == "__main__":

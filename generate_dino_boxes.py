@@ -20,7 +20,6 @@ when only the way from map to box changes (dino.method and what follows it).
 
 import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,20 +84,20 @@ class Stage:
 
 def prepare(config: dict) -> Stage:
     """Read the data set, build the network, and plan the batches."""
-    start = time.perf_counter()
-    settings = config["dino"]
+    settings, seconds = config["dino"], {}
     out = box_path(config["out"], dino_boxes_path(config["dataset"]["name"], config["dataset"]["root"]))
     set_up_cpu(config["num_threads"])
     start_server(BatchImages, config["num_workers"])
     device = choose_device(config["device"])
-    data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
-    read = time.perf_counter()
-    localizer = configured_localizer(config)
-    localizer.model.to(device)
-    side = settings["image_size"] or localizer.image_size
-    check_settings(settings, localizer, side)
-    is_taught = settings["method"] == "object_head"
-    cells = build_features(settings["object_model"], settings["object_weights"]) if is_taught else None
+    with timed(seconds, "data"):
+        data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
+    with timed(seconds, "model"):
+        localizer = configured_localizer(config)
+        localizer.model.to(device)
+        side = settings["image_size"] or localizer.image_size
+        check_settings(settings, localizer, side)
+        is_taught = settings["method"] == "object_head"
+        cells = build_features(settings["object_model"], settings["object_weights"]) if is_taught else None
     batches = plan_batches(data.image_sizes, side, localizer.patch, settings["batch_size"])
     work = SharedWork(
         out.with_name(f"{out.stem}.partial"),
@@ -108,7 +107,6 @@ def prepare(config: dict) -> Stage:
         [batch.rows for batch in batches],
         data.paths,
     )
-    seconds = {"data": round(read - start, 3), "model": round(time.perf_counter() - read, 3)}
     if work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")

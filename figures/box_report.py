@@ -1,6 +1,5 @@
 """How good boxes are: mean IoU, coverage and shares, always beside boxes that need no method, and a contact sheet."""
 
-import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from localized_crops.boxes import CENTER_SHARE, center_boxes, coverage, fill_mis
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from readers.images import read_image
-from utils import batched, environment, markdown_table
+from utils import batched, environment, markdown_table, timed
 
 SHEET_COLUMNS = 5  # images a row of the contact sheet
 IOU_LEVELS = (0.3, 0.5, 0.7)
@@ -131,9 +130,9 @@ def report_boxes(
     """
     found, boxes_xywh = ~np.isnan(boxes_xywh[:, 0]), fill_missing(boxes_xywh, data.image_sizes)
     scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
-    start = time.perf_counter()
-    draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
-    seconds = seconds | {"contact_sheet": round(time.perf_counter() - start, 3)}
+    seconds = dict(seconds)
+    with timed(seconds, "contact_sheet"):
+        draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
     save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | details)
     table = report_table(scores)
     save_text(out.with_suffix(".eval.md"), table + "\n")
