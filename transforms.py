@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -57,29 +58,24 @@ class BoxCrops:
         return sample_crops(boxes, self.image_sizes, rng=rng, **self.settings)
 
 
+@dataclass(frozen=True)
 class TrainTransform:
-    """Cut a drawn crop out of a training image, resize and recolour it.
+    """Cut a drawn crop out of a training image, resize and recolour it; the last fields are config keys."""
 
-    Args:
-        size: side of the result in pixels.
-        interpolation: of the resizing, antialiased: bilinear | bicubic.
-        augment, augment_p, augment_strength, use_augment_mix: the config's keys of these names.
-    """
+    size: int  # side of the result in pixels
+    interpolation: str = "bilinear"  # of the resizing, antialiased: bilinear | bicubic
+    augment: bool = False
+    augment_p: float = 1.0
+    augment_strength: float = 1.0
+    use_augment_mix: bool = False
 
-    def __init__(
-        self,
-        size: int,
-        interpolation: str = "bilinear",
-        *,
-        augment: bool = False,
-        augment_p: float = 1.0,
-        augment_strength: float = 1.0,
-        use_augment_mix: bool = False,
-    ) -> None:
-        self.size, self.interpolation, self.colour = size, interpolation, None
-        if augment or use_augment_mix:
-            colour = v2.AugMix() if use_augment_mix else build_colour_augmentation(augment_strength)
-            self.colour = v2.RandomApply([colour], augment_p) if augment_p < 1 else colour
+    @cached_property
+    def colour(self) -> v2.Transform | None:
+        """The colour augmentation applied after the crop."""
+        if not (self.augment or self.use_augment_mix):
+            return None
+        colour = v2.AugMix() if self.use_augment_mix else build_colour_augmentation(self.augment_strength)
+        return v2.RandomApply([colour], self.augment_p) if self.augment_p < 1 else colour
 
     def __call__(
         self, image: torch.Tensor | PIL.Image.Image, crop: Sequence[float], seed: Callable[[], int]

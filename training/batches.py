@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ class Batch(NamedTuple):
     whole: int  # images of the whole step, over all its parts
 
 
+@dataclass(eq=False)
 class TrainImages(Dataset):
     """Batches of randomly cropped training images.
 
@@ -42,34 +43,23 @@ class TrainImages(Dataset):
     those of a whole epoch when it loads its first batch of the epoch.
     """
 
-    def __init__(
-        self,
-        data: DataSet,
-        rows: np.ndarray,
-        crops: Crops,
-        transform: TrainTransform,
-        *,
-        flip: float,
-        seed: int,
-        decoded: ImageCache | None = None,
-        reference: np.ndarray | None = None,
-    ) -> None:
-        """Keep the rows of ``data``.
+    data: InitVar[DataSet]
+    rows: InitVar[np.ndarray]  # of ``data``, which images
+    crops: Crops  # of these images
+    transform: TrainTransform
+    _: KW_ONLY
+    flip: float  # probability of a horizontal flip
+    seed: int  # of crops, flips and colours
+    decoded: ImageCache | None = None  # None: files are read
+    reference: np.ndarray | None = None  # boxes (N, 4) that coverage is measured on, NaN for none; None: the true boxes
+    epoch: int | None = None  # the epoch whose crops and flips were drawn last
 
-        Args:
-            crops: of these images.
-            flip: probability of a horizontal flip.
-            seed: of crops, flips and colours.
-            decoded: the cache of decoded images; None: files are read.
-            reference: the boxes (N, 4) that coverage is measured on, NaN for none; None: the true boxes.
-        """
-        self.paths, self.decoded = data.paths[rows], decoded
-        self.ids, self.labels = compact_ids(data.ids[rows]), data.labels[rows]
+    def __post_init__(self, data: DataSet, rows: np.ndarray) -> None:
+        self.paths, self.ids, self.labels = data.paths[rows], compact_ids(data.ids[rows]), data.labels[rows]
         if self.ids.dtype.kind == "S" and np.array_equal(self.ids, self.paths.names):
             self.ids = self.paths.names  # one array for a loader process, not two
-        self.reference = data.boxes[rows] if reference is None else reference
-        self.crops, self.transform, self.flip, self.seed = crops, transform, flip, seed
-        self.epoch: int | None = None  # the epoch whose crops and flips were drawn last
+        if self.reference is None:
+            self.reference = data.boxes[rows]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -151,20 +141,19 @@ class EpochBatches(Sampler):
         return starts[:-1] if len(starts) > 1 and self.size - starts[-1] == 1 else starts
 
 
+@dataclass(eq=False)
 class ViewImages(Dataset):
     """Test images, each in several views."""
 
-    def __init__(
-        self,
-        data: DataSet,
-        rows: np.ndarray,
-        boxes: np.ndarray,
-        views: list[Callable],
-        decoded: ImageCache | None = None,
-    ) -> None:
-        """Keep the rows of ``data``; ``boxes`` (N, 4), of the whole data set, serve the views that look at a box."""
-        self.paths, self.ids, self.decoded = data.paths[rows], data.ids[rows].tolist(), decoded
-        self.labels, self.boxes, self.views = data.labels[rows], boxes[rows], views
+    data: InitVar[DataSet]
+    rows: InitVar[np.ndarray]  # of ``data``, which images
+    boxes: np.ndarray  # (N, 4), of all images of ``data``, then of these; for views that look at a box
+    views: list[Callable]
+    decoded: ImageCache | None = None
+
+    def __post_init__(self, data: DataSet, rows: np.ndarray) -> None:
+        self.paths, self.ids, self.labels = data.paths[rows], data.ids[rows].tolist(), data.labels[rows]
+        self.boxes = self.boxes[rows]
 
     def __len__(self) -> int:
         return len(self.paths)
