@@ -385,15 +385,8 @@ MACHINE_WORKERS: dict[str, int] = {}
 def load_config(arguments: list[str], base: dict | None = None) -> dict | None:
     """Return the checked settings of one run: the dict above, a preset, the command line, each over the last.
 
-    Args:
-        arguments: the command line without the script's name: ``preset=NAME`` and ``key=value`` words.
-        base: takes the place of the dict above: the config of the run that is gone on with.
-
-    Returns:
-        The config; None after printing the help that ``--help`` or ``--help all`` asked for.
-
-    Raises:
-        UserError: on an unknown key, a wrong type or a value that is not allowed.
+    ``base``, the config of the run that is gone on with, takes the place of the dict above. None is returned after
+    printing the help that ``--help`` or ``--help all`` asked for. Arguments and errors are those of `settings.load`.
     """
     script = Path(sys.argv[0]).stem
     if {"-h", "--help"} & set(arguments):

@@ -161,20 +161,14 @@ def known_boxes(source: str, data: DataSet, *, several: str = "largest", allow_m
 
 
 def save_source(
-    path: Path | str,
-    data: DataSet,
-    boxes_xywh: np.ndarray,
-    *,
-    made_by: str,
-    settings: dict[str, Any],
-    scores: np.ndarray | None = None,
+    path: Path | str, data: DataSet, boxes_xywh: np.ndarray, *, scores: np.ndarray | None = None, **header: Any
 ) -> None:
     """Write the box JSON of a data set, which ``source=path`` reads; images that cannot be read have an empty entry.
 
     Args:
         boxes_xywh: (N, 4), in the order of ``data``; NaN for an image that has none.
-        made_by, settings: see `localized_crops.box_file.save_boxes`.
         scores: (N,) confidence in the boxes.
+        **header: made_by and settings of `localized_crops.box_file.save_boxes`.
     """
     has_box, ids, no_image = ~np.isnan(boxes_xywh[:, 0]), data.ids.tolist(), dict.fromkeys(data.unreadable)
 
@@ -186,10 +180,9 @@ def save_source(
         path,
         by_id(boxes_xywh),
         dict(zip(ids, data.image_sizes.tolist(), strict=True)) | no_image,
-        made_by=made_by,
-        settings=settings,
         pixel_grid=data.pixel_grid,
         scores=None if scores is None else by_id(scores),
+        **header,
     )
 
 

@@ -42,10 +42,9 @@ class BoxSet:
         chosen, counts = np.full((count, 4), np.nan), np.bincount(self.rows, minlength=count)
         has_box, starts = counts > 0, np.cumsum(counts) - counts
         if choose == "union":
-            near, far = np.full((count, 2), np.inf), np.full((count, 2), -np.inf)
-            np.minimum.at(near, self.rows, self.boxes[:, :2])
-            np.maximum.at(far, self.rows, self.boxes[:, :2] + self.boxes[:, 2:])
-            chosen[has_box] = np.concatenate([near, far - near], axis=1)[has_box]
+            near = np.minimum.reduceat(self.boxes[:, :2], starts[has_box])
+            far = np.maximum.reduceat(self.boxes[:, :2] + self.boxes[:, 2:], starts[has_box])
+            chosen[has_box] = np.concatenate([near, far - near], axis=1)
         elif choose == "random":
             drawn = starts + (rng.random(count) * counts).astype(np.int64)
             chosen[has_box] = self.boxes[drawn[has_box]]
