@@ -230,7 +230,8 @@ def crop_panels(
     groups, pixels = {}, [pil_to_tensor(image) for image in images]
     for name, crops in crop_methods(config, subject, rows).items():
         groups[name] = [[] for _ in rows]
-        for number, drawn in enumerate(map(crops.draw, [rng] * config["visualize"]["crops"])):
+        for number in range(config["visualize"]["crops"]):
+            drawn = crops.draw(rng)
             for place, row in enumerate(rows.tolist()):
                 image_id = subject.data.ids[row].item()
                 shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))

@@ -328,7 +328,6 @@ def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PAL
     Args:
         rng: all that is not the class comes from it.
         label: 0 to 7, index into ``CLASS_NAMES``.
-        palette: the colours to draw with.
 
     Returns:
         Image, mask and box. The mask holds the *visible* pixels of the bird (leaves in front are left out, as

@@ -29,7 +29,6 @@ def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_cl
     same Pillow).
 
     Args:
-        root: folder to make.
         train_per_class: images a class with a 1 in train_test_split.txt.
         test_per_class: images a class with a 0 there.
         seed: of the drawings, 0 or more.
