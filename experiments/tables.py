@@ -246,6 +246,19 @@ TABLES["photos_pretrained_crops"] = Table(
     steps=(OBJECT_STEP, ATTENTION_STEP),
     folder="photos_pretrained",  # where some are trained already
 )
+TABLES["photos_pretrained_tight"] = Table(
+    title="Photographs: crops held to the whole box, a pretrained network",
+    rows={
+        "exact, object head's boxes, thr 1": {"source": OBJECT_BOXES, "maiou": None},
+        "exact, centred boxes, thr 1": CENTER | {"maiou": None},
+        PLAIN_35: SCALES[PLAIN_35],
+    },
+    preset="finetune",
+    controls=(PLAIN_35,),
+    common=TRAINED,
+    steps=(OBJECT_STEP,),
+    folder="photos_pretrained",  # where some are trained already
+)
 FIRST_ON_PHOTOS = "runs/photos_first_training"
 FIRST_WORDS = [word_of(key, value) for key, value in (TRAINED | SCALES[PLAIN_35]).items()]
 TABLES["photos_second_training"] = Table(
