@@ -141,9 +141,9 @@ class SharedWork:
             UserError: if that run's identity was another one.
         """
         self._check_identity(identity, f"{path}: made")
-        before = dict(enumerate(keys if isinstance(keys, list) else []))
+        before, failed = dict(enumerate(keys if isinstance(keys, list) else [])), set(failed)
         same = (number for number, key in enumerate(self.keys) if before.get(number) == key)
-        self.earlier = {number for number in same if set(failed).isdisjoint(self.units[number])}
+        self.earlier = {number for number in same if failed.isdisjoint(self.units[number])}
 
     @property
     def begun(self) -> bool:
