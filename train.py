@@ -93,8 +93,8 @@ def forked_config(arguments: list[str], folder: Path) -> dict:
 
 
 def saved_config(folder: Path) -> dict:
-    """Return the checked config.json of the run in ``folder``."""
-    return check_config(load_json(folder / "config.json"), f"{folder / 'config.json'}: ")
+    """Return the checked config.json of the run in ``folder``; keys newer than the run have their defaults."""
+    return check_config(load_json(folder / "config.json"), f"{folder / 'config.json'}: ", is_saved=True)
 
 
 def resumed_config(arguments: list[str], folder: Path) -> dict:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.settings import set_key
+from jobs.settings import DEFAULTS, leaves, set_key
 from localized_crops.files import UserError, load_json, user_errors
 from utils import UNREADABLE
 
@@ -125,7 +125,8 @@ def crop_family(config: dict) -> str:
 
 def settings_key(config: dict) -> str:
     """Return as text what two trainings share if they are the same but for their seed."""
-    return json.dumps({key: config[key] for key in sorted(config.keys() - FREE_KEYS - {"seed"})}, sort_keys=True)
+    settings = DEFAULTS | leaves(config)  # an earlier version had fewer keys
+    return json.dumps({key: settings[key] for key in sorted(settings) if key.split(".")[0] not in {*FREE_KEYS, "seed"}})
 
 
 def group_by_settings(settings: dict[Path, str]) -> dict[str, list[Path]]:

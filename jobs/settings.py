@@ -130,8 +130,10 @@ def word_of(key: str, value: Any) -> str:
 # --- a whole config -----------------------------------------------------------------------------------------------
 
 
-def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
+def check_leaves(tree: Any, presets: Iterable[str] = (), *, is_saved: bool = False) -> dict[str, Any]:
     """Return the checked values of a config with all keys by dotted key; ``presets``: what a misspelt key may mean.
+
+    With ``is_saved`` keys may be missing, as in a config that an earlier version saved, and get their defaults.
 
     Raises:
         UserError: on the first fault: an unknown key, a missing one, a value that is not allowed.
@@ -143,15 +145,20 @@ def check_leaves(tree: Any, presets: Iterable[str] = ()) -> dict[str, Any]:
         _check_known(key, presets)
     for key in (key for key in tree if "." in key):
         raise UserError(f"{key}: belongs into the dict of its section, without a dot")
+    if is_saved:
+        flat = DEFAULTS | flat
     for key in SCHEMA.keys() - flat.keys():
         raise UserError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
     return {key: check_value(key, value) for key, value in flat.items()}
 
 
-def check_config(tree: Any, where: str = "") -> dict:
-    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the error's message."""
+def check_config(tree: Any, where: str = "", *, is_saved: bool = False) -> dict:
+    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the error's message.
+
+    ``is_saved``: see `check_leaves`.
+    """
     with user_errors(UserError, where):
-        checked = nested(check_leaves(tree))
+        checked = nested(check_leaves(tree, is_saved=is_saved))
         if fault := check_together(checked):
             raise UserError(fault)
     return checked

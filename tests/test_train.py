@@ -20,7 +20,7 @@ from datasets import read_dataset
 from experiments.grid import FolderInUseError
 from jobs.settings import leaves
 from localized_crops.box_file import save_boxes
-from localized_crops.files import UserError, load_json
+from localized_crops.files import UserError, load_json, save_json
 from localized_crops.map_file import save_map_cache
 from readers.images import read_image
 from training.loop import out_of_patience
@@ -143,6 +143,21 @@ def test_a_run_goes_on_from_its_own_config(unbroken, tmp_path, monkeypatch):
     assert found["run_dir"] == "runs/cub_3"  # the same command with one word more
     with pytest.raises(UserError, match="no run to go on with"):
         train.load_run_config(["resume=true", f"run_dir={tmp_path / 'none'}"])
+
+
+def test_a_run_of_an_earlier_version_which_had_fewer_keys_goes_on(birds, unbroken, tmp_path):
+    folder = Path(shutil.copytree(unbroken, tmp_path / "run"))
+    saved, checkpoint = load_json(folder / "config.json"), load_tensors(folder / "last.pt")
+    for config_ in (saved, checkpoint["config"]):
+        del config_["evaluate"]["averages"], config_["model"]["head_start"]
+    save_json(folder / "config.json", saved)
+    torch.save(checkpoint, folder / "last.pt")
+    forked = train.load_run_config([f"init_from={folder}"])
+    assert forked["evaluate"]["averages"] == [] and forked["num_epochs"] == 4
+    assert run(birds, folder, *FULL, "resume=true", "num_epochs=5")["epochs"] == 5
+    save_json(folder / "config.json", saved | {"THR": "much"})
+    with pytest.raises(UserError, match=r"config\.json: THR='much'"):
+        train.load_run_config(["resume=true", f"run_dir={folder}"])
 
 
 def test_a_finished_run_is_not_overwritten(birds, unbroken):

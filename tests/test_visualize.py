@@ -204,6 +204,9 @@ def test_runs_of_one_name_in_two_folders_keep_apart(few_birds, tmp_path):
 def test_the_seed_is_no_setting(few_birds):
     key, other, same = (settings_key(config_of(few_birds, word)) for word in ("seed=1", "THR=0.2", "seed=2"))
     assert key == same != other
+    earlier = config_of(few_birds)  # of a version that had fewer keys
+    del earlier["evaluate"]["averages"]
+    assert settings_key(earlier) == key
 
 
 # --- the file, and bad input --------------------------------------------------------------------------------------

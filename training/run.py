@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import models
-from jobs.settings import leaves
+from jobs.settings import DEFAULTS, leaves
 from localized_crops.attention import last_attention
 from localized_crops.files import UserError, save_json, user_errors
 from training.distributed import rank, world_size
@@ -195,7 +195,7 @@ def check_origin(run: Run, state: dict) -> None:
     if changed:
         raise ValueError(f"{changed}: not what they were when it was written; start a new run")
     free = RESUME_MAY_CHANGE | {"num_epochs", "dataset.root"}  # it may be extended; the images are compared themselves
-    before, now = leaves(state["config"]), leaves(run.config)
+    before, now = DEFAULTS | leaves(state["config"]), leaves(run.config)  # an earlier version had fewer keys
     changed = first_difference(before, {key: value for key, value in now.items() if key not in free})
     if changed:
         raise ValueError(f"it was trained with {changed}={before.get(changed)}, now {now[changed]}")
