@@ -132,6 +132,8 @@ def resolve_threshold(attention_map: np.ndarray, threshold: float | str) -> floa
     Otsu's is the upper edge of one of 256 equal bins between the least and the largest value.
     """
     if threshold != "otsu":
+        if isinstance(threshold, str):
+            raise ValueError(f"threshold={threshold!r} must be a number or 'otsu'")
         return float(threshold)
     from skimage.filters import threshold_otsu  # here: it takes half a second, and few need it
 

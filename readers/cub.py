@@ -38,7 +38,7 @@ def read_cub_tables(root: Path) -> Listing:
     )
     labels = _labels(root, np.array(list(classes), dtype=np.int64), ids, class_of[:, 0])
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
-    paths = ImagePaths(folder, _image_names(root, names))
+    paths = ImagePaths(folder, _image_names(root, str(folder), names))
     split = np.where(is_train[:, 0] == 1, "train", "test").astype("<U5")
     return Listing(paths, ids, labels, list(classes.values()), split, boxes, root / "bounding_boxes.txt")
 
@@ -141,11 +141,13 @@ def _labels(root: Path, class_ids: np.ndarray, ids: np.ndarray, class_of: np.nda
     return labels
 
 
-def _image_names(root: Path, names: dict[int, str]) -> list[str]:
-    """Return the normal names of files (image id -> name as it stands in images.txt) below the folder of images."""
-    normal = list(map(os.path.normpath, names.values()))
-    for image_id, relative, name in zip(names, names.values(), normal, strict=True):
-        if name.startswith((os.sep, ".." + os.sep)) or name in (".", "..") or "\0" in name:
+def _image_names(root: Path, folder: str, names: dict[int, str]) -> list[str]:
+    """Return the normal names of files (image id -> name as it stands in images.txt) below ``folder``."""
+    normal, up = list(map(os.path.normpath, names.values())), ".." + os.sep
+    for row, (image_id, relative) in enumerate(names.items()):
+        if normal[row].startswith((os.sep, up)):  # it may lead back into the folder
+            normal[row] = os.path.relpath(os.path.join(folder, relative), folder)
+        if normal[row].startswith(up) or normal[row] in (".", "..") or "\0" in relative:
             raise UserError(
                 f"{root / 'images.txt'}: image id {image_id}: {relative!r} leaves the images folder or is no file name"
             )

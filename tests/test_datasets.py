@@ -124,6 +124,16 @@ FAULTS = {
 }
 
 
+@pytest.mark.parametrize("prefix", ["../images/", "./", "{root}/images/"])
+def test_names_that_lead_back_into_the_folder_of_images_are_taken(birds, birds_copy, prefix):
+    lines = [line.split(" ", 1) for line in (birds / "images.txt").read_text().splitlines()]
+    prefix = prefix.format(root=birds_copy)
+    (birds_copy / "images.txt").write_text("\n".join(f"{number} {prefix}{name}" for number, name in lines))
+    assert [path.relative_to(birds_copy / "images") for path in read(birds_copy).paths] == [
+        path.relative_to(birds / "images") for path in read(birds).paths
+    ]
+
+
 def test_tables_may_be_written_in_any_order_and_spacing(birds, birds_copy):
     for name in ("bounding_boxes.txt", "image_class_labels.txt", "train_test_split.txt"):
         lines = (birds / name).read_text().splitlines()

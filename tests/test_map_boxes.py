@@ -118,8 +118,9 @@ def test_otsu_separates_best():
 
     found = map_boxes.resolve_threshold(values, "otsu")
     assert variance_between(found) == pytest.approx(max(map(variance_between, np.linspace(0.01, 4, 500))))
-    with pytest.raises(ValueError, match="mean"):
-        map_boxes.resolve_threshold(values, "mean")
+    for word in ("mean", "0.5"):
+        with pytest.raises(ValueError, match=f"^threshold='{word}' must be a number or 'otsu'"):
+            map_boxes.resolve_threshold(values, word)
 
 
 def test_boxes_of_a_block():
