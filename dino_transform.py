@@ -15,6 +15,7 @@ from localized_crops.attention import cls_attention as cls_attention  # for user
 from localized_crops.crops import plain_corners, random_shapes
 from localized_crops.density import crops_around, density_points, running_sums, unnormalised_densities
 from localized_crops.image_ids import ImageId, compact_ids, listed_ids
+from localized_crops.transforms import AttentionMap as AttentionMap  # its input
 from localized_crops.transforms import DinoRandomResizedCrop as DinoRandomResizedCrop
 
 MAPS_AT_ONCE = 64  # are summed in one go

@@ -26,6 +26,7 @@ def random_density(seed=0):
 
 def test_attention_is_importable_from_here():
     assert dino_transform.cls_attention.__module__ == "localized_crops.attention"
+    assert dino_transform.AttentionMap.__module__ == "localized_crops.transforms"
 
 
 def draw_points(density, num_points, rng):
