@@ -291,7 +291,7 @@ presets = {
         "dataset.name": "folder",
         "dataset.val_fraction": 0.2,
         "source": "dino",  # generate_dino_boxes.py preset=finetune comes first
-        "maiou": 0.9,
+        "THR": 1.0,  # crops keep the whole found box
         "eval_box": "dino",
         "eval.views": ["full"],  # and the box: their average is the answer
         "eval.crop_pct": None,  # the network's own
