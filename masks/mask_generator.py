@@ -21,7 +21,6 @@ from scipy import ndimage
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
     MaskData,
-    batched_mask_to_box,
     build_all_layer_point_grids,
     calculate_stability_score,
     generate_crop_boxes,
@@ -201,7 +200,7 @@ class MaskGenerator:
         return MaskData(
             stability_score=calculate_stability_score(logits, self.sam.mask_threshold, self.stability_score_offset),
             area=_count(masks),
-            boxes=batched_mask_to_box(masks).long(),  # of no masks it is float
+            boxes=masks_to_boxes(masks),
         )
 
     def _masks_per_chunk(self, size: tuple[int, int]) -> int:
@@ -261,7 +260,7 @@ class MaskGenerator:
         """Fill small holes, drop small islands, and drop what became a duplicate: untouched masks are preferred."""
         masks = data["masks"]
         touched = [remove_small_regions(mask, self.min_mask_region_area) for mask in masks.numpy()]
-        touched, boxes = torch.tensor(touched, dtype=torch.bool), batched_mask_to_box(masks)
+        touched, boxes = torch.tensor(touched, dtype=torch.bool), masks_to_boxes(masks)
         data["boxes"] = torch.where(touched[:, None], boxes, data["boxes"])
         data["area"] = torch.where(touched, _count(masks), data["area"])
         data.filter(_suppress(boxes, (~touched).float(), max(self.box_nms_thresh, self.crop_nms_thresh)))
@@ -297,6 +296,17 @@ class _Frame:
     def upsample(self, low: torch.Tensor) -> torch.Tensor:
         """Return the logits (M, H, W) of low-resolution ones (M, 4 * cells[0], 4 * cells[1])."""
         return self.vertical @ (low @ self.horizontal)
+
+
+def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Return xyxy boxes (N, 4) int64 of the first and last True pixels of masks (N, H, W) bool; zeros where none is.
+
+    As the package's batched_mask_to_box, in a quarter of its time: it looks for maxima of bool, which are slow.
+    """
+    rows, cols = (masks.view(torch.uint8).amax(dim=dim) for dim in (2, 1))  # (N, H), (N, W)
+    first = [line.argmax(dim=1) for line in (cols, rows)]
+    last = [line.shape[1] - 1 - line.flip(1).argmax(dim=1) for line in (cols, rows)]
+    return torch.stack(first + last, dim=1) * rows.amax(dim=1, keepdim=True)
 
 
 def remove_small_regions(mask: np.ndarray, min_area: int) -> bool:

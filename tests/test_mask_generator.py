@@ -267,6 +267,13 @@ def test_min_mask_region_area_without_cv2(sam, images):
 # --- parts --------------------------------------------------------------------------------------------------------
 
 
+def test_boxes_of_masks():
+    masks = torch.stack([torch.from_numpy(blobs(seed, share=0.002)) for seed in range(20)])
+    masks[3] = False
+    assert torch.equal(mask_generator.masks_to_boxes(masks), batched_mask_to_box(masks))
+    assert mask_generator.masks_to_boxes(masks[:0]).shape == (0, 4)
+
+
 @pytest.mark.parametrize("size", [(37, 53), (53, 37), (300, 200), (16, 700), (1, 1)])
 def test_one_product_is_the_two_resizes(sam, size):
     frame = mask_generator._Frame.build(size, sam)
