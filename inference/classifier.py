@@ -70,7 +70,11 @@ class Classifier:
         """The view whose probabilities are the answer: the average of several."""
         return AVERAGE if len(self.views) > 1 else next(iter(self.views))
 
-    def predict(
+    def predict(self, images: Sequence[Path | str], **options: Any) -> list[Prediction]:
+        """Return the prediction for each image file, in order; options as of `stream`."""
+        return list(self.stream(images, **options))
+
+    def stream(
         self,
         images: Sequence[Path | str],
         *,
@@ -78,8 +82,8 @@ class Classifier:
         batch_size: int = 64,
         num_workers: int = 0,
         progress: bool = False,
-    ) -> list[Prediction]:
-        """Return the prediction for each image file, in order.
+    ) -> Iterator[Prediction]:
+        """Yield the prediction for each image file, in order, while the next ones are decoded.
 
         If a view needs the object's box, the localizer first finds the boxes of all images.
 
@@ -99,18 +103,18 @@ class Classifier:
             num_workers=num_workers,
             pin_memory=self.device.type == "cuda",
         )
-        predictions = []
+        row = 0
         with tqdm(total=len(paths), desc="classes", unit=" images", disable=None if progress else True) as bar:
             for views, errors in loader:
                 best = self.log_probs(views)[self.answer].exp().topk(min(top_k, len(self.class_names)))
                 answers = zip(best.values.tolist(), best.indices.tolist(), errors, strict=True)
-                for row, (probabilities, classes, error) in enumerate(answers, len(predictions)):
+                for probabilities, classes, error in answers:
                     box = None if boxes is None else tuple(boxes[row].tolist())
                     names = [self.class_names[k] for k in classes]
                     failed = Prediction(paths[row], [], [], None, error)
-                    predictions.append(failed if error else Prediction(paths[row], names, probabilities, box, None))
+                    yield failed if error else Prediction(paths[row], names, probabilities, box, None)
+                    row += 1
                 bar.update(len(errors))
-        return predictions
 
     def find_boxes(
         self, paths: Sequence[Path], *, num_workers: int = 0, progress: bool = False

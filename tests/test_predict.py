@@ -82,6 +82,8 @@ def test_the_library_call_gives_what_the_command_writes(site, photos, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
     classifier = load_classifier(site / "run" / "best.pt")
     predictions = classifier.predict([line["path"] for line in lines], top_k=8)
+    first = next(classifier.stream([line["path"] for line in lines], top_k=8, batch_size=1))
+    assert first.path == predictions[0].path and first.classes == predictions[0].classes
     for line, one in zip(lines, predictions, strict=True):
         assert [entry["class"] for entry in line["top"]] == one.classes and len(one.classes) == 8
         assert [entry["probability"] for entry in line["top"]] == pytest.approx(one.probabilities, abs=1e-5)
