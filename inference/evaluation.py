@@ -63,6 +63,11 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
             f"{classifier.path}: trained on other classes than those of {data.root} (the first: {difference})"
         )
     config, boxes = classifier.config, view_boxes(classifier.config, data)
+    averages = {name: name.split("+") for name in config["evaluate"]["averages"]}
+    for name, views in averages.items():
+        if unknown := set(views) - set(classifier.views):
+            known = ", ".join(classifier.views)
+            raise UserError(f"evaluate.averages={name}: {min(unknown)} is no view of {classifier.path}, it has {known}")
     loader = build_loader(
         ViewImages(data, rows, boxes, list(classifier.views.values())),
         batch_size=config["eval"]["batch_size"],
@@ -71,11 +76,7 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
     )
     bar = tqdm(loader, desc=Path(classifier.path).parent.name, unit=" batches", disable=None)
     log_probs, labels = classifier.labelled_log_probs(bar)
-    for name in config["evaluate"]["averages"]:
-        views = name.split("+")
-        if unknown := set(views) - set(classifier.views):
-            known = ", ".join(classifier.views)
-            raise UserError(f"evaluate.averages={name}: {min(unknown)} is no view of {classifier.path}, it has {known}")
+    for name, views in averages.items():
         log_probs[name] = average(log_probs[view] for view in views)
     finds_boxes = config["eval_box"] not in (None, "gt")
     box_iou = iou(boxes[rows], data.boxes[rows]) if finds_boxes else np.full(len(rows), np.nan)
@@ -186,17 +187,23 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.1f}"
 
 
+def view_title(one: Evaluated, view: str) -> str:
+    """Return the name of a view, marked if it, or a view that it is the average of, looks at true boxes."""
+    sees_box = any(part.startswith(("box", AVERAGE)) for part in view.split("+"))
+    return view + " (oracle: true boxes)" * (sees_box and one.classifier.config["eval_box"] == "gt")
+
+
 def overview_table(figures: dict[str, Any], evaluated: Sequence[Evaluated]) -> str:
     """Return the figures of every checkpoint in every view."""
     lines = []
-    for path, has_true_boxes in ((one.classifier.path, one.classifier.config["eval_box"] == "gt") for one in evaluated):
+    for one in evaluated:
+        path = one.classifier.path
         for view, value in figures[path]["views"].items():
-            is_oracle = has_true_boxes and view.startswith(("box", "average"))
             low, high = value["interval"]
             lines.append(
                 [
                     f"{path} ({figures[path]['weights']})",
-                    view + " (oracle: true boxes)" * is_oracle,
+                    view_title(one, view),
                     f"{percent(value['top1'])} [{percent(low)}, {percent(high)}]",
                     percent(value["top5"]),
                     f"{value['loss']:.3f}",
@@ -223,8 +230,9 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
 def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
     """Return the accuracy over trainings that differ in their seed alone, a row for each, with paired tests.
 
-    The first such row is the control: in the same view, and in the best of its views that look at no box. Nothing
-    where every training has other settings, or two checkpoints are of one training.
+    The first such row is the control: in the same view, and in the best of its views that look at no box. A view that
+    some training lacks is left out. Nothing where every training has other settings, or two checkpoints are of one
+    training.
     """
     rows, by_path = {}, {Path(one.classifier.path).parent: one for one in evaluated}
     groups = group_by_settings({path: settings_key(one.classifier.trained) for path, one in by_path.items()})
@@ -236,7 +244,10 @@ def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
             for one in map(by_path.get, paths)
         ]
     name, control = next(iter(rows.items()))
-    views = list(control[0].correct)
+    views = [view for view in control[0].correct if all(view in runs[0].correct for runs in rows.values())]
+    if not views:
+        return ""
+    titles = [max((view_title(one, view) for one in evaluated), key=len) for view in views]  # marked if one's is
     plain = [view for view in views if "box" not in view and "+" not in view and view != AVERAGE]
     best = max(plain or views, key=lambda view: np.mean(top1_of(control, view)))
     parts = []
@@ -249,21 +260,23 @@ def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
             }
             lines.append([row, *(top1_text(top1_of(runs, view), test) for view, test in tests.items())])
         parts += [f"Top-1 in %, mean ± standard deviation over seeds; difference to {name} in {title}:"]
-        parts += [markdown_table(["trainings", *views], lines)]
+        parts += [markdown_table(["trainings", *titles], lines)]
     return "\n\n".join(parts)
 
 
 def thirds_table(figures: dict[str, Any], key: str, of: str) -> str:
     """Return the accuracy by thirds of the images, which are the figures' ``key`` and told as ``of``; or nothing."""
-    lines, heads = [], []
+    tables = {}  # heads -> lines: checkpoints that look at other boxes have other thirds
     for path, checkpoint in figures.items():
         for view, value in checkpoint["views"].items():
             if (thirds := value[key]) is not None:
-                heads = [f"{name} (to {third['largest_share']:.2f}), n {third['n']}" for name, third in thirds.items()]
-                lines.append([path, view, *(percent(third["top1"]) for third in thirds.values())])
-    if not lines:
+                heads = (f"{name} (to {third['largest_share']:.2f}), n {third['n']}" for name, third in thirds.items())
+                line = [path, view, *(percent(third["top1"]) for third in thirds.values())]
+                tables.setdefault(tuple(heads), []).append(line)
+    if not tables:
         return ""
-    return f"Top-1 in % by the {of}, thirds of the images:\n\n" + markdown_table(["checkpoint", "view", *heads], lines)
+    parts = [markdown_table(["checkpoint", "view", *heads], lines) for heads, lines in tables.items()]
+    return "\n\n".join([f"Top-1 in % by the {of}, thirds of the images:", *parts])
 
 
 def class_tables(figures: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ import torch
 
 import evaluate
 import models
-from inference import export
+from inference import evaluation, export
 from inference.classifier import load_classifier
 from localized_crops.files import UserError, load_json
 from utils import load_tensors
@@ -74,7 +74,9 @@ def test_checkpoints_are_compared_image_by_image(site_copy, tmp_path):
         run(both, f"dataset.root={site_copy}/birds", f"evaluate.out={tmp_path}/out")
 
 
-def test_trainings_that_differ_in_their_seed_are_one_row_and_views_are_averaged_as_asked(site_copy, tmp_path):
+def test_trainings_that_differ_in_their_seed_are_one_row_and_views_are_averaged_as_asked(
+    site_copy, tmp_path, monkeypatch
+):
     random = np.random.default_rng(0)
     for thr in (0.0, 1.0):
         for seed in (0, 1):
@@ -110,8 +112,39 @@ def test_trainings_that_differ_in_their_seed_are_one_row_and_views_are_averaged_
     assert f"difference to thr_0, n = 2 in view {best}, its best one" in in_best
     difference = 100 * (np.mean(top1(1, "full+box")) - np.mean(top1(0, best)))
     assert f" {difference:+.1f} (p " in in_best.splitlines()[5].split("|")[6]
+    monkeypatch.setattr(evaluation, "build_loader", None)  # before anything is classified
     with pytest.raises(UserError, match=r"evaluate\.averages=full\+bo: bo"):
         run(checkpoints, *words, f"evaluate.out={tmp_path}/none", "evaluate.averages=full+bo")
+
+
+def test_rows_of_trainings_with_other_views_and_boxes_share_the_views_that_all_have(site_copy, tmp_path):
+    paths = []
+    for number, (box, seed) in enumerate([("center", 0), ("center", 1), ("gt", 0), (None, 0)]):
+        content = load_tensors(site_copy / "run" / "best.pt")
+        content["config"] |= {"eval_box": box, "seed": seed}
+        paths.append(tmp_path / str(number) / "best.pt")
+        paths[-1].parent.mkdir()
+        torch.save(content, paths[-1])
+    words = [f"dataset.root={site_copy}/birds", "evaluate.split=train", "eval.views=full"]
+    run(",".join(map(str, paths)), *words, f"evaluate.out={tmp_path}/all")
+    assert "| trainings | full |\n" in (tmp_path / "all" / "evaluation.md").read_text()
+    words.append("evaluate.averages=full+box")
+    run(",".join(map(str, paths[:3])), *words, f"evaluate.out={tmp_path}/boxes")
+    text = (tmp_path / "boxes" / "evaluation.md").read_text()
+    oracles = [f"{view} (oracle: true boxes)" for view in ("box", "average", "full+box")]
+    assert f"| trainings | full | {' | '.join(oracles)} |" in text
+    assert text.split("Top-1 in %, mean")[0].count("| full+box (oracle: true boxes) |") == 1  # of the one training
+
+
+def test_thirds_that_differ_have_tables_of_their_own():
+    def figures(bound):
+        thirds = {name: {"largest_share": bound, "top1": 0.5, "n": 4} for name in ("small", "large")}
+        return {"views": {"box": {"by_box_iou": thirds}}}
+
+    table = evaluation.thirds_table({"a": figures(0.4), "b": figures(0.6), "c": figures(0.4)}, "by_box_iou", "IoU")
+    first, second = table.split("| checkpoint")[1:]
+    assert "to 0.40" in first and "| a |" in first and "| c |" in first and "| b |" not in first
+    assert "to 0.60" in second and "| b |" in second
 
 
 def test_a_data_set_of_other_classes_or_without_the_split_is_refused(site_copy, tmp_path):
