@@ -260,9 +260,8 @@ def boxes_picture(config: dict) -> tuple[Figure, str]:
         crops = {column: crop_samples(methods, boxes[rows], rng) for column, boxes in columns.items()}
         histograms[f"{name}, {len(rows)} images"] = box_samples(source, subject, rows) | crops
     promise = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
-    figure = histogram_figure(
-        histograms, {list(columns)[-1]: promise}
-    )  # the promise is for the boxes that crops are held to
+    # the promise is for the boxes that crops are held to
+    figure = histogram_figure(histograms, {list(columns)[-1]: promise})
     return figure, f"{len(subject.data.ids)} images of {subject.data.root}"
 
 

@@ -30,9 +30,8 @@ def run_sweep(config: dict, train: Train) -> None:
         else:
             run_grid(config, points, train, config["sweep"]["count"])
         if any((point.folder / "summary.json").exists() for point in points):
-            with lock_file(
-                folder / ".lock", fcntl.LOCK_EX
-            ):  # of two processes the one that writes last has seen all runs
+            # of two processes the one that writes last has seen all runs
+            with lock_file(folder / ".lock", fcntl.LOCK_EX):
                 remove_scratch(folder)
                 write_summary(config, table, seeds, folder)
 
