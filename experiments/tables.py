@@ -246,18 +246,31 @@ TABLES["photos_pretrained_crops"] = Table(
     steps=(OBJECT_STEP, ATTENTION_STEP),
     folder="photos_pretrained",  # where some are trained already
 )
+WHOLE_BOX_ROWS = {
+    PLAIN_35: SCALES[PLAIN_35],
+    "exact, object head's boxes, thr 1": {"source": OBJECT_BOXES, "maiou": None},
+    "exact, centred boxes, thr 1": CENTER | {"maiou": None},
+}
 TABLES["photos_pretrained_tight"] = Table(
     title="Photographs: crops held to the whole box, a pretrained network",
-    rows={
-        "exact, object head's boxes, thr 1": {"source": OBJECT_BOXES, "maiou": None},
-        "exact, centred boxes, thr 1": CENTER | {"maiou": None},
-        PLAIN_35: SCALES[PLAIN_35],
-    },
+    rows=WHOLE_BOX_ROWS,
     preset="finetune",
     controls=(PLAIN_35,),
     common=TRAINED,
     steps=(OBJECT_STEP,),
     folder="photos_pretrained",  # where some are trained already
+)
+TABLES["photos_few"] = Table(
+    title="Photographs: few training images a class, a pretrained network",
+    rows=WHOLE_BOX_ROWS,
+    preset="finetune",
+    controls=(PLAIN_35,),
+    budgets={
+        "5 images a class": {"dataset.val_fraction": 0.8333},
+        "10 images a class": {"dataset.val_fraction": 0.6667},
+    },
+    common=TRAINED,
+    steps=(OBJECT_STEP,),
 )
 FIRST_ON_PHOTOS = "runs/photos_first_training"
 FIRST_WORDS = [word_of(key, value) for key, value in (TRAINED | SCALES[PLAIN_35]).items()]
