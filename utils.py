@@ -245,7 +245,8 @@ def set_up_cpu(threads: int | None) -> None:
     if threads:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
     if set_option := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's alone
-        set_option(M_MMAP_THRESHOLD, 2**30) or set_option(M_MMAP_THRESHOLD, 2**25)  # older: 32 MiB at most
+        if not set_option(M_MMAP_THRESHOLD, 2**30):  # older versions take 32 MiB at most
+            set_option(M_MMAP_THRESHOLD, 2**25)
         set_option(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
