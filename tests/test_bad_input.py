@@ -347,7 +347,7 @@ RUNS = [
     saved("config-cut", cut(SAVED, 0.5), "not a whole JSON file"),
     saved("config-nested", put(SAVED, DEEP), "nested too deeply"),
     saved("config-list", put(SAVED, "[]"), "config.json"),
-    saved("config-key", content(SAVED, lambda config: config.pop("THR") and None), "config.json", "THR"),
+    saved("config-key", content(SAVED, lambda config: config.update(THRR=1.0)), "config.json", "THRR"),
     saved("config-dotted", content(SAVED, dotted), "config.json"),
     saved("config-list-of-text", content(SAVED, lambda config: config["crop"].update(scale=["a", "b"])), "crop.scale"),
     saved("config-list-of-lists", content(SAVED, lambda config: config["eval"].update(views=[[]])), "eval.views"),
