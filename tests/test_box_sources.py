@@ -108,6 +108,42 @@ def test_what_cannot_be_boxes_is_one_line(data, tmp_path, write):
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "told"),
+    [
+        ("a.txt", "0 0.5 0.5 0.2 0.2\n\n0 0.5 0.5 0.2\n", r"a\.txt:3"),
+        ("a.txt", "0 0.5 half 0.2 0.2\n", r"a\.txt:1"),
+        ("a.xml", "<annotation><object>", r"a\.xml"),
+        ("a.xml", "<annotation><object><bndbox><xmin>1</xmin></bndbox></object></annotation>", r"a\.xml"),
+        ("a.xml", "<annotation><size><width>wide</width></size></annotation>", r"a\.xml"),
+    ],
+)
+def test_a_fault_in_a_yolo_or_voc_file_is_named(data, tmp_path, name, text, told):
+    (tmp_path / "boxes").mkdir()
+    (tmp_path / "boxes" / name).write_text(text)
+    if name == "a.txt":
+        (tmp_path / "boxes" / "classes.txt").write_text("bird\n")  # stands beside YOLO's files and holds no boxes
+    with pytest.raises(UserError, match=told) as error:
+        source_boxes(str(tmp_path / "boxes"), data)
+    assert "\n" not in str(error.value)
+
+
+def test_names_that_are_no_image_and_boxes_outside_are_told(data, tmp_path, capsys):
+    names = ["none.jpg", *NAMES[1:]]
+    path = coco(tmp_path / "b.json", BOXES + np.array([[0], [900], [0], [0]]) * [1, 0, 0, 0], names)
+    with pytest.raises(UserError, match=r"boxes\.allow_missing=0\.5") as error:
+        source_boxes(str(path), data)
+    assert "1 names there are no image here (none.jpg" in str(error.value) and "1 boxes lie outside" in str(error.value)
+    assert source_boxes(str(path), data, allow_missing=0.5)[1] == 2
+
+
+def test_images_that_yolo_would_mix_up_are_refused(data, tmp_path):
+    PIL.Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "ash" / "a.png")
+    with pytest.raises(UserError, match="2 images are called ash/a"):
+        run_convert("image", tmp_path / "yolo", data.root)
+    assert not (tmp_path / "yolo").exists()
+
+
 @pytest.mark.parametrize("text", ["{}", "[]", '{"images": 3, "annotations": []}', "no,such,columns\n1,2,3\n", ""])
 def test_other_files_are_no_boxes(data, tmp_path, text):
     (tmp_path / "odd.json").write_text(text)

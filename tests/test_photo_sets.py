@@ -256,6 +256,21 @@ def test_a_fault_in_a_table_is_named_by_its_line(photos, line, told):
     assert "\n" not in str(error.value)
 
 
+def test_one_of_several_tables_must_be_named(photos):
+    for name in ("a.csv", "b.csv"):
+        (photos / name).write_text("path,label\n")
+    with pytest.raises(UserError, match=r"holds 2 CSV files.*dataset\.table"):
+        read_dataset("csv", photos)
+
+
+def test_an_image_of_more_pixels_than_pillow_opens_is_refused_before_it_is_decoded(photos, monkeypatch):
+    for most in (100, 599):  # of 30 x 20 pixels: over twice as many Pillow raises, up to that it warns
+        monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", most)
+        PIL.Image.new("RGB", (30, 20)).save(photos / "huge.png")
+        with pytest.raises(UserError, match=r"huge\.png: declares more pixels"):
+            read_image(photos / "huge.png")
+
+
 def test_a_table_without_a_column_or_rows(photos):
     for header, lines in (("path,class", ["a,b"]), ("path,label", []), ("path,label,x,y", ["a,b,1,2"])):
         with pytest.raises(UserError, match=r"list\.csv"):
