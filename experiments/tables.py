@@ -266,8 +266,8 @@ TABLES["photos_few"] = Table(
     preset="finetune",
     controls=(PLAIN_35,),
     budgets={
-        "5 images a class": {"dataset.val_fraction": 0.8333},
-        "10 images a class": {"dataset.val_fraction": 0.6667},
+        "5 images a class": {"dataset.val_fraction": 0.8333, "opt.lr": 1e-5},  # chosen on the validation images
+        "10 images a class": {"dataset.val_fraction": 0.6667, "opt.lr": 1e-5},
     },
     common=TRAINED,
     steps=(OBJECT_STEP,),
