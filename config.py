@@ -288,7 +288,7 @@ presets = {
     "toybirds": {},
     "finetune": {  # photographs, 5 to 100 a class; the weights come from the hub, or from a file (model.weights=FILE).
         # Measured with this network on 20 images a class (docs/results.md); for another one try opt.lr=3e-4 too.
-        # With 10 images a class or fewer take opt.lr=1e-5: it validates 2 to 8 points better
+        # With 10 images a class or fewer take opt.lr=1e-5: it validates 1.5 to 8 points better
         "dataset.name": "folder",
         "dataset.val_fraction": 0.2,
         "source": "dino",  # generate_dino_boxes.py preset=finetune comes first

@@ -239,8 +239,8 @@ def set_up_cpu(threads: int | None) -> None:
     """Let torch compute in so many threads, and keep freed memory for the next step.
 
     More threads than cores stand still: there is at most one a core; None: torch's choice. glibc gives large blocks
-    back to the system when they are freed, which then clears every page of the next ones: half the time of a training
-    step (benchmarks/kept_memory.py). The process grows to its peak and stays there.
+    back to the system when they are freed, which then clears every page of the next ones: up to half the time of a
+    training step (benchmarks/kept_memory.py). The process grows to its peak and stays there.
     """
     if threads:
         torch.set_num_threads(min(threads, os.cpu_count() or 1))
