@@ -18,11 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from config import load_config
-from datasets import read_dataset
+from datasets import DataSet, read_dataset
 from jobs.guard import run_script
 from localized_crops.boxes import center_boxes, iou
 from localized_crops.files import UserError
-from readers.data_set import DataSet
 from readers.images import unreadable_images
 from readers.splits import class_notes
 from utils import file_sha256

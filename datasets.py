@@ -19,7 +19,7 @@ from localized_crops.image_ids import ImageId
 from readers.box_sources import BoxSet, is_foreign, read_foreign
 from readers.build import Listing, build_data_set
 from readers.cub import download_cub, read_cub_tables
-from readers.data_set import DataSet
+from readers.data_set import DataSet as DataSet  # for users
 from readers.folder import read_folder
 from readers.images import unreadable_images
 from readers.splits import fill_train, hold_out

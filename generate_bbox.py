@@ -31,23 +31,19 @@ import torch
 from torch import nn
 
 from config import load_config
-from datasets import read_dataset, save_source
+from datasets import DataSet, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
+from inference.classifier import Classifier, load_classifier
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import build_loader, start_server
-from jobs.settings import check_value, get_key
-from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
+from jobs.shared_work import Result, SharedWork, box_path, refuse_foreign
 from localized_crops.box_file import load_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import ImageId, key_to_id
-from localizer.networks import state_hash
 from masks.cut_outs import CutOuts
 from masks.mask_files import load_masks_info, mask_names
-from models import build_model, features_of, load_trained
-from readers.data_set import DataSet
-from transforms import normalize
-from utils import autocast, batched, file_sha256, load_tensors, memory_errors, set_up_cpu, timed
+from utils import batched, file_sha256, memory_errors, set_up_cpu, timed
 
 
 def main(config: dict) -> None:
@@ -76,10 +72,8 @@ class Stage:
     out: Path
     data: DataSet
     candidates: list[np.ndarray]  # of each image: (N, 4) boxes x y width height inside the image
-    model: nn.Module
-    statistics: dict[str, list[float]]  # mean and std of the model's input
+    classifier: Classifier
     image_size: int  # of the cut-outs, pixels
-    device: torch.device
     work: SharedWork
     chosen: dict[ImageId, tuple[list[float], float]] = field(default_factory=dict)  # image id -> box, score
     seconds: dict[str, float] = field(default_factory=dict)
@@ -95,14 +89,13 @@ def prepare(config: dict) -> Stage:
     start_server(CutOuts, config["num_workers"])
     data = read_dataset(**config["dataset"] | {"check": False}, keep_going=True)  # faulty images go to errors.txt
     candidates, setup = read_folders(config["masks"], settings["folders"], data)
-    device = choose_device(config["device"])
-    model, image_size, statistics = load_classifier(settings["classifier"], data)
-    image_size = settings["image_size"] or image_size
+    classifier = load_scorer(settings["classifier"], config["device"], data)
+    image_size = settings["image_size"] or classifier.trained["image_size"]
     identity = {
         "dataset": data.fingerprint(),
         "masks": setup,
-        "classifier_sha256": state_hash(model),
-        "precision": config["amp"] if device.type == "cuda" else "none",
+        "classifier_sha256": classifier.weights_sha256,
+        "precision": config["amp"] if classifier.device.type == "cuda" else "none",
         "settings": {"image_size": image_size} | {key: settings[key] for key in ("padding", "score", "batch_size")},
     }
     work = SharedWork(
@@ -115,8 +108,8 @@ def prepare(config: dict) -> Stage:
     )
     if work.rank == 0:
         count = f"{sum(map(len, candidates))} candidates of {len(data.ids)} images"
-        print(f"{count}, {config['masks']}; scored by {settings['score']} on {device}")
-    return Stage(config, out, data, candidates, model.to(device), statistics, image_size, device, work)
+        print(f"{count}, {config['masks']}; scored by {settings['score']} on {classifier.device}")
+    return Stage(config, out, data, candidates, classifier, image_size, work)
 
 
 def read_folders(masks: str, folders: str, data: DataSet) -> tuple[list[np.ndarray], list[dict[str, Any]]]:
@@ -154,31 +147,15 @@ def candidate_boxes(folder: Path, data: DataSet) -> tuple[list[np.ndarray], dict
     return np.split(boxes, np.cumsum(counts)[:-1]), setup
 
 
-def load_classifier(path: str | None, data: DataSet) -> tuple[nn.Module, int, dict[str, list[float]]]:
-    """Return a trained network in eval mode, the side of its training crops, and mean and std of its input.
-
-    Its weights are the EMA or the model, whichever validated better.
-
-    Raises:
-        UserError: if there is none, it is no checkpoint of train.py, or it knows another number of classes.
-    """
+def load_scorer(path: str | None, device: str | None, data: DataSet) -> Classifier:
+    """Return the classifier of a checkpoint of train.py; UserError if there is none, or it knows too few classes."""
     if path is None:
         raise UserError("bbox.classifier: none given; train one: python train.py, then bbox.classifier=RUN/best.pt")
-    content = load_tensors(path)
-    trained = content.get("config") if isinstance(content, dict) else None
-    try:
-        with user_errors(UserError, f"{path}: its config: "):
-            for key in ("model.type", "model.n_classes", "image_size", "patch_size"):
-                check_value(key, get_key(trained, key))
-        settings, sizes = trained["model"], {key: trained[key] for key in ("image_size", "patch_size")}
-        model = build_model(settings["type"], settings["n_classes"], **sizes)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{path}: is no checkpoint of train.py (it names no model and image_size)") from None
-    if settings["n_classes"] < len(data.class_names):
-        raise UserError(f"{path}: knows {settings['n_classes']} classes, the data set has {len(data.class_names)}")
-    load_trained(model, path)
-    statistics = {key: settings[key] for key in ("mean", "std") if settings.get(key)}  # older ones: ImageNet's
-    return model.eval(), sizes["image_size"], statistics
+    classifier = load_classifier(path, device=device, localize=False)
+    known = len(classifier.class_names)
+    if known < len(data.class_names):
+        raise UserError(f"{path}: knows {known} classes, the data set has {len(data.class_names)}")
+    return classifier
 
 
 def plan_units(candidates: list[np.ndarray], batch_size: int) -> list[list[int]]:
@@ -232,7 +209,7 @@ def cut_out(
 ) -> Iterator[tuple[torch.Tensor, dict[str, str]]]:
     """Yield the cut-outs of units, (B, 3, size, size) uint8 in the order of rows and boxes, made ahead by workers."""
     images = CutOuts(units, stage.data, boxes, stage.config["bbox"]["padding"], stage.image_size)
-    workers, pin = stage.config["num_workers"], stage.device.type == "cuda"
+    workers, pin = stage.config["num_workers"], stage.classifier.device.type == "cuda"
     yield from build_loader(images, num_workers=workers, pin_memory=pin, batch_size=None)
 
 
@@ -242,8 +219,8 @@ def score_crops(
     """Return the scores of a unit's candidates by image id; images that failed have none."""
     score, size = stage.config["bbox"]["score"], stage.config["bbox"]["batch_size"]
     counts = [len(stage.candidates[row]) for row in rows]
-    labels = torch.from_numpy(np.repeat(stage.data.labels[rows], counts)).to(stage.device)
-    parts = [torch.zeros(0, device=stage.device)]
+    labels = torch.from_numpy(np.repeat(stage.data.labels[rows], counts)).to(stage.classifier.device)
+    parts = [torch.zeros(0, device=stage.classifier.device)]
     for batch, of_images in zip(crops.split(size), labels.split(size), strict=True) if len(crops) else ():
         features, logits = features_and_logits(stage, batch)
         if score == "ncm":
@@ -262,11 +239,8 @@ def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor
     """Return (B, D) features before the classifier's last layer, and (B, K) logits, float32."""
     what = f"{len(crops)} cut-outs of {stage.image_size} pixels"
     less = memory_errors(what, "lower bbox.batch_size or bbox.image_size")
-    with less, torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
-        features, logits = features_of(
-            stage.model, normalize(crops.to(stage.device, non_blocking=True), **stage.statistics)
-        )
-    return features.float(), logits.float()
+    with less:
+        return stage.classifier.features_and_logits(crops, stage.config["amp"])
 
 
 def class_means(stage: Stage) -> torch.Tensor:
@@ -277,8 +251,8 @@ def class_means(stage: Stage) -> torch.Tensor:
     sums = None
     for unit, (crops, errors) in zip(units, cut_out(stage, units, whole), strict=True):
         features = nn.functional.normalize(features_and_logits(stage, crops)[0])
-        good = torch.tensor([str(stage.data.ids[row]) not in errors for row in unit], device=stage.device)
-        labels = torch.from_numpy(stage.data.labels[unit]).to(stage.device)
+        good = torch.tensor([str(stage.data.ids[row]) not in errors for row in unit], device=stage.classifier.device)
+        labels = torch.from_numpy(stage.data.labels[unit]).to(stage.classifier.device)
         if sums is None:
             sums = features.new_zeros(len(stage.data.class_names), features.shape[1])
         sums.index_add_(0, labels[good], features[good])

@@ -31,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from config import load_config
-from datasets import dino_boxes_path, read_dataset, save_source
+from datasets import DataSet, dino_boxes_path, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import start_server
@@ -45,7 +45,6 @@ from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, 
 from localizer.batches import BatchImages
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
-from readers.data_set import DataSet
 from utils import precision_on, set_up_cpu, timed
 
 

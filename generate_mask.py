@@ -28,7 +28,7 @@ import torch
 from segment_anything import SamAutomaticMaskGenerator
 
 from config import load_config
-from datasets import read_dataset, save_source
+from datasets import DataSet, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes, save_errors
 from jobs.guard import DeadWorkerError, run_script, same_command, with_resume_hint
 from jobs.loader import build_loader, start_server
@@ -44,7 +44,6 @@ from masks.mask_generator import MaskGenerator
 from masks.sam_models import load_sam
 from masks.sam_prompts import PromptedMasks
 from masks.segments import SETTINGS, segment_image
-from readers.data_set import DataSet
 from readers.image_batches import ImageBatches, as_it_is
 from utils import batched, new_folder, precision_on, set_up_cpu, timed
 

@@ -197,6 +197,13 @@ def head_of(model: nn.Module) -> nn.Module:
     return model.fc if isinstance(model, torchvision.models.ResNet) else model.get_classifier()
 
 
+def keep_classes(model: nn.Module, count: int) -> None:
+    """Cut the classifier layer to its first ``count`` classes: a training may have had more than its data set names."""
+    head = head_of(model)
+    if len(head.weight) > count:
+        head.weight, head.bias = (nn.Parameter(values.detach()[:count].clone()) for values in (head.weight, head.bias))
+
+
 def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs (B, D) of the classifier layer and the logits (B, K) for images (B, 3, H, W)."""
     features = []

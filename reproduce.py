@@ -8,8 +8,8 @@ num_workers=0). A table has as many trainings as it has rows and budgets, times 
     python reproduce.py reproduce.table=toybirds_crops num_workers=0
     python reproduce.py reproduce.table=toybirds_boxes num_workers=0
     python reproduce.py reproduce.table=small_photos reproduce.seeds=3 dataset.root=FOLDER num_workers=0
-    python reproduce.py reproduce.table=photos_probe dataset.root=FOLDER model.weights=FILE \\
-        dino.weights=FILE dino.object_weights=FILE num_workers=0    # a frozen network: no training
+    python reproduce.py reproduce.table=photos_pretrained dataset.root=FOLDER model.weights=FILE \\
+        dino.weights=FILE dino.object_weights=FILE num_workers=0
     python reproduce.py reproduce.table=cub_dino_boxes dataset.root=CUB_200_2011    # a GPU, weights from the hub
 
 The other words of the command line go to stages and trainings alike; wandb=true logs each training to wandb too.
@@ -23,16 +23,13 @@ import sys
 from pathlib import Path
 
 from config import load_config
-from datasets import read_dataset
-from experiments.grid import run_grid
-from experiments.probe import write_probe
-from experiments.table_report import numbers_of, table_points, write_report
+from experiments.table_report import make_table
 from experiments.tables import TABLES, Step, Table
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.settings import is_read_by, parse_value, split_word, word_of
-from localized_crops.files import UserError, save_json
-from train import train_run
-from training.distributed import require_single_process
+from jobs.torchrun import require_single_process
+from localized_crops.files import UserError
+from training.train_run import train_run
 
 NOT_PASSED_ON = ("run_dir", "resume", "reproduce.table", "reproduce.seeds")  # that stages and trainings do not get
 
@@ -66,15 +63,7 @@ def main(request: dict) -> None:
     with with_resume_hint(same_command):
         for step in table.steps:
             run_step(step, overrides)
-        if table.probe:
-            blocks = {title: point_config(table, changed | overrides) for title, changed in table.budgets.items()}
-            write_probe(blocks, name, table.probe, folder, read_dataset(**shared["dataset"]))
-            return
-        run_grid(shared, table_points(table, seeds, folder), train_run)
-        blocks = write_report(table, name, seeds, folder, read_dataset(**shared["dataset"]))
-        numbers = {budget: {row: numbers_of(runs) for row, runs in rows.items()} for budget, rows in blocks.items()}
-        if numbers:
-            save_json(folder / f"{name}.json", numbers)
+        make_table(shared, table, name, seeds, folder, train_run)
 
 
 def run_step(step: Step, overrides: dict) -> None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -15,8 +14,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from localized_crops.boxes import expand_boxes
-from localized_crops.crops import sample_crops
-from localized_crops.transforms import LocalizedRandomResizedCrop as LocalizedRandomResizedCrop  # for users
+from localized_crops.crops import sample_crops as sample_crops  # for users, as the class below
+from localized_crops.transforms import LocalizedRandomResizedCrop as LocalizedRandomResizedCrop
 from utils import torch_seed
 
 VIEWS = ("full", "center", "whole", "box")
@@ -33,29 +32,6 @@ def build_colour_augmentation(augment_strength: float) -> v2.Transform:
             v2.RandomAutocontrast(p=1.0),
         ]
     )
-
-
-class BoxCrops:
-    """Crops that are held to the boxes of a data set, drawn for whole epochs."""
-
-    def __init__(
-        self,
-        boxes_xywh: np.ndarray,
-        image_sizes: np.ndarray,
-        *,
-        redraw: Callable[[np.random.Generator], np.ndarray] | None = None,
-        **settings: Any,
-    ) -> None:
-        """Keep boxes (N, 4) and sizes (N, 2) of the images; ``settings``: thr, mode, scale, ratio of `sample_crops`.
-
-        ``redraw`` returns the boxes of one epoch, for images that have several.
-        """
-        self.boxes, self.image_sizes, self.redraw, self.settings = boxes_xywh, image_sizes, redraw, settings
-
-    def draw(self, rng: np.random.Generator) -> np.ndarray:
-        """Draw the crops of one epoch, (N, 4) int64 top left height width."""
-        boxes = self.boxes if self.redraw is None else self.redraw(rng)
-        return sample_crops(boxes, self.image_sizes, rng=rng, **self.settings)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,10 @@ def batched(values: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
 # --- run folders --------------------------------------------------------------------------------------------------
 
 
+class FolderInUseError(UserError):
+    """Another process works in this run folder."""
+
+
 def new_folder(parent: Path | str, stem: str) -> Path:
     """Create and return ``parent/stem_{i}``, i the first free number; safe when several processes ask at once."""
     for number in itertools.count():

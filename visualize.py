@@ -37,8 +37,7 @@ from matplotlib.figure import Figure
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from config import load_config
-from datasets import known_boxes, read_dataset
-from dino_transform import MapCrops
+from datasets import DataSet, known_boxes, read_dataset
 from experiments.grid import crop_family, group_by_settings, load_summary, settings_key
 from figures.box_report import METHOD_NAMES, split_rows
 from figures.plots import (
@@ -65,10 +64,9 @@ from localized_crops.boxes import (
 from localized_crops.files import UserError, load_json, user_errors
 from localized_crops.map_file import MapCache
 from masks.mask_files import load_masks, load_masks_info, mask_names
-from readers.data_set import DataSet
 from readers.images import read_image
-from training.batches import Crops, draw_seed
-from transforms import BoxCrops, TrainTransform
+from training.epoch_crops import BoxCrops, Crops, MapCrops, draw_seed
+from transforms import TrainTransform
 from utils import load_log
 
 EPOCHS = 20  # of crops that a histogram counts

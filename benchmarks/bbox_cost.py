@@ -22,7 +22,7 @@ import generate_bbox
 from config import load_config
 from datasets import read_dataset
 from masks.mask_files import mask_names, save_masks_info
-from models import build_model
+from models import build_model, input_config
 from readers.data_set import DataSet
 from transforms import normalize
 from utils import autocast, environment, save_tensors
@@ -51,8 +51,10 @@ def build_stage(
     write_candidates(folder / "masks", data, count)
     model = build_model(model_type, len(data.class_names), image_size=image_size, patch_size=14)
     classifier = load_config([f"model.type={model_type}", f"image_size={image_size}"])
-    classifier["model"]["n_classes"] = len(data.class_names)
-    save_tensors(folder / "classifier.pt", {"config": classifier, "model": model.state_dict()})
+    statistics = {key: input_config(model_type)[key] for key in ("mean", "std")}
+    classifier["model"] |= {"n_classes": len(data.class_names)} | statistics
+    content = {"config": classifier, "model": model.state_dict(), "class_names": data.class_names}
+    save_tensors(folder / "classifier.pt", content)
     return generate_bbox.prepare(
         load_config(
             ["dataset.name=cub", f"dataset.root={root}", f"masks={folder / 'masks'}", f"out={folder / 'boxes.json'}",
@@ -75,13 +77,13 @@ def write_candidates(folder: Path, data: DataSet, count: int) -> None:
 def measure(stage: generate_bbox.Stage, rounds: int) -> tuple[list[float], list[float]]:
     """Return the seconds of the network alone and of the whole stage, in each round."""
     size = stage.config["bbox"]["batch_size"]
-    crops = torch.zeros(size, 3, stage.image_size, stage.image_size, dtype=torch.uint8, device=stage.device)
+    crops = torch.zeros(size, 3, stage.image_size, stage.image_size, dtype=torch.uint8, device=stage.classifier.device)
     count = sum(map(len, stage.candidates))
 
     def bare() -> None:
-        with torch.inference_mode(), autocast(stage.device, stage.config["amp"]):
+        with torch.inference_mode(), autocast(stage.classifier.device, stage.config["amp"]):
             for first in range(0, count, size):
-                stage.model(normalize(crops[: min(size, count - first)]))
+                stage.classifier.model(normalize(crops[: min(size, count - first)]))
 
     def whole() -> None:
         cut = generate_bbox.cut_out(stage, stage.work.units, stage.candidates)
@@ -89,7 +91,7 @@ def measure(stage: generate_bbox.Stage, rounds: int) -> tuple[list[float], list[
             generate_bbox.score_crops(stage, rows, parts, errors, None)
 
     bare()  # warms up
-    rows = [(timed_on(stage.device, bare), timed_on(stage.device, whole)) for _ in range(rounds)]
+    rows = [(timed_on(stage.classifier.device, bare), timed_on(stage.classifier.device, whole)) for _ in range(rounds)]
     return tuple(map(list, zip(*rows, strict=True)))
 
 

@@ -18,9 +18,8 @@ from measuring import CPU, ratio, timed
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train
 from config import load_config
-from training import train_data
+from training import train_data, train_run
 from training.loop import train_one_epoch
 from training.run import build_run
 from utils import environment
@@ -58,7 +57,7 @@ def prepare(config: dict, changes: dict) -> tuple:
     config = config | changes | {"crop": crop}
     data = train_data.load_data(config)
     boxes, _ = train_data.crop_boxes(config, data)
-    train.resolve(config, Path("runs/crop_cost"), data, boxes)
+    train_run.resolve(config, Path("runs/crop_cost"), data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
     run = build_run(Path("runs/crop_cost"), config, data.class_names, {}, CPU)

@@ -26,7 +26,8 @@ from readers.data_set import DataSet
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import EpochBatches, TrainImages
-from transforms import BoxCrops, TrainTransform
+from training.epoch_crops import BoxCrops
+from transforms import TrainTransform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH, SIZE = 3, 128, 32, 96

@@ -25,7 +25,7 @@ from datasets import read_dataset
 from readers.data_set import DataSet
 from readers.images import read_image
 from training import batches
-from transforms import BoxCrops
+from training.epoch_crops import BoxCrops
 from utils import environment
 
 ROUNDS, IMAGES = 5, 8

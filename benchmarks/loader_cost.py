@@ -23,12 +23,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from datasets import read_dataset
-from dino_transform import MapCrops
 from localized_crops.map_file import MapCache, save_map_cache
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.batches import TrainImages
-from transforms import BoxCrops, TrainTransform
+from training.epoch_crops import BoxCrops, MapCrops
+from transforms import TrainTransform
 from utils import environment
 
 ROUNDS, IMAGES, BATCH = 9, 256, 32

@@ -27,7 +27,6 @@ from measuring import build_images, memory, write_cub
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from datasets import read_dataset, source_boxes
-from dino_transform import MapCrops
 from jobs.loader import build_loader
 from jobs.shared_work import Result, SharedWork
 from localized_crops.box_file import load_boxes, save_boxes
@@ -35,7 +34,8 @@ from localized_crops.map_file import MapCache, save_map_cache
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache, Rows, content_key, ids_to_keys
 from training.batches import EpochBatches, TrainImages
-from transforms import BoxCrops, TrainTransform
+from training.epoch_crops import BoxCrops, MapCrops
+from transforms import TrainTransform
 from utils import environment
 
 COUNTS = (10_000, 100_000, 1_000_000)

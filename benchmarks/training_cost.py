@@ -22,11 +22,10 @@ from measuring import alternated, ratio, timed_on
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models
-import train
 from config import load_config
-from dino_transform import MapCrops
-from training import train_data
+from training import train_data, train_run
 from training.batches import Batch
+from training.epoch_crops import MapCrops
 from training.loop import train_one_epoch
 from training.optimization import build_optimizer
 from training.run import Run, build_run
@@ -69,7 +68,7 @@ class Steps:
 
 def main(words: list[str]) -> None:
     """Measure and print the table."""
-    device = train.choose_device(None)
+    device = train_run.choose_device(None)
     times, loader, workers = measure(words, list(WAYS), device, ROUNDS)
     print_table(times, loader.images)
     print(f"start of one loader process: {start_up(words, device):.1f} s; {peak_memory(device)}")
@@ -129,7 +128,7 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     torch.set_num_threads(config["num_threads"] or torch.get_num_threads())
     folder, data = Path("runs/training_cost"), train_data.load_data(config)
     boxes, _ = train_data.crop_boxes(config, data)
-    train.resolve(config, folder, data, boxes)
+    train_run.resolve(config, folder, data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
     steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]

@@ -13,17 +13,13 @@ from typing import Any, NamedTuple
 
 from jobs.settings import DEFAULTS, leaves, set_key
 from localized_crops.files import UserError, load_json, user_errors
-from utils import UNREADABLE
+from utils import UNREADABLE, FolderInUseError
 
 Train = Callable[..., dict]  # (config, wandb_run=None) -> summary
 
 # Keys that a finished training does not depend on: of the machine, of logging, of other stages.
 FREE_KEYS = {"preset", "run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
 FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
-
-
-class FolderInUseError(UserError):
-    """Another process works in this run folder."""
 
 
 class Point(NamedTuple):

@@ -1,7 +1,6 @@
 """A sweep: a table with a row per value of one key, made here or by a wandb agent, and judged on validation images."""
 
 import fcntl
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -12,10 +11,10 @@ from experiments.grid import Point, Train, point_config, run_grid, run_point
 from experiments.table_report import best_by_validation, table_points, write_report
 from experiments.tables import Table
 from jobs.guard import same_command, with_resume_hint
+from jobs.wandb_runs import LONGEST_NAME, first_line, import_wandb, short_hash
 from localized_crops.files import UserError, remove_scratch, save_json
 from utils import lock_file, new_folder
 
-LONGEST_NAME = 100  # characters that a value may take in a folder's name
 CROP_KEYS = ("THR", "maiou")  # swept over these, accuracy is drawn against the crops' maIoU
 
 
@@ -59,11 +58,7 @@ def folder_name(key: str, value: Any) -> str:
     """Return the folder name of a value, such as THR=0.5; where it cannot be taken literally, with a hash."""
     text = f"{key}={value_text(value)}"
     clean = re.sub(r"[^\w.,=+-]", "_", text, flags=re.ASCII)[:LONGEST_NAME]
-    return clean if clean == text else f"{clean}_{_hash(text)}"
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    return clean if clean == text else f"{clean}_{short_hash(text)}"
 
 
 def write_summary(config: dict, table: Table, seeds: range, folder: Path) -> None:
@@ -88,39 +83,6 @@ def write_summary(config: dict, table: Table, seeds: range, folder: Path) -> Non
 # --- wandb --------------------------------------------------------------------------------------------------------
 
 
-def start_wandb(config: dict, folder: Path) -> Any:
-    """Start the wandb run of a run folder, or after an interruption go on with it.
-
-    Raises:
-        UserError: if wandb is not installed or cannot start.
-    """
-    wandb = _import_wandb()
-    place = str(folder.resolve())
-    try:
-        return wandb.init(
-            project=config["sweep"]["project"],
-            name=folder.name,
-            id=f"{re.sub(r'[^A-Za-z0-9]', '_', folder.name)[:LONGEST_NAME]}_{_hash(place)}",  # names repeat, paths not
-            resume="allow" if config["resume"] else None,
-            dir=str(folder),
-            config=config,
-        )
-    except wandb.errors.Error as error:
-        raise UserError(f"wandb=true: {_first_line(error)}; set WANDB_MODE=offline, or wandb=false") from None
-
-
-def _import_wandb() -> Any:
-    try:
-        import wandb  # takes seconds: only when it is asked for
-    except ImportError:
-        raise UserError("wandb=true: wandb is not installed; pip install wandb, or set wandb=false") from None
-    return wandb
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-
-
 def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Path) -> None:
     """Let a wandb agent work through the grid; points that are done are reported to wandb, not trained again.
 
@@ -129,7 +91,7 @@ def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Pat
     Raises:
         UserError: if wandb cannot be reached.
     """
-    wandb, sweep = _import_wandb(), config["sweep"]
+    wandb, sweep = import_wandb(), config["sweep"]
     seeds = list(range(config["seed"], config["seed"] + sweep["seeds"]))
     parameters = {sweep["parameter"]: {"values": sweep["values"]}, "seed": {"values": seeds}}
     metric = {"name": "validation_top1", "goal": "maximize"}
@@ -153,6 +115,6 @@ def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Pat
         wandb.agent(sweep_id, train_point, project=sweep["project"], count=sweep["count"])
     except (wandb.errors.Error, OSError) as error:
         raise UserError(
-            f"sweeprun=true, wandb=true: wandb cannot be reached ({_first_line(error)}); log in with `wandb login`, "
+            f"sweeprun=true, wandb=true: wandb cannot be reached ({first_line(error)}); log in with `wandb login`, "
             "or set wandb=false to run the same grid here"
         ) from None

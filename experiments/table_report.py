@@ -7,14 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.grid import Point, crop_family, load_summary
+from datasets import DataSet, read_dataset
+from experiments.grid import Point, Train, crop_family, load_summary, run_grid
 from experiments.paired_tests import Comparison, compare
 from experiments.tables import Table
 from figures.plots import MAIOU, accuracy_figure, save_figure
 from localized_crops.boxes import coverage, whole_image_boxes
-from localized_crops.files import load_json, save_text, user_errors
+from localized_crops.files import load_json, save_json, save_text, user_errors
 from localized_crops.image_ids import key_to_id
-from readers.data_set import DataSet
 from utils import UNREADABLE, environment, markdown_table
 
 
@@ -32,6 +32,30 @@ class Run(NamedTuple):
 
 
 Rows = dict[str, list[Run]]  # name of a row -> its finished trainings
+
+
+def make_table(config: dict, table: Table, name: str, seeds: range, folder: Path, train: Train) -> None:
+    """Train what a table lacks, then write NAME.md, NAME.png and the numbers, NAME.json.
+
+    ``config`` is what all trainings share; ``folder`` holds the run folders and gets the files.
+    """
+    run_grid(config, table_points(table, seeds, folder), train)
+    blocks = write_report(table, name, seeds, folder, read_dataset(**config["dataset"]))
+    if blocks:
+        save_json(folder / f"{name}.json", {budget: numbers_of(rows) for budget, rows in blocks.items()})
+
+
+def numbers_of(rows: Rows) -> dict[str, dict[str, Any]]:
+    """Return what the JSON keeps of each row."""
+    return {
+        row: {
+            "seeds": [run.seed for run in runs],
+            "maiou": [run.maiou for run in runs],
+            "validation": [run.validation for run in runs],
+            "top1": {view: top1_of(runs, view) for view in runs[0].correct},
+        }
+        for row, runs in rows.items()
+    }
 
 
 def table_points(table: Table, seeds: range, folder: Path) -> list[Point]:
@@ -245,19 +269,6 @@ def machine_line() -> str:
         "power and the 5% level, of the t-test over seeds / of McNemar's test over (seed, image) pairs. "
         f"{made_with['processor']}{gpu}; torch {made_with['torch']}, Python {made_with['python']}."
     )
-
-
-# --- numbers and picture ------------------------------------------------------------------------------------------
-
-
-def numbers_of(runs: list[Run]) -> dict[str, Any]:
-    """Return what the JSON keeps of a row."""
-    return {
-        "seeds": [run.seed for run in runs],
-        "maiou": [run.maiou for run in runs],
-        "validation": [run.validation for run in runs],
-        "top1": {view: top1_of(runs, view) for view in runs[0].correct},
-    }
 
 
 def points_of(blocks: dict[str, Rows], order: list[str] | None) -> dict[str, list[dict[str, Any]]]:

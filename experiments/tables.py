@@ -42,7 +42,6 @@ class Table:
     published: dict[str, str] = field(default_factory=dict)  # row -> its top-1, as quoted
     folder: str | None = None  # under runs/, of trainings that several tables share; None: the table's name
     folders: dict[str, str] = field(default_factory=dict)  # row -> its run folders, without the seed; else by its name
-    probe: dict[str, str] = field(default_factory=dict)  # views of a frozen network: row -> source of the boxes
 
     @property
     def oracles(self) -> tuple[str, ...]:
@@ -193,21 +192,6 @@ PHOTO_BOXES = ("preset=photos_dino", "dataset.name=cub")
 OBJECT_STEP = boxes_step(OBJECT_BOXES, *PHOTO_BOXES)
 ATTENTION_STEP = boxes_step(ATTENTION_BOXES, *PHOTO_BOXES, "dino.method=component", "dino.threshold=0.2")
 PRETRAINED = {"dataset.name": "cub", "model.type": "tf_efficientnet_lite0"}
-TABLES["photos_probe"] = Table(
-    title="Photographs: boxes as views of a frozen, pretrained network",
-    rows={},
-    preset="finetune",
-    controls=(),
-    budgets={f"{side} px": {"image_size": side} for side in (224, 384)},
-    common=PRETRAINED | {"eval.crop_pct": 0.875},
-    steps=(ATTENTION_STEP, OBJECT_STEP),
-    probe={
-        "centred (control)": "center",
-        "attention, component": ATTENTION_BOXES,
-        "object head": OBJECT_BOXES,
-        "true (oracle)": "gt",
-    },
-)
 TRAINED = PRETRAINED | {
     "dataset.val_fraction": 0.3333,
     "log_interval": 6,  # the last epoch counts

@@ -8,7 +8,7 @@ predictions = classifier.predict(["a.jpg", "b.jpg"])  # each: path, classes, pro
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,19 +20,19 @@ from tqdm import tqdm
 import models
 from inference.photos import Photos, reason
 from jobs.loader import build_loader
-from jobs.settings import DEFAULTS, leaves, nested
+from jobs.settings import DEFAULTS, check_value, get_key, leaves, nested
 from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localized_crops.map_boxes import MapBox
 from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
-from localizer.networks import Localizer, configured_localizer
+from localizer.networks import Localizer, configured_localizer, state_hash
 from localizer.object_head import ObjectHead, build_features, cell_features, find_objects
 from readers.data_set import UprightPath
 from readers.images import image_sizes
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
 from transforms import View, normalize
-from utils import load_tensors, precision_on
+from utils import autocast, load_tensors, precision_on
 
 # Sections of the config that evaluation and prediction take from the training, unless the command line says otherwise.
 OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "boxes", "dino")
@@ -155,6 +155,23 @@ class Classifier:
             for row, attention_map, error in zip(part.batch.rows, maps, part.errors, strict=True):
                 yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), settings), error
 
+    @cached_property
+    def weights_sha256(self) -> str:
+        """A hash of the network's weights."""
+        return state_hash(self.model)
+
+    def features_and_logits(self, images: torch.Tensor, amp: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the inputs (B, D) of the classifier layer and the logits (B, K), float32, on ``device``.
+
+        Args:
+            images: (B, 3, H, W) uint8.
+            amp: precision on CUDA: none | bf16 | fp16.
+        """
+        pixels = normalize(images.to(self.device, non_blocking=True), self.mean, self.std)
+        with torch.inference_mode(), autocast(self.device, amp):
+            features, logits = models.features_of(self.model, pixels)
+        return features.float(), logits.float()
+
     def log_probs(self, views: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the log-probabilities (B, K) by view, on the CPU, of images (B, 3, size, size) uint8 in each view."""
         return self.labelled_log_probs([(views, torch.zeros(len(views[0]), dtype=torch.int64))])[0]
@@ -190,10 +207,14 @@ def load_classifier(
     """
     content = load_checkpoint(path)
     config, trained, class_names = config or content["config"], content["config"], content["class_names"]
+    with user_errors((LookupError, TypeError, AttributeError, UserError), f"{path}: its config: "):
+        for key in ("model.type", "model.n_classes", "image_size", "patch_size"):
+            check_value(key, get_key(trained, key))
     with user_errors((LookupError, TypeError, AttributeError), f"{path}: its config is of another version: "):
         shape = {key: trained[key] for key in ("image_size", "patch_size")}
-        model = models.build_model(trained["model"]["type"], len(class_names), **shape)
+        model = models.build_model(trained["model"]["type"], trained["model"]["n_classes"], **shape)
         weights = models.load_trained(model, path)
+        models.keep_classes(model, len(class_names))
         views = test_views(config)
         mean, std = (tuple(map(float, trained["model"][key])) for key in ("mean", "std"))
     needs_box = localize and any(view.kind == "box" for view in views.values())

@@ -23,3 +23,9 @@ def torchrun_number(name: str, least: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
         raise UserError(f"{name}={text[:80]}: not as torchrun sets it; unset it")
     return int(text)
+
+
+def require_single_process(setting: str) -> None:
+    """Raise UserError if ``setting``, whose trainings separate processes share, is used under torchrun."""
+    if process_numbers()[1] > 1:
+        raise UserError(f"{setting} under torchrun: start the plain command several times, they share the trainings")

@@ -163,8 +163,8 @@ class DinoRandomResizedCrop(_RandomCrop):
     with a NumPy array or plain tensor: then the map is not in the output. ``crop(image, None)`` is a plain
     RandomResizedCrop, for an image without a map. Randomness is torch's.
 
-    train.py draws the crops of a whole epoch at once (`dino_transform.MapCrops`), by the same functions and so by the
-    same law; this class draws one image's crop when it is called, for other programs' data loading.
+    train.py draws the crops of a whole epoch at once (`training.epoch_crops.MapCrops`), by the same functions and so by
+    the same law; this class draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: (height, width) of the output in pixels; one number makes a square.

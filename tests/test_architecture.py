@@ -85,7 +85,7 @@ def test_no_two_modules_import_each_other():
         visit(module)
 
 
-@pytest.mark.parametrize("module", sorted(COMMANDS - {"reproduce"}))
+@pytest.mark.parametrize("module", sorted(COMMANDS))
 def test_no_command_imports_another_but_for_its_config(module):
     assert not imports_of(MODULES[module]) & COMMANDS - {"config"}
 

@@ -310,7 +310,7 @@ NETWORKS = [
     classifier("tensor", tensors(BEST, lambda _: torch.ones(3)), "no checkpoint of train.py"),
     classifier("type", tensors(BEST, lambda file: file["config"]["model"].update(type=5)), "model.type=5"),
     classifier("negative", tensors(BEST, lambda file: file["config"]["model"].update(n_classes=-5)), "n_classes=-5"),
-    classifier("few", tensors(BEST, lambda file: file["config"]["model"].update(n_classes=4)), "knows 4 classes"),
+    classifier("few", tensors(BEST, lambda file: file.update(class_names=file["class_names"][:4])), "knows 4 classes"),
     classifier("huge", tensors(BEST, lambda file: file["config"]["model"].update(n_classes=10**12)), "model.n_classes"),
     classifier("size", tensors(BEST, lambda file: file["config"].update(image_size=10**9)), "image_size"),
     localizer_of("missing", nothing, "no such file"),

@@ -10,7 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import config
+from datasets import read_dataset
 from measuring import build_images, ratio, write_cub
+from models import fit_linear
 
 ROOT = Path(__file__).parent.parent
 
@@ -120,3 +123,30 @@ def test_every_benchmark_runs_small(script, words, photos, birds, tmp_path):
 def test_a_ratio_has_its_quartiles():
     assert ratio([2.0, 4.0, 6.0, 8.0, 10.0], [2.0] * 5) == "3.000 (2.000 to 4.000)"
     assert np.unique([one.shape for one in build_images(4)], axis=0).shape[0] == 4
+
+
+def test_a_probe_answers_view_by_view_and_keeps_its_features(birds, tmp_path, monkeypatch):
+    """Views of a random network: the whole table from one command, the second time from the features on disk."""
+    script = importlib.import_module("photos_probe")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "STEPS", ())
+    monkeypatch.setattr(script, "SIDES", (32, 48))
+    monkeypatch.setattr(script, "SOURCES", {"centred": "center", "true": "gt"})
+    words = [f"dataset.root={birds}", "model.type=toyresnet", "model.weights=none", "num_threads=1"]
+    script.main(words)
+    folder = tmp_path / "runs" / "photos_probe"
+    numbers, text = json.loads((folder / "photos_probe.json").read_text()), (folder / "photos_probe.md").read_text()
+    data = read_dataset("cub", birds, val_fraction=0.2)
+    assert list(numbers) == ["32 px", "48 px"] and "full and box: true" in numbers["48 px"]
+    assert len(list(folder.glob("features_*.npy"))) == 2 * 5  # sizes, views
+    settings = config.load_config(["preset=finetune", *words, "image_size=48", "eval.crop_pct=0.875"])
+    features = script.view_features(settings, data, "full", None, folder)
+    both, test = np.concatenate([data.rows("train"), data.rows("val")]), data.rows("test")
+    fitted = {penalty: fit_linear(features[both], data.labels[both], 8, penalty) for penalty in script.PENALTIES}
+    top1 = [((features[test] @ w.T + b).argmax(1) == data.labels[test]).mean() for w, b in fitted.values()]
+    assert min(abs(numbers["48 px"]["full"]["test"] - one) for one in top1) < 1e-6
+    line = next(line for line in text.splitlines() if line.startswith("| share of the image"))
+    assert len(line.split("|")) == 2 + 2 + len(numbers["32 px"])
+    monkeypatch.setattr(script, "_batches", None)  # no image is looked at again
+    script.main(words)
+    assert json.loads((folder / "photos_probe.json").read_text()) == numbers

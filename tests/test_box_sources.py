@@ -12,7 +12,7 @@ from datasets import read_dataset, source_boxes
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
 from readers.box_sources import match_names, read_foreign
-from transforms import BoxCrops
+from training.epoch_crops import BoxCrops
 
 SIZES = [(40, 30), (25, 50), (61, 33), (20, 20)]
 NAMES = ["ash/a.jpg", "ash/b.jpg", "yew/a.jpg", "yew/c d.jpg"]

@@ -23,7 +23,8 @@ from readers.images import read_image
 from readers.splits import class_notes
 from toybirds import writing
 from training.batches import EpochBatches, TrainImages, ViewImages
-from transforms import BoxCrops, TrainTransform, build_views
+from training.epoch_crops import BoxCrops
+from transforms import TrainTransform, build_views
 
 
 def read(root, **options):

@@ -9,10 +9,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 import dino_transform
-from dino_transform import MapCrops
 from localized_crops.crops import random_shapes
 from localized_crops.density import density_points, map_to_density, running_sums, sample_density_crops
 from localized_crops.transforms import AttentionMap, DinoRandomResizedCrop
+from training import epoch_crops
+from training.epoch_crops import MapCrops
 
 IMAGE_SIZE = (53, 37)  # width, height
 FEAT = (5, 9)
@@ -125,7 +126,7 @@ def test_running_sums_are_kept_in_bounded_memory_and_change_no_crop(monkeypatch,
     maps = CountedMaps({i: np.random.default_rng(i).random(FEAT).astype(np.float16) for i in range(0, 200, 2)})
     about = maps, np.arange(200), np.tile(IMAGE_SIZE, (200, 1))
     expected = [MapCrops(*about, temperature=0.1).draw(np.random.default_rng(seed)) for seed in range(4)]
-    monkeypatch.setattr(dino_transform, "KEPT_BYTES", room)
+    monkeypatch.setattr(epoch_crops, "KEPT_BYTES", room)
     crops, maps.reads = MapCrops(*about, temperature=0.1), 0
     drawn = [crops.draw(np.random.default_rng(seed)) for seed in range(4)]
     assert np.array_equal(drawn, expected) and len(np.unique(drawn, axis=0)) == 4

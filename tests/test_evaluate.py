@@ -214,3 +214,17 @@ def test_onnx_gives_the_logits_of_torch_for_any_batch(site, tmp_path):
         with torch.inference_mode():
             torch.testing.assert_close(torch.from_numpy(found), classifier.model(images), rtol=1e-3, atol=1e-4)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_network_with_more_outputs_than_classes_answers_with_the_classes(site, tmp_path):
+    """model.n_classes may be larger than the data set's: the outputs without a class are cut off."""
+    content = load_tensors(site / "run" / "best.pt")
+    for weights in ("model", "ema"):
+        state = content[weights]
+        state["fc.weight"] = torch.cat([state["fc.weight"], torch.randn(3, state["fc.weight"].shape[1])])
+        state["fc.bias"] = torch.cat([state["fc.bias"], torch.full((3,), 100.0)])
+    content["config"]["model"]["n_classes"] += 3
+    torch.save(content, tmp_path / "more.pt")
+    plain, more = (load_classifier(path, device="cpu") for path in (site / "run" / "best.pt", tmp_path / "more.pt"))
+    views = [torch.randint(0, 256, (2, 3, view.size, view.size), dtype=torch.uint8) for view in plain.views.values()]
+    assert all(torch.equal(more.log_probs(views)[name], values) for name, values in plain.log_probs(views).items())

@@ -222,9 +222,7 @@ def test_what_does_not_fit_is_one_line(birds, masks, classifier, tmp_path):
     with pytest.raises(UserError, match="made for another data set"):
         run(birds, other, classifier, tmp_path / "boxes.json")
     state = load_tensors(classifier)
-    torch.save(
-        state | {"config": state["config"] | {"model": state["config"]["model"] | {"n_classes": 5}}}, tmp_path / "5.pt"
-    )
+    torch.save(state | {"class_names": state["class_names"][:5]}, tmp_path / "5.pt")
     with pytest.raises(UserError, match="knows 5 classes, the data set has 8"):
         run(birds, masks, tmp_path / "5.pt", tmp_path / "boxes.json")
     torch.save(state["ema"], tmp_path / "plain.pt")

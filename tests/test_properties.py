@@ -16,7 +16,6 @@ from pydantic import TypeAdapter
 
 import config
 from config import load_config
-from dino_transform import MapCrops
 from jobs.schema import SCHEMA
 from jobs.settings import (
     check_config,
@@ -33,6 +32,7 @@ from localized_crops.density import map_to_density, sample_density_crops
 from localized_crops.files import UserError
 from localized_crops.transforms import DinoRandomResizedCrop, LocalizedRandomResizedCrop
 from localizer.attention_maps import map_to_box
+from training.epoch_crops import MapCrops
 from transforms import square_crop
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # NumPy's: a script would print them

@@ -6,12 +6,11 @@ import pytest
 import config
 import reproduce
 from datasets import read_dataset
-from experiments.probe import PENALTIES, view_features
+from experiments.table_report import table_points
 from experiments.tables import TABLES, Step, Table
 from jobs.settings import word_of
 from localized_crops.boxes import coverage, whole_image_boxes
 from localized_crops.files import UserError, load_json, save_json
-from models import fit_linear
 
 TOY = f"dino.weights={Path(__file__).parent.parent / 'toybirds/toy_localizer.pt'}"
 SMALL = ["num_workers=0", "reproduce.table=small", "reproduce.seeds=2", "dataset.name=cub"]
@@ -139,7 +138,7 @@ def test_every_table_can_be_trained(name):
     table = TABLES[name]
     shared = reproduce.point_config(table, {})
     assert set(table.controls) | set(table.published) <= set(table.rows)
-    places = [point.folder for point in reproduce.table_points(table, range(2), Path())]
+    places = [point.folder for point in table_points(table, range(2), Path())]
     assert len(set(places)) == 2 * len(table.rows) * len(table.budgets)
     for overrides in table.rows.values():
         reproduce.point_config(table, overrides)
@@ -165,32 +164,3 @@ def test_words_give_back_the_values_that_they_were_made_of():
 def test_the_preset_is_the_tables():
     with pytest.raises(UserError, match="each table has its own preset"):
         reproduce.load_request(["preset=toybirds"])
-
-
-def test_a_probe_answers_view_by_view_and_keeps_its_features(birds, tmp_path, monkeypatch):
-    """Views of a random network: the whole table from one command, the second time from the features on disk."""
-    table = Table(
-        title="Probe",
-        preset="toybirds",
-        rows={},
-        controls=(),
-        budgets={"32 px": {"image_size": 32}, "48 px": {"image_size": 48}},
-        common={"dataset.name": "cub"},
-        probe={"centred": "center", "true": "gt"},
-    )
-    monkeypatch.setitem(TABLES, "small", table)
-    make(birds, tmp_path)
-    numbers, text = load_json(tmp_path / "small.json"), (tmp_path / "small.md").read_text()
-    data = read_dataset("cub", birds, val_fraction=0.3333)
-    assert list(numbers) == ["32 px", "48 px"] and "full and box: true" in numbers["48 px"]
-    assert len(list(tmp_path.glob("features_*.npy"))) == 2 * 5  # sizes, views
-    features = view_features(reproduce.point_config(table, {"image_size": 48}), data, "full", None, tmp_path)
-    both, test = np.concatenate([data.rows("train"), data.rows("val")]), data.rows("test")
-    fitted = {penalty: fit_linear(features[both], data.labels[both], 8, penalty) for penalty in PENALTIES}
-    top1 = [((features[test] @ w.T + b).argmax(1) == data.labels[test]).mean() for w, b in fitted.values()]
-    assert min(abs(numbers["48 px"]["full"]["test"] - one) for one in top1) < 1e-6
-    line = next(line for line in text.splitlines() if line.startswith("| share of the image"))
-    assert len(line.split("|")) == 2 + 2 + len(numbers["32 px"])
-    monkeypatch.setattr("experiments.probe._batches", None)  # no image is looked at again
-    make(birds, tmp_path)
-    assert load_json(tmp_path / "small.json") == numbers

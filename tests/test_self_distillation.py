@@ -15,6 +15,7 @@ from localizer.attention_maps import clean
 from localizer.networks import as_localizer
 from models import build_model, input_config
 from readers.images import read_image
+from training import train_run
 from training.loop import train_and_log_epoch
 from training.self_distillation import maps_path, refresh_epoch
 from utils import load_tensors
@@ -97,7 +98,7 @@ def test_a_run_goes_on_with_the_maps_of_its_epoch(birds, distilled, tmp_path, mo
         original(one, *args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "train_and_log_epoch", break_off)
+        patch.setattr(train_run, "train_and_log_epoch", break_off)
         run(birds, tmp_path / "broken", *OWN)
     train.train_run(train.load_run_config([f"run_dir={tmp_path / 'broken'}", "resume=true"]))
     assert_same_run(distilled, tmp_path / "broken")

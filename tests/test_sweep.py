@@ -9,8 +9,9 @@ from small_runs import run, words
 import train
 from config import load_config
 from experiments.grid import Point, point_config
-from experiments.sweep import start_wandb, sweep_table
+from experiments.sweep import sweep_table
 from experiments.table_report import table_points
+from jobs.wandb_runs import start_wandb
 from localized_crops.files import UserError, load_json
 
 

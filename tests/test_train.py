@@ -23,6 +23,7 @@ from localized_crops.box_file import save_boxes
 from localized_crops.files import UserError, load_json, save_json
 from localized_crops.map_file import save_map_cache
 from readers.images import read_image
+from training import train_run
 from training.loop import out_of_patience
 from training.summary import last_epochs
 from transforms import View, normalize
@@ -261,15 +262,15 @@ def test_a_run_that_cannot_take_its_first_step_leaves_nothing(birds, tmp_path, m
 def stopped(birds_copy, tmp_path, monkeypatch):
     """Return the folder of a run that was stopped after two epochs of four, and its data set's."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "finish", lambda *_a: 1 / 0)
-        once = train.train_and_log_epoch
+        patch.setattr(train_run, "finish", lambda *_a: 1 / 0)
+        once = train_run.train_and_log_epoch
 
         def two_epochs(one, *arguments):
             if one.epoch == 2:
                 raise KeyboardInterrupt
             once(one, *arguments)
 
-        patch.setattr(train, "train_and_log_epoch", two_epochs)
+        patch.setattr(train_run, "train_and_log_epoch", two_epochs)
         run(birds_copy, tmp_path / "run")
     return tmp_path / "run", birds_copy
 
@@ -393,11 +394,11 @@ def test_a_loss_that_is_no_number_ends_the_run(birds, tmp_path):
         run(birds, tmp_path / "run", "opt.type=sgd", "opt.lr=900", "opt.warmup_epochs=0", "num_epochs=30")
 
 
-@pytest.mark.parametrize("name", train.RUN_FILES)
+@pytest.mark.parametrize("name", train_run.RUN_FILES)
 def test_files_of_the_user_are_not_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=str(tmp_path)), contextlib.ExitStack() as held:
-        train.claim_folder(train.load_run_config([f"run_dir={tmp_path}"]), held)
+        train_run.claim_folder(train.load_run_config([f"run_dir={tmp_path}"]), held)
     assert (tmp_path / name).read_text() == "mine"
 
 

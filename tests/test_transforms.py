@@ -8,7 +8,8 @@ from torchvision.transforms import v2
 
 from localized_crops.boxes import coverage, crops_to_xywh
 from localized_crops.transforms import LocalizedRandomResizedCrop
-from transforms import BoxCrops, TrainTransform, build_views, flip_images, normalize, square_crop
+from training.epoch_crops import BoxCrops
+from transforms import TrainTransform, build_views, flip_images, normalize, square_crop
 
 WIDTH, HEIGHT = 53, 37
 BOX = (20.0, 10.0, 15.5, 12.25)  # xywh

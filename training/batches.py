@@ -1,6 +1,5 @@
 """Batches of training crops and of test views."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, InitVar, dataclass
 from functools import partial
@@ -12,16 +11,15 @@ from PIL.Image import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dino_transform import MapCrops
 from localized_crops.boxes import coverage, crops_to_xywh
 from localized_crops.image_ids import compact_ids, listed_ids
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache
 from readers.images import read_image, read_reduced
-from transforms import BoxCrops, TrainTransform
+from training.epoch_crops import Crops, draw_seed
+from transforms import TrainTransform
 
 LARGEST_WHOLE = 512  # pixels, short side of a crop: up to this size JPEGs are decoded at full resolution
-Crops = BoxCrops | MapCrops
 
 
 class Batch(NamedTuple):
@@ -100,12 +98,6 @@ def reduction_for(crop: Sequence[int], size: int) -> int:
     if min(crop[2:]) <= LARGEST_WHOLE:
         return 1
     return next(reduction for reduction in (8, 4, 2, 1) if reduction == 1 or min(crop[2:]) >= reduction * size)
-
-
-def draw_seed(seed: int, epoch: int, image_id: int | str) -> int:
-    """Return the seed of the colours of one image in one epoch."""
-    number = image_id if isinstance(image_id, int) else int.from_bytes(hashlib.sha256(image_id.encode()).digest()[:8])
-    return int(np.random.SeedSequence([seed, epoch, number]).generate_state(1, np.uint64)[0]) >> 1
 
 
 BatchKey = tuple[int, list[int], int, int]  # epoch, rows, number of them that count, images of the whole step

@@ -98,12 +98,6 @@ def _brief(error: Exception) -> str:
     return str(error).splitlines()[0].rpartition("] ")[2][:100]
 
 
-def require_single_process(setting: str) -> None:
-    """Raise UserError if ``setting``, whose trainings separate processes share, is used under torchrun."""
-    if process_numbers()[1] > 1:
-        raise UserError(f"{setting} under torchrun: start the plain command several times, they share the trainings")
-
-
 def on_rank_0(function: Callable[[], Result]) -> Result:
     """Call ``function`` on rank 0 and return its result on every process; if it raises UserError, all processes end."""
     if world_size() == 1:

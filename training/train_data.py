@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import box_file_of, read_dataset, source_boxes, source_set
-from dino_transform import MapCrops
 from jobs.loader import build_loader
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
@@ -20,7 +19,8 @@ from readers.images import read_image
 from readers.splits import class_notes
 from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
-from transforms import BoxCrops, TrainTransform, build_views
+from training.epoch_crops import BoxCrops, Crops, MapCrops
+from transforms import TrainTransform, build_views
 
 REPORTED, VALIDATED = ("test", "val"), ("val", "test")  # a run reports on, and validates on, the first that has images
 WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
@@ -107,7 +107,7 @@ def needed_side(config: dict, data: DataSet) -> int:
 
 
 def build_train_loader(
-    config: dict, data: DataSet, crops: BoxCrops | MapCrops, device: torch.device, decoded: ImageCache | None
+    config: dict, data: DataSet, crops: Crops, device: torch.device, decoded: ImageCache | None
 ) -> DataLoader:
     """Build the loader of training crops."""
     transform = TrainTransform(
@@ -153,7 +153,7 @@ def workers_for(images: int, config: dict) -> int:
     return config["num_workers"] if images >= WORTH_A_WORKER else 0
 
 
-def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> BoxCrops | MapCrops:
+def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> Crops:
     """Build the crops of the training images: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
         return map_crops(config, data, open_maps(config, data))

@@ -1,10 +1,14 @@
 """What boxes are worth as views of a frozen, pretrained network: a linear probe and nearest neighbours, no training.
 
-A table of reproduce.py, in minutes on a CPU. The features of each view are kept in the table's folder, so that an
-interrupted run goes on with the view that it had reached.
+First come the stages that make the boxes, as in reproduce.py. The table lies in runs/photos_probe, with the features of
+each view, so that an interrupted run goes on with the view that it had reached. Minutes on a CPU.
+
+    python benchmarks/photos_probe.py dataset.root=FOLDER model.weights=FILE dino.weights=FILE \\
+        dino.object_weights=FILE num_workers=0
 """
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets import source_boxes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import reproduce
+from config import load_config
+from datasets import read_dataset, source_boxes
 from experiments.paired_tests import compare
 from experiments.table_report import spread
+from experiments.tables import ATTENTION_BOXES, ATTENTION_STEP, OBJECT_BOXES, OBJECT_STEP, PRETRAINED
+from jobs.settings import word_of
 from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import save_json, save_text, whole_file
 from models import build_model, features_of, fit_linear, input_config
@@ -29,6 +39,28 @@ PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, 
 NEIGHBOURS = 10
 BATCH = 16  # images
 FEW, DRAWS = (5, 10, 20), 5  # training images a class, and how often they are drawn
+
+
+STEPS = (ATTENTION_STEP, OBJECT_STEP)
+SIDES = (224, 384)  # pixels, of the network's input
+SOURCES = {
+    "centred (control)": "center",
+    "attention, component": ATTENTION_BOXES,
+    "object head": OBJECT_BOXES,
+    "true (oracle)": "gt",
+}
+
+
+def main(words: list[str]) -> None:
+    """Make the boxes that are missing, then the table."""
+    overrides = reproduce.load_request(words)["overrides"]
+    for step in STEPS:
+        reproduce.run_step(step, overrides)
+    shared = PRETRAINED | {"eval.crop_pct": 0.875} | overrides
+    settings = [word_of(key, value) for key, value in shared.items()]
+    configs = {f"{side} px": load_config(["preset=finetune", *settings, f"image_size={side}"]) for side in SIDES}
+    data = read_dataset(**next(iter(configs.values()))["dataset"])
+    write_probe(configs, "photos_probe", SOURCES, Path("runs/photos_probe"), data)
 
 
 class Answers(NamedTuple):
@@ -210,3 +242,7 @@ def numbers_of(rows: dict[str, Answers], labels: np.ndarray) -> dict[str, Any]:
         }
         for name, row in rows.items()
     }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

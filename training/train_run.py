@@ -1,0 +1,166 @@
+"""One training, from data to summary: the run folder is claimed, the parts are built, the epochs are trained."""
+
+import contextlib
+import copy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import models
+from datasets import stem_of
+from jobs.guard import with_resume_hint
+from jobs.loader import start_server
+from jobs.shared_work import choose_device
+from jobs.wandb_runs import start_wandb
+from localized_crops.boxes import maiou_to_thr
+from localized_crops.crops import ratio_gives_way
+from localized_crops.files import UserError, check_output, user_errors
+from readers.data_set import DataSet
+from training.batches import TrainImages
+from training.distributed import lost_process, on_rank_0, process_group, rank, world_size
+from training.fingerprints import fingerprints
+from training.head_start import start_head_as_probe
+from training.loop import out_of_patience, train_and_log_epoch
+from training.run import Run, build_run, load_run
+from training.self_distillation import with_own_maps
+from training.summary import finish
+from training.train_data import (
+    build_crops,
+    build_train_loader,
+    build_view_loaders,
+    crop_boxes,
+    decoded_images,
+    load_data,
+    localizer_settings,
+    view_boxes,
+)
+from utils import FolderInUseError, locked, new_folder, seed_everything, set_up_cpu
+
+RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
+
+
+def train_run(config: dict, wandb_run: Any = None) -> dict:
+    """Train one model from data to summary.json; return the summary.
+
+    It is logged to ``wandb_run``; None: to a new wandb run if ``wandb`` is on.
+    """
+    device = choose_device(config["device"])
+    with process_group(device), user_errors(ValueError), contextlib.ExitStack() as held:
+        folder = on_rank_0(lambda: claim_folder(config, held))
+        with with_resume_hint(lambda: resume_command(folder)), lost_process():
+            return _train_in(folder, copy.deepcopy(config), device, wandb_run)
+
+
+def run_stem(config: dict) -> str:
+    """Return the first part of the names of run folders."""
+    return stem_of(config["dataset"]["name"], config["dataset"]["root"])
+
+
+def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
+    """Return the folder of the run, locked for as long as ``held`` is open."""
+    is_new = not config["run_dir"]
+    folder = new_folder("runs", run_stem(config)) if is_new else Path(config["run_dir"])
+    if not held.enter_context(locked(folder, is_new=is_new)):
+        raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
+    if config["resume"]:
+        return folder
+    if (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds a run already; resume=true goes on with it, or give another run_dir")
+    for name in RUN_FILES:
+        check_output(folder / name)
+    return folder
+
+
+def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) -> dict:
+    set_up_cpu(config["num_threads"])
+    start_server(TrainImages, config["num_workers"])
+    config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
+    seed_everything(config["seed"], config["deterministic"])
+    data = on_rank_0(lambda: load_data(config))
+    boxes, notes = crop_boxes(config, data)
+    resolve(config, folder, data, boxes)
+    decoded, crops = decoded_images(config, data), build_crops(config, data, boxes)
+    train_loader = build_train_loader(config, data, crops, device, decoded)
+    val_loader, test_loader = build_view_loaders(config, data, device, decoded)
+    notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
+    made_from = fingerprints(data, boxes, view_boxes(config, data), getattr(crops, "maps", None))
+    run = build_run(folder, config, data.class_names, made_from, device)
+    run.localizer = localizer_settings(config, data)
+    print(describe(run, data))
+    if config["resume"]:
+        load_run(run)
+    if config["model"]["head_start"] == "probe" and not (run.step or config["model"]["resumed_model"]):
+        start_head_as_probe(run, train_loader)
+    run.wandb = wandb_run
+    if wandb_run is None and config["wandb"] and rank() == 0:
+        run.wandb = start_wandb(config, folder)
+    while run.epoch < config["num_epochs"] and not out_of_patience(run.records, config["patience"]):
+        train_loader = with_own_maps(train_loader, run, data)
+        train_and_log_epoch(run, train_loader, val_loader)
+    if run.epoch < config["num_epochs"]:
+        print(f"stopped early after epoch {run.epoch}: patience={config['patience']}")
+    summary = finish(run, data, test_loader, notes)
+    if run.wandb is not None:
+        run.wandb.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
+        if wandb_run is None:
+            run.wandb.finish()
+    return summary
+
+
+def count_ratios_that_gave_way(config: dict, data: DataSet, boxes: np.ndarray) -> int:
+    """Return the number of training images in which no exact crop of a ratio in range can keep THR of the box."""
+    crop, rows = config["crop"], data.rows("train")
+    if not config["use_box"] or config["THR"] <= 0 or crop["mode"] != "exact":
+        return 0
+    sizes = data.image_sizes[rows]
+    return int(ratio_gives_way(boxes[rows], sizes, config["THR"], scale=crop["scale"], ratio=crop["ratio"]).sum())
+
+
+def resume_command(folder: Path) -> str | None:
+    """Return the command that goes on with the run in ``folder``, None before it has begun."""
+    if not (folder / "config.json").exists():
+        return None
+    start = f"torchrun --nproc-per-node {world_size()}" if world_size() > 1 else "python"
+    return f"{start} train.py resume=true run_dir={shlex.quote(str(folder))}"
+
+
+def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> None:
+    """Fill in the settings that are derived from the data and the network where they are None."""
+    config["run_dir"] = str(folder)
+    config["dataset"]["root"] = str(data.root)
+    config["model"]["n_classes"] = config["model"]["n_classes"] or len(data.class_names)
+    network = models.input_config(config["model"]["type"])
+    for section, key in (("model", "mean"), ("model", "std"), ("eval", "interpolation"), ("eval", "crop_pct")):
+        config[section][key] = config[section][key] or network[key]
+    if config["model"]["n_classes"] < len(data.class_names):
+        raise UserError(f"model.n_classes={config['model']['n_classes']}: the data set has {len(data.class_names)}")
+    if config["maiou"] is not None and config["use_box"]:
+        rows, crop = data.rows("train"), {key: config["crop"][key] for key in ("mode", "scale", "ratio")}
+        config["THR"] = maiou_to_thr(config["maiou"], boxes[rows], data.image_sizes[rows], **crop)
+
+
+def describe(run: Run, data: DataSet) -> str:
+    """Return the lines that a run starts with."""
+    config = run.config
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
+    crop = f"crops held to {config['source']}, {config['crop']['mode']}, THR={config['THR']:.3g}"
+    if config["use_dino_maps"]:
+        maps = config["dino_maps"] or f"its own EMA, made every {config['self_distillation']['every']} epochs"
+        crop = f"crops centred by the maps of {maps}, temperature {config['crop']['temperature']:g}"
+    elif not config["use_box"] or config["THR"] < 0:
+        crop = f"RandomResizedCrop, scale {config['crop']['scale']}"
+    processes = f" in {world_size()} processes" if world_size() > 1 else ""
+    validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
+    if not len(data.rows("test")):
+        validated += ", and tested on it too: there is no test part"
+    return "\n".join(
+        [
+            f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",
+            f"{config['model']['type']}: {parameters:,} parameters learn, on {run.device}{processes}; {crop}",
+            f"run folder: {run.folder}",
+        ]
+    )
