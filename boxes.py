@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 
 from config import load_config
-from datasets import known_boxes, read_dataset, save_source
+from datasets import convert_source, known_boxes, read_dataset
 from jobs.guard import run_script
 from localized_crops.files import UserError, check_output
-from readers.box_sources import write_foreign
 
 USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
 
@@ -44,13 +43,8 @@ def main(request: dict) -> None:
         check_output(out)
     data = read_dataset(**config["dataset"])
     boxes = known_boxes(source, data, **config["boxes"])
-    made_by = f"boxes.py convert {source}"
-    if out.suffix == ".json" and not out.name.endswith(".coco.json"):
-        settings = {key: config[key] for key in ("dataset", "boxes", "source")}
-        save_source(out, data, boxes, made_by=made_by, settings=settings)
-    else:
-        names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
-        write_foreign(out, names, data.image_sizes, boxes, made_by)
+    settings = {key: config[key] for key in ("dataset", "boxes", "source")}
+    convert_source(out, data, boxes, made_by=f"boxes.py convert {source}", settings=settings)
     missing = np.isnan(boxes[:, 0]).sum()
     print(f"{out}: {len(boxes) - missing} boxes, none for {missing} images")
 

@@ -16,7 +16,7 @@ from localized_crops.box_file import boxes_for_images, save_boxes
 from localized_crops.boxes import center_boxes, fill_missing, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import ImageId
-from readers.box_sources import BoxSet, is_foreign, read_foreign
+from readers.box_sources import BoxSet, is_foreign, read_foreign, write_foreign
 from readers.build import Listing, build_data_set
 from readers.cub import download_cub, read_cub_tables
 from readers.data_set import DataSet as DataSet  # for users
@@ -184,6 +184,15 @@ def save_source(
         scores=None if scores is None else by_id(scores),
         **header,
     )
+
+
+def convert_source(path: Path, data: DataSet, boxes_xywh: np.ndarray, *, made_by: str, settings: dict) -> None:
+    """Write boxes (N, 4) in the format that the name chooses: NAME.coco.json, NAME.csv, a YOLO folder, else ours."""
+    if path.suffix == ".json" and not path.name.endswith(".coco.json"):
+        save_source(path, data, boxes_xywh, made_by=made_by, settings=settings)
+    else:
+        names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
+        write_foreign(path, names, data.image_sizes, boxes_xywh, made_by)
 
 
 def box_file_of(source: str, data: DataSet) -> Path | None:

@@ -26,8 +26,9 @@ from inference.classifier import load_classifier, training_defaults
 from inference.evaluation import evaluate, write_report
 from inference.export import export_classifier
 from jobs.guard import run_script
+from jobs.machine import set_up_cpu
 from localized_crops.files import UserError, check_output, no_empty_folder, user_errors
-from utils import environment, new_folder, set_up_cpu
+from utils import environment, new_folder
 
 REPORT = ("evaluation.*", "predictions.csv", "confusion*.png", "calibration*.png")  # its files
 

@@ -36,14 +36,15 @@ from figures.box_report import raise_if_any_failed, report_boxes
 from inference.classifier import Classifier, load_classifier
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import build_loader, start_server
+from jobs.machine import set_up_cpu
 from jobs.shared_work import Result, SharedWork, box_path, refuse_foreign
 from localized_crops.box_file import load_boxes
 from localized_crops.boxes import clip_boxes, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import ImageId, key_to_id
-from masks.cut_outs import CutOuts
+from masks.image_batches import CutOuts
 from masks.mask_files import load_masks_info, mask_names
-from utils import batched, file_sha256, memory_errors, set_up_cpu, timed
+from utils import batched, file_sha256, memory_errors, timed
 
 
 def main(config: dict) -> None:

@@ -35,7 +35,8 @@ from datasets import DataSet, dino_boxes_path, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes
 from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.loader import start_server
-from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
+from jobs.machine import choose_device, precision_on, set_up_cpu
+from jobs.shared_work import Result, SharedWork, box_path, refuse_foreign
 from localized_crops import map_boxes
 from localized_crops.attention import last_attention
 from localized_crops.files import UserError, user_errors
@@ -45,7 +46,7 @@ from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, 
 from localizer.batches import BatchImages
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
-from utils import precision_on, set_up_cpu, timed
+from utils import timed
 
 
 def main(config: dict) -> None:

@@ -32,20 +32,21 @@ from datasets import DataSet, read_dataset, save_source
 from figures.box_report import raise_if_any_failed, report_boxes, save_errors
 from jobs.guard import DeadWorkerError, run_script, same_command, with_resume_hint
 from jobs.loader import build_loader, start_server
-from jobs.shared_work import Result, SharedWork, box_path, choose_device, refuse_foreign
+from jobs.machine import choose_device, precision_on, set_up_cpu
+from jobs.shared_work import Result, SharedWork, box_path, refuse_foreign
 from jobs.torchrun import process_numbers
 from localized_crops.box_file import load_boxes
 from localized_crops.boxes import clip_boxes
 from localized_crops.files import UserError, no_empty_folder, user_errors
 from localized_crops.image_ids import ImageId, key_to_id
 from localized_crops.map_file import MapCache
+from masks.image_batches import ImageBatches, as_it_is
 from masks.mask_files import info_entry, load_masks, load_masks_info, mask_names, save_masks, save_masks_info
 from masks.mask_generator import MaskGenerator
 from masks.sam_models import load_sam
 from masks.sam_prompts import PromptedMasks
 from masks.segments import SETTINGS, segment_image
-from readers.image_batches import ImageBatches, as_it_is
-from utils import batched, new_folder, precision_on, set_up_cpu, timed
+from utils import batched, new_folder, timed
 
 __all__ = ["MaskGenerator", "load_masks"]  # found here by the names that the stage is known by
 OWN_SAM_KEYS = ("model", "checkpoint", "compile_encoder", "prompt_box", "prompt_points", "prompt_background")

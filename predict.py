@@ -20,14 +20,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from config import load_config
-from figures.plots import check_picture, save_figure
 from inference.classifier import Classifier, Prediction, load_classifier, training_defaults
 from inference.photos import find_images
-from inference.predictions import check_out, save_predictions, sheet_figure
+from inference.predictions import check_out, save_predictions, save_sheet
 from jobs.guard import run_script
+from jobs.loader import workers_for
+from jobs.machine import set_up_cpu
 from localized_crops.files import UserError, save_text, user_errors
-from training.train_data import workers_for
-from utils import set_up_cpu
 
 
 def main(config: dict) -> None:
@@ -38,16 +37,13 @@ def main(config: dict) -> None:
     images, settings = config["images"], config["predict"]
     name = "stdin" if images == "-" else Path(images).stem.strip("*") or "images"
     out = Path(config["out"] or Path(config["checkpoint"][0]).with_name(f"predictions_{name}.csv"))
-    check_out(out)
-    if settings["sheet"]:
-        check_picture(settings["sheet"])
+    check_out(out, settings["sheet"])
     paths = find_images(images)
     print(describe(classifier, len(paths)), flush=True)
     predictions = classify(classifier, paths, config)
     save_predictions(out, predictions, min(settings["top_k"], len(classifier.class_names)))
     if settings["sheet"] and any(prediction.error is None for prediction in predictions):
-        save_figure(sheet_figure(predictions, settings["sheet_images"]), settings["sheet"])
-        print(f"contact sheet: {settings['sheet']}")
+        save_sheet(settings["sheet"], predictions, settings["sheet_images"])
     raise_if_any_failed(predictions, out)
 
 

@@ -1,19 +1,16 @@
 """What every script needs: checkpoints, run folders and their locks, logs, devices, seeds."""
 
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import itertools
-import json
 import os
 import pickle
 import platform
-import random
 import re
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +21,9 @@ import torch
 
 from localized_crops.files import (
     UserError,
-    is_finite_number,
     no_empty_folder,
-    parse_json,
-    read_text,
     refuse_special,
     remove_scratch,
-    user_errors,
     whole_file,
 )
 
@@ -38,7 +31,6 @@ from localized_crops.files import (
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
 UNREADABLE += (AssertionError, safetensors.SafetensorError)
 NO_MEMORY = "can't allocate memory|ALLOC_FAILED"  # of torch's errors on a CPU and of CUDA's libraries
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt, in bytes
 MOST_TRIES = 1000  # to lock a file whose folder others remove meanwhile
 
 
@@ -185,35 +177,6 @@ def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
                         (folder / ".lock").unlink()
 
 
-def load_log(path: Path | str, numbers: Collection[str] = ()) -> list[dict]:
-    """Return the objects of a ``log.jsonl``; no file means no epoch yet.
-
-    Raises:
-        UserError: if a line is not a JSON object with a number under each key of ``numbers``.
-    """
-    path = Path(path)
-    if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        with user_errors(ValueError, f"{path}:{number}: not a JSON object with its numbers, remove the line: "):
-            record = parse_json(line)
-            if not isinstance(record, dict):
-                raise ValueError(line[:60])
-            lacking = [key for key in numbers if not is_finite_number(record.get(key))]
-            if lacking:
-                raise ValueError(f"{lacking[0]!r} is no number")
-        records.append(record)
-    return records
-
-
-def save_log(path: Path | str, records: list[dict]) -> None:
-    """Write a ``log.jsonl``, whole or not at all (a run has a few hundred lines), into a folder that exists."""
-    with whole_file(path, new_folder=False) as scratch:
-        lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
-        scratch.write_text("".join(lines), encoding="utf-8")
-
-
 def markdown_table(heads: Sequence[Any], rows: Iterable[Sequence[Any]]) -> str:
     """Return a table in Markdown."""
     above, *below = (f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows))
@@ -237,26 +200,6 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # a subclass of str, which a plain checkpoint may not hold
     }
-
-
-def set_up_cpu(threads: int | None) -> None:
-    """Let torch compute in so many threads, and keep freed memory for the next step.
-
-    More threads than cores stand still: there is at most one a core; None: torch's choice. glibc gives large blocks
-    back to the system when they are freed, which then clears every page of the next ones: up to half the time of a
-    training step (benchmarks/kept_memory.py). The process grows to its peak and stays there.
-    """
-    if threads:
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
-    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):  # glibc's alone
-        if not set_option(M_MMAP_THRESHOLD, 2**30):  # older versions take 32 MiB at most
-            set_option(M_MMAP_THRESHOLD, 2**25)
-        set_option(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def precision_on(device: torch.device, amp: str) -> str:
-    """Return in which precision networks compute: ``amp`` (none, bf16 or fp16) on CUDA, else float32."""
-    return amp if device.type == "cuda" and amp != "none" else "float32"
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -290,17 +233,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 
 # --- randomness ---------------------------------------------------------------------------------------------------
-
-
-def seed_everything(seed: int, deterministic: bool) -> None:
-    """Seed Python, NumPy and torch; ``deterministic`` makes torch refuse what it cannot repeat."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's own error message
-    torch.use_deterministic_algorithms(deterministic)
 
 
 @contextlib.contextmanager

@@ -66,8 +66,8 @@ from localized_crops.map_file import MapCache
 from masks.mask_files import load_masks, load_masks_info, mask_names
 from readers.images import read_image
 from training.epoch_crops import BoxCrops, Crops, MapCrops, draw_seed
+from training.log import load_log
 from transforms import TrainTransform
-from utils import load_log
 
 EPOCHS = 20  # of crops that a histogram counts
 MOST_CANDIDATES = 5  # drawn over an image: more cannot be told apart

@@ -24,7 +24,8 @@ from measuring import alternated, memory, parse_settings, ratio
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models
-from utils import environment, set_up_cpu
+from jobs.machine import set_up_cpu
+from utils import environment
 
 SETTINGS = {"rounds": 5, "steps": 4, "batch_size": 32, "threads": 1, "work": "all", "kept": "both"}
 

@@ -25,6 +25,7 @@ from datasets import read_dataset, source_boxes
 from experiments.paired_tests import compare
 from experiments.table_report import spread
 from experiments.tables import ATTENTION_BOXES, ATTENTION_STEP, OBJECT_BOXES, OBJECT_STEP, PRETRAINED
+from jobs.machine import set_up_cpu
 from jobs.settings import word_of
 from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import save_json, save_text, whole_file
@@ -32,7 +33,7 @@ from models import build_model, features_of, fit_linear, input_config
 from readers.data_set import DataSet
 from readers.images import read_image
 from transforms import View, normalize
-from utils import environment, markdown_table, set_up_cpu
+from utils import environment, markdown_table
 
 PLAIN_VIEWS = ("full", "center", "whole")
 PENALTIES = (0.001, 0.003, 0.01, 0.03, 0.1)  # chosen on the validation images, view by view

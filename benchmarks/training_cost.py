@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import models
 from config import load_config
+from jobs.machine import choose_device
 from training import train_data, train_run
 from training.batches import Batch
 from training.epoch_crops import MapCrops
@@ -68,7 +69,7 @@ class Steps:
 
 def main(words: list[str]) -> None:
     """Measure and print the table."""
-    device = train_run.choose_device(None)
+    device = choose_device(None)
     times, loader, workers = measure(words, list(WAYS), device, ROUNDS)
     print_table(times, loader.images)
     print(f"start of one loader process: {start_up(words, device):.1f} s; {peak_memory(device)}")

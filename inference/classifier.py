@@ -20,8 +20,8 @@ from tqdm import tqdm
 import models
 from inference.photos import Photos, reason
 from jobs.loader import build_loader
+from jobs.machine import choose_device, precision_on
 from jobs.settings import DEFAULTS, check_value, get_key, leaves, nested
-from jobs.shared_work import choose_device
 from localized_crops.files import UserError, user_errors
 from localized_crops.map_boxes import MapBox
 from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
@@ -32,7 +32,7 @@ from readers.images import image_sizes
 from training.evaluation import AVERAGE, predict
 from training.train_data import test_views
 from transforms import View, normalize
-from utils import autocast, load_tensors, precision_on
+from utils import autocast, load_tensors
 
 # Sections of the config that evaluation and prediction take from the training, unless the command line says otherwise.
 OF_TRAINING = ("dataset", "model", "image_size", "patch_size", "eval", "eval_box", "boxes", "dino")

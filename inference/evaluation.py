@@ -17,13 +17,13 @@ from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
 from inference import metrics
 from inference.classifier import Classifier
-from jobs.loader import build_loader
+from jobs.loader import build_loader, workers_for
 from localized_crops.boxes import coverage, iou, whole_image_boxes
 from localized_crops.files import UserError, save_json, save_text
 from readers.data_set import DataSet
 from training.batches import ViewImages
 from training.evaluation import AVERAGE, average
-from training.train_data import view_boxes, workers_for
+from training.train_data import view_boxes
 from utils import markdown_table
 
 MOST_IN_TABLE = 30  # classes, the worst first

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from figures.plots import Panel, panel_sheet
+from figures.plots import Panel, check_picture, panel_sheet, save_figure
 from inference.classifier import Prediction
 from localized_crops.files import UserError, check_output, save_text
 from readers.images import read_image
@@ -21,16 +20,18 @@ LONGEST_NAME = 28  # characters
 SHEET_SIDE = 240  # pixels, the longer side of an image on it
 
 
-def check_out(path: Path) -> None:
-    """Check that predictions may be written to ``path``: one of two kinds, and nothing else lies there.
+def check_out(path: Path, sheet: str | None = None) -> None:
+    """Check that predictions may be written to ``path``, of one of two kinds, and a contact sheet to ``sheet``.
 
     Raises:
-        UserError: if not; predictions that lie there already will be replaced.
+        UserError: if something else lies there; predictions that lie there already will be replaced.
     """
     if path.suffix not in SUFFIXES:
         raise UserError(f"out={path}: predictions are written as .csv or .jsonl; give such a name")
     check_output(path, rb'\A(path,class_1,|\{"path": )')
     check_output(path.with_suffix(".errors.txt"), rb"\A\d+ files cannot be read\n")
+    if sheet:
+        check_picture(sheet)
 
 
 def save_predictions(path: Path, predictions: Sequence[Prediction], top_k: int) -> None:
@@ -52,17 +53,19 @@ def save_predictions(path: Path, predictions: Sequence[Prediction], top_k: int) 
     save_text(path, table.getvalue() if path.suffix == ".csv" else "".join(lines))
 
 
-def sheet_figure(predictions: Sequence[Prediction], most: int) -> Figure:
-    """Return a contact sheet: images from all over the list with their box and the most probable class.
+def save_sheet(path: Path | str, predictions: Sequence[Prediction], most: int) -> None:
+    """Draw a contact sheet: images from all over the list with their box and the most probable class.
 
     Args:
+        path: the PNG.
         predictions: those with an error are left out.
         most: images at most.
     """
     known = [prediction for prediction in predictions if prediction.error is None]
     chosen = [known[n] for n in np.unique(np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int))]
     lines = list(batched(map(_panel, chosen), COLUMNS))
-    return panel_sheet(lines, f"{len(chosen)} of {len(known)} images: the most probable class")
+    save_figure(panel_sheet(lines, f"{len(chosen)} of {len(known)} images: the most probable class"), path)
+    print(f"contact sheet: {path}")
 
 
 def _panel(prediction: Prediction) -> Panel:

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from jobs import guard
 
+WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
+
 
 def build_loader(
     dataset: Dataset, *, num_workers: int, pin_memory: bool, persistent: bool = True, **batches
@@ -44,6 +46,11 @@ def build_loader(
         # epoch, as there are workers or not: a resumed run would drop out other features than an unbroken one
         **batches,
     )
+
+
+def workers_for(images: int, config: dict) -> int:
+    """Return the number of worker processes for one pass over so many images: 0 for few."""
+    return config["num_workers"] if images >= WORTH_A_WORKER else 0
 
 
 def end_workers(loader: DataLoader) -> None:

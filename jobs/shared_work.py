@@ -18,30 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors
 import safetensors.numpy
-import torch
 from tqdm import tqdm
 
-from jobs.torchrun import process_numbers, torchrun_number
+from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
 from utils import file_sha256, file_stats, locked
 
 MOST_READ = 50_000  # files whose content is hashed
 STALLED_SECONDS = 1800  # without a finished unit of any process, the others are taken for dead
-
-
-def choose_device(device: str | None) -> torch.device:
-    """Return the device to compute on; UserError if this machine does not have it.
-
-    None or "cuda" is this process's own GPU where there is one; None else is the CPU.
-    """
-    own_gpu = device in (None, "cuda") and torch.cuda.is_available()
-    name = f"cuda:{torchrun_number('LOCAL_RANK', 0)}" if own_gpu else device or "cpu"
-    try:
-        chosen = torch.device(name)
-        torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not available here ({str(error).splitlines()[0][:100]})") from None
-    return chosen
 
 
 def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:

@@ -3,7 +3,8 @@
 import torch
 
 import train
-from utils import load_log, load_tensors
+from training.log import load_log
+from utils import load_tensors
 
 SMALL = [
     "num_epochs=4",

@@ -23,7 +23,8 @@ from jobs.shared_work import load_result
 from localized_crops import map_file
 from localized_crops.files import SCRATCH, load_json
 from localized_crops.map_file import MapCache
-from utils import load_log, load_tensors
+from training.log import load_log
+from utils import load_tensors
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 300  # seconds: a process that takes longer hangs

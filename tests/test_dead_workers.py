@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from jobs.guard import DeadWorkerError, with_resume_hint
 from jobs.loader import build_loader, end_workers
-from readers.image_batches import as_it_is
+from masks.image_batches import as_it_is
 
 
 def children(pid):

@@ -21,7 +21,8 @@ from localized_crops.box_file import save_boxes
 from localized_crops.files import DiskError, save_json
 from localized_crops.map_file import save_map_cache
 from masks.mask_files import save_masks, save_masks_info
-from utils import load_tensors, save_log, save_tensors
+from training.log import save_log
+from utils import load_tensors, save_tensors
 
 KINDS = ("box JSON", "log", "checkpoint", "curves", "masks", "masks_info", "maps", "image list")
 

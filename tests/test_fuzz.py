@@ -28,8 +28,9 @@ from localized_crops.map_file import MapCache
 from masks.mask_files import load_masks, load_masks_info
 from models import build_model, load_trained
 from readers.images import read_image
+from training.log import load_log
 from training.run import LOGGED
-from utils import load_log, load_tensors
+from utils import load_tensors
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "5"))
 ODD = [

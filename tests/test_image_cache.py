@@ -23,8 +23,8 @@ from localized_crops.files import UserError, load_json
 from readers import image_cache
 from readers.image_cache import cached_images
 from readers.images import read_image
+from training.log import load_log
 from transforms import TrainTransform, build_views
-from utils import load_log
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ from stages import Process, Stage
 
 from localized_crops.files import load_json
 from long_runs import descendants
-from utils import load_log
+from training.log import load_log
 
 pytestmark = pytest.mark.slow  # each agent and each process imports torch anew
 # Two processes see halves of a batch: with BatchNorm's statistics at rest its numbers are those of one process.

@@ -14,13 +14,15 @@ from torch import nn
 
 import models
 import train
+from jobs import torchrun
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed
 from training.batches import EpochBatches
+from training.log import load_log
 from training.loop import backward, update
 from training.run import Run, build_run
-from utils import load_log, load_tensors
+from utils import load_tensors
 
 TRAIN = str(stages.ROOT / "train.py")
 SMALL = [
@@ -178,7 +180,7 @@ def test_a_compiler_that_is_not_there_is_one_line(birds, tmp_path, monkeypatch):
 def test_a_sweep_is_not_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="start the plain command several times"):
-        distributed.require_single_process("sweeprun=true")
+        torchrun.require_single_process("sweeprun=true")
 
 
 @pytest.mark.parametrize(

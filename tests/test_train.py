@@ -24,10 +24,11 @@ from localized_crops.files import UserError, load_json, save_json
 from localized_crops.map_file import save_map_cache
 from readers.images import read_image
 from training import train_run
+from training.log import load_log
 from training.loop import out_of_patience
 from training.summary import last_epochs
 from transforms import View, normalize
-from utils import load_log, load_tensors, locked
+from utils import load_tensors, locked
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,9 +11,10 @@ import stages
 import torch
 
 import utils
-from jobs import guard
+from jobs import guard, machine
 from localized_crops import files
 from localized_crops.files import UserError
+from training import log
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -41,12 +42,12 @@ def test_files_have_the_mode_that_the_user_asked_for(tmp_path):
 
 def test_a_log_comes_back_and_a_torn_line_is_named(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert utils.load_log(path) == []
-    utils.save_log(path, [{"epoch": 1}, {"epoch": 2}])
-    assert utils.load_log(path) == [{"epoch": 1}, {"epoch": 2}]
+    assert log.load_log(path) == []
+    log.save_log(path, [{"epoch": 1}, {"epoch": 2}])
+    assert log.load_log(path) == [{"epoch": 1}, {"epoch": 2}]
     path.write_text('{"epoch": 1}\n{"epo')
     with pytest.raises(UserError, match=r"log\.jsonl:2"):
-        utils.load_log(path)
+        log.load_log(path)
 
 
 def test_new_folders_are_numbered(tmp_path):
@@ -139,14 +140,14 @@ def test_memory_that_ran_out_is_one_line_and_other_errors_are_their_own():
 
 def test_there_are_no_more_threads_than_cores():
     before = torch.get_num_threads()
-    utils.set_up_cpu(1024)
+    machine.set_up_cpu(1024)
     assert torch.get_num_threads() <= os.cpu_count()
     torch.set_num_threads(before)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no mallopt")
 def test_freed_memory_is_there_for_the_next_step():
-    utils.set_up_cpu(None)
+    machine.set_up_cpu(None)
 
     def page_faults(values):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -171,7 +172,7 @@ def test_torch_seed_repeats_and_leaves_no_trace():
 def test_seeding_reaches_numpy_and_torch():
     draws = []
     for _ in range(2):
-        utils.seed_everything(3, deterministic=False)
+        machine.seed_everything(3, deterministic=False)
         draws.append((np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
 

@@ -19,7 +19,7 @@ from localized_crops.boxes import center_boxes
 from localized_crops.files import UserError, load_json, save_json
 from localized_crops.map_file import save_map_cache
 from masks.mask_files import mask_names, save_masks, save_masks_info
-from utils import save_log
+from training.log import save_log
 
 GROUPS = ["image", "RandomResizedCrop", "reference, THR=0.7", "exact, THR=0.7"]
 

@@ -25,11 +25,12 @@ from tqdm import tqdm
 
 from config import load_config
 from jobs.guard import run_script
+from jobs.machine import seed_everything, set_up_cpu
 from localized_crops.files import check_output
 from toybirds import drawing
 from toybirds.network import build_toy_vit
 from transforms import normalize
-from utils import environment, save_tensors, seed_everything, set_up_cpu
+from utils import environment, save_tensors
 
 ARCHITECTURE = {"image_size": 80, "stride": 8, "width": 96, "depth": 2, "heads": 3}
 NUM_IMAGES = 4000

@@ -16,9 +16,10 @@ from localized_crops.files import UserError
 from training.batches import Batch
 from training.distributed import copy_buffers_of_rank_0, rank, seed_rank, sum_over_ranks, world_size
 from training.evaluation import loss_and_top1
+from training.log import save_log
 from training.run import Run, save_run
 from transforms import flip_images
-from utils import autocast, memory_errors, save_log
+from utils import autocast, memory_errors
 
 
 def train_and_log_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoader) -> None:

@@ -18,10 +18,11 @@ from localized_crops.files import UserError, save_json, user_errors
 from training.distributed import rank, world_size
 from training.evaluation import predict
 from training.fingerprints import first_difference, optimizer_state, structure
+from training.log import load_log
 from training.optimization import build_optimizer, build_scheduler
 from training.train_data import test_views
 from transforms import normalize
-from utils import UNREADABLE, environment, load_log, load_tensors, save_tensors
+from utils import UNREADABLE, environment, load_tensors, save_tensors
 
 # What may change between a run and its continuation: it does not change the numbers.
 RESUME_MAY_CHANGE = {"num_workers", "device", "A_machine", "preset", "patience", "resume", "run_dir", "wandb"}

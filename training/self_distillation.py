@@ -10,15 +10,15 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from jobs.loader import end_workers
+from jobs.loader import end_workers, workers_for
+from jobs.machine import precision_on
 from localized_crops.map_file import MapCache, save_map_cache
 from localizer.attention_maps import attend_batches, clean_batch, plan_batches
 from localizer.networks import as_localizer
 from readers.data_set import DataSet
 from training.distributed import on_rank_0
 from training.run import Run
-from training.train_data import build_train_loader, map_crops, workers_for
-from utils import precision_on
+from training.train_data import build_train_loader, map_crops
 
 
 def refresh_epoch(epoch: int, every: int, start: int) -> int | None:

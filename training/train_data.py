@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets import box_file_of, read_dataset, source_boxes, source_set
-from jobs.loader import build_loader
+from jobs.loader import build_loader, workers_for
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError
 from localized_crops.map_file import MapCache, remake_command
@@ -23,7 +23,6 @@ from training.epoch_crops import BoxCrops, Crops, MapCrops
 from transforms import TrainTransform, build_views
 
 REPORTED, VALIDATED = ("test", "val"), ("val", "test")  # a run reports on, and validates on, the first that has images
-WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
 
 
 def load_data(config: dict) -> DataSet:
@@ -146,11 +145,6 @@ def build_view_loaders(
         )
         for rows, shown in ((my_rows(data.rows(*VALIDATED)), views[:1]), (my_rows(data.rows(*REPORTED)), views))
     )
-
-
-def workers_for(images: int, config: dict) -> int:
-    """Return the number of worker processes for one pass over so many images: 0 for few."""
-    return config["num_workers"] if images >= WORTH_A_WORKER else 0
 
 
 def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> Crops:

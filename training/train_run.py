@@ -13,7 +13,7 @@ import models
 from datasets import stem_of
 from jobs.guard import with_resume_hint
 from jobs.loader import start_server
-from jobs.shared_work import choose_device
+from jobs.machine import choose_device, seed_everything, set_up_cpu
 from jobs.wandb_runs import start_wandb
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
@@ -37,7 +37,7 @@ from training.train_data import (
     localizer_settings,
     view_boxes,
 )
-from utils import FolderInUseError, locked, new_folder, seed_everything, set_up_cpu
+from utils import FolderInUseError, locked, new_folder
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 

@@ -1,6 +1,11 @@
-"""Candidate boxes cut out of their images, in batches, for loader processes."""
+"""Batches for loader processes: whole images for the mask generators, and candidate boxes cut out of their images.
+
+A module of its own, since loader processes import what their data set needs.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -9,8 +14,36 @@ from torch.utils.data import Dataset
 
 from localized_crops.boxes import expand_boxes
 from localized_crops.files import UserError
+from localized_crops.image_ids import ImageId
 from readers.data_set import DataSet
 from readers.images import read_image
+
+
+def as_it_is(batch: Any) -> Any:
+    """Return the batch (images of different sizes cannot be stacked, and stay arrays)."""
+    return batch
+
+
+class ImageBatches(Dataset):
+    """Whole batches of decoded images of any size."""
+
+    def __init__(self, batches: list[list[tuple[ImageId, Path]]]) -> None:
+        """Keep (id, path) of the images of each batch."""
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> tuple[list[np.ndarray | None], dict[str, str]]:
+        """Return (H, W, 3) uint8 images, None where one cannot be read, and why, by id."""
+        images, errors = [], {}
+        for image_id, path in self.batches[number]:
+            try:
+                images.append(np.asarray(read_image(path)))
+            except UserError as error:
+                images.append(None)
+                errors[str(image_id)] = str(error)
+        return images, errors
 
 
 class CutOuts(Dataset):
