@@ -11,15 +11,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.settings import DEFAULTS, leaves, set_key
+from jobs.settings import DEFAULTS, NOT_SWEPT, is_read_by, leaves, nested, set_key
 from localized_crops.files import UserError, load_json, user_errors
 from utils import UNREADABLE, FolderInUseError
 
 Train = Callable[..., dict]  # (config, wandb_run=None) -> summary
-
-# Keys that a finished training does not depend on: of the machine, of logging, of other stages.
-FREE_KEYS = {"preset", "run_dir", "resume", "A_machine", "num_workers", "device", "wandb", "log_interval"}
-FREE_KEYS |= {"sweep", "sweeprun", "reproduce", "visualize", "dino", "out"}
 
 
 class Point(NamedTuple):
@@ -80,9 +76,16 @@ def _check_same(settings: dict, point: Point) -> None:
     if not isinstance(saved, dict):
         raise UserError(f"{point.folder / 'config.json'}: holds no config; remove the folder or give another run_dir")
     derived = {"THR"} if settings["maiou"] is not None else set()
-    for key in sorted((settings.keys() & saved.keys()) - FREE_KEYS - derived):  # later versions have further keys
-        if not _agrees(settings[key], saved[key]):
+    for key in sorted((settings.keys() & saved.keys()) - derived):  # later versions have further keys
+        if (key == "seed" or _is_depended_on(key, settings)) and not _agrees(settings[key], saved[key]):
             raise UserError(f"{point.folder}: holds a run with {key}={saved[key]}; give another run_dir")
+
+
+def _is_depended_on(key: str, config: dict) -> bool:
+    """Return whether a training's result depends on a dotted key: not on the machine's, on logging, on other stages."""
+    if key.split(".")[0] == "dino":
+        return config["self_distillation"]["every"] > 0
+    return is_read_by("train", key) and key.split(".")[0] not in NOT_SWEPT
 
 
 def _agrees(value: Any, saved: Any) -> bool:
@@ -122,7 +125,8 @@ def crop_family(config: dict) -> str:
 def settings_key(config: dict) -> str:
     """Return as text what two trainings share if they are the same but for their seed."""
     settings = DEFAULTS | leaves(config)  # an earlier version had fewer keys
-    return json.dumps({key: settings[key] for key in sorted(settings) if key.split(".")[0] not in {*FREE_KEYS, "seed"}})
+    whole = nested(settings)
+    return json.dumps({key: settings[key] for key in sorted(settings) if _is_depended_on(key, whole)})
 
 
 def group_by_settings(settings: dict[Path, str]) -> dict[str, list[Path]]:

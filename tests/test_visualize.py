@@ -209,6 +209,14 @@ def test_the_seed_is_no_setting(few_birds):
     assert settings_key(earlier) == key
 
 
+def test_settings_of_other_stages_are_no_settings_of_a_training(few_birds):
+    keys = [settings_key(config_of(few_birds, word)) for word in ("seed=1", "bbox.batch_size=5", "dino.threshold=0.5")]
+    assert keys[0] == keys[1] == keys[2]
+    own_maps = ("self_distillation.every=1", "use_box=false", "use_dino_maps=true")
+    first, second = (settings_key(config_of(few_birds, *own_maps, f"dino.threshold={n}")) for n in (0.3, 0.5))
+    assert first != second
+
+
 # --- the file, and bad input --------------------------------------------------------------------------------------
 
 
