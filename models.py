@@ -16,7 +16,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from localized_crops.files import UserError
+from localized_crops.files import UserError, first_line
 from utils import UNREADABLE, load_tensors
 
 TOY_CHANNELS = (16, 32, 64, 128)  # of toyresnet's stages: resnet18 of timm, a quarter as wide
@@ -57,9 +57,8 @@ def hub_error(
         address = published.url if published else "them"
         if published and published.hf_hub_id:
             address = f"huggingface.co/{published.hf_hub_id}/model.safetensors"
-    reason = (str(error) or type(error).__name__).splitlines()[0][:80]
     return UserError(
-        f"{weights_key}=hub: the weights of {model_type} cannot be fetched ({reason}); fetch {address} on a "
+        f"{weights_key}=hub: the weights of {model_type} cannot be fetched ({first_line(error)}); fetch {address} on a "
         f"machine with a network and give {weights_key}=FILE {model_key}={model_type}"
     )
 
@@ -219,16 +218,13 @@ def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, freeze_layers: int = 0) -> None:
-    """Freeze parameters of the model.
+    """Freeze parameters of the model; raise UserError if it has no CLS token for ``train_cls``, or too few layers.
 
     Args:
         freeze_backbone: train the head alone.
         train_cls: train the CLS token and the head alone.
         freeze_layers: number of layers at the input to freeze: stages or blocks as timm groups parameters; the stem
             is the first.
-
-    Raises:
-        UserError: if the model has no CLS token for ``train_cls``, or too few layers.
     """
     if freeze_layers:
         matcher = TORCHVISION_RESNET
@@ -241,15 +237,13 @@ def set_trainable(model: nn.Module, *, freeze_backbone: bool, train_cls: bool, f
         for name, parameter in model.named_parameters():
             if layer_of[name] < freeze_layers:
                 parameter.requires_grad_(False)
-    if not (freeze_backbone or train_cls):
-        return
-    cls_token = getattr(model, "cls_token", None)
-    if train_cls and cls_token is None:
-        raise UserError("model.train_cls=true: this model has no CLS token; it is for ViTs, such as dinov2_vits14")
-    model.requires_grad_(False)
-    head_of(model).requires_grad_(True)
+    if freeze_backbone or train_cls:
+        model.requires_grad_(False)
+        head_of(model).requires_grad_(True)
     if train_cls:
-        cls_token.requires_grad_(True)
+        if getattr(model, "cls_token", None) is None:
+            raise UserError("model.train_cls=true: this model has no CLS token; it is for ViTs, such as dinov2_vits14")
+        model.cls_token.requires_grad_(True)
 
 
 def compiled(model: nn.Module, device: torch.device) -> nn.Module:
@@ -257,7 +251,7 @@ def compiled(model: nn.Module, device: torch.device) -> nn.Module:
     try:
         torch.compile(nn.Linear(2, 2).to(device))(torch.zeros(2, 2, device=device))
     except Exception as error:  # torch raises a dozen kinds: no compiler, no Triton, an old GPU
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        reason = first_line(error)
         raise UserError(f"compile=true: torch.compile does not work here ({reason}); set compile=false") from error
     return torch.compile(model)
 
@@ -329,13 +323,12 @@ def build_ema(model: nn.Module, ema_decay: float) -> AveragedModel:
     The first update is a copy; later ones have the decay `warmed_up_decay`, so that the average of a short training
     does not keep the first weights.
     """
-    ema = AveragedModel(model, use_buffers=True)
-    ema.n_averaged = ema.n_averaged.cpu()  # each update reads it: on a GPU that would wait for the device
 
     def average(averaged: list[torch.Tensor], current: list[torch.Tensor], _updates: Any) -> None:
         get_ema_multi_avg_fn(warmed_up_decay(ema_decay, int(ema.n_averaged)))(averaged, current, None)
 
-    ema.multi_avg_fn = average
+    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
+    ema.n_averaged = ema.n_averaged.cpu()  # each update reads it: on a GPU that would wait for the device
     return ema
 
 

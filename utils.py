@@ -19,13 +19,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from localized_crops.files import (
-    UserError,
-    no_empty_folder,
-    refuse_special,
-    remove_scratch,
-    whole_file,
-)
+from localized_crops.files import UserError, first_line, no_empty_folder, refuse_special, remove_scratch, whole_file
 
 # What torch.load, safetensors and the networks that take the result raise on files that are torn or something else.
 UNREADABLE = (OSError, RuntimeError, EOFError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError)
@@ -69,9 +63,7 @@ def load_tensors(path: Path | str) -> Any:
             "plain values (such a pickle can run code)"
         ) from None
     except UNREADABLE as error:
-        raise UserError(
-            f"{path}: torn or not a checkpoint ({(str(error) or type(error).__name__).splitlines()[0][:120]})"
-        ) from None
+        raise UserError(f"{path}: torn or not a checkpoint ({first_line(error)})") from None
 
 
 def file_sha256(path: Path | str) -> str:
@@ -112,7 +104,7 @@ def batched(values: Iterable[Any], size: int) -> Iterator[tuple[Any, ...]]:
 
 
 class FolderInUseError(UserError):
-    """Another process works in this run folder."""
+    """Another process works in this folder."""
 
 
 def new_folder(parent: Path | str, stem: str) -> Path:
@@ -124,11 +116,10 @@ def new_folder(parent: Path | str, stem: str) -> Path:
             return folder
 
 
-def lock_file(path: Path, operation: int) -> IO | None:
-    """Open and lock a file, made where there is none; None if ``operation`` has LOCK_NB and another holds it.
+def lock_file(path: Path, *, wait: bool = True) -> IO | None:
+    """Open and lock a file, made where there is none; None if another process holds it and it is not to ``wait``.
 
-    The lock ends when the file is closed, at the latest with the process. ``operation`` is fcntl's LOCK_EX or LOCK_SH,
-    with LOCK_NB so as not to wait.
+    The lock ends when the file is closed, at the latest with the process.
     """
     refuse_special(path)
     for _ in range(MOST_TRIES):
@@ -136,7 +127,7 @@ def lock_file(path: Path, operation: int) -> IO | None:
         with contextlib.suppress(FileNotFoundError):  # its folder was removed since, or, as /proc, takes no files
             file = open(path, "a")  # noqa: SIM115 - the caller closes it
             try:
-                fcntl.flock(file, operation)
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.close()
                 return None
@@ -155,21 +146,21 @@ def is_at(file: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: Path | str, *, is_new: bool = False) -> Iterator[bool]:
-    """Hold ``folder`` for this process; yield False if another process holds it. The lock ends with the process.
+def locked(folder: Path | str, key: str, *, is_new: bool = False) -> Iterator[None]:
+    """Hold ``folder``, the setting ``key``, for this process; FolderInUseError if another process holds it.
 
-    The folder is made where there is none, and removed again if nothing came of it; ``is_new``: it was just made.
+    The folder is made where there is none, and removed again if nothing came of it; ``is_new``: it was just made. The
+    lock ends with the process.
     """
     folder = Path(folder)
     with no_empty_folder(folder, is_new=is_new):
-        file = lock_file(folder / ".lock", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = lock_file(folder / ".lock", wait=False)
         if file is None:
-            yield False
-            return
+            raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another {key}")
         with file:
             remove_scratch(folder)
             try:
-                yield True
+                yield
             finally:
                 with contextlib.suppress(OSError):  # it shall not hide the error that ended the block
                     is_ours = is_at(file.fileno(), folder / ".lock")  # the folder may have been removed

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jobs.settings import DEFAULTS, NOT_SWEPT, is_read_by, leaves, nested, set_key
+from jobs.schema import DEFAULTS, NOT_SWEPT
+from jobs.settings import is_read_by, leaves, nested, set_key
 from localized_crops.files import UserError, load_json, user_errors
 from utils import UNREADABLE, FolderInUseError
 

@@ -1,6 +1,5 @@
 """A sweep: a table with a row per value of one key, made here or by a wandb agent, and judged on validation images."""
 
-import fcntl
 import json
 import re
 from pathlib import Path
@@ -11,8 +10,8 @@ from experiments.grid import Point, Train, point_config, run_grid, run_point
 from experiments.table_report import best_by_validation, table_points, write_report
 from experiments.tables import Table
 from jobs.guard import same_command, with_resume_hint
-from jobs.wandb_runs import LONGEST_NAME, first_line, import_wandb, short_hash
-from localized_crops.files import UserError, remove_scratch, save_json
+from jobs.wandb_runs import LONGEST_NAME, import_wandb, short_hash
+from localized_crops.files import UserError, first_line, remove_scratch, save_json
 from utils import lock_file, new_folder
 
 CROP_KEYS = ("THR", "maiou")  # swept over these, accuracy is drawn against the crops' maIoU
@@ -30,7 +29,7 @@ def run_sweep(config: dict, train: Train) -> None:
             run_grid(config, points, train, config["sweep"]["count"])
         if any((point.folder / "summary.json").exists() for point in points):
             # of two processes the one that writes last has seen all runs
-            with lock_file(folder / ".lock", fcntl.LOCK_EX):
+            with lock_file(folder / ".lock"):
                 remove_scratch(folder)
                 write_summary(config, table, seeds, folder)
 

@@ -22,16 +22,12 @@ from jobs import guard
 WORTH_A_WORKER = 1000  # images: reading fewer takes less time than starting a worker, some seconds
 
 
-def build_loader(
-    dataset: Dataset, *, num_workers: int, pin_memory: bool, persistent: bool = True, **batches
-) -> DataLoader:
-    """Build a loader whose workers live as long as it and end with it, never of Ctrl-C by themselves.
+def build_loader(dataset: Dataset, *, num_workers: int, pin_memory: bool, **batches) -> DataLoader:
+    """Build a loader whose workers live as long as it, or until `end_workers`, and never end of Ctrl-C by themselves.
 
     Args:
         dataset: what to load; its class stands in a module, not in the script, which workers do not import.
         num_workers: processes; 0: this one.
-        persistent: the workers stay for the next epoch, until the loader goes or `end_workers`; false: they end with
-            the first.
         **batches: batch_size; or None and a sampler whose items are batches.
     """
     start_server(type(dataset), num_workers)
@@ -39,7 +35,7 @@ def build_loader(
         dataset,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        persistent_workers=persistent and num_workers > 0,
+        persistent_workers=num_workers > 0,
         multiprocessing_context=_WorkerContext() if num_workers else None,
         worker_init_fn=_end_with_parent,
         generator=torch.Generator().manual_seed(0),  # else it draws from the model's random numbers, once or every

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from jobs.torchrun import torchrun_number
-from localized_crops.files import UserError
+from localized_crops.files import UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of glibc's mallopt, in bytes
 
@@ -24,7 +24,7 @@ def choose_device(device: str | None) -> torch.device:
         chosen = torch.device(name)
         torch.zeros(1, device=chosen).item()  # "meta" makes tensors without values
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name}: not available here ({str(error).splitlines()[0][:100]})") from None
+        raise UserError(f"device={name}: not available here ({first_line(error)})") from None
     return chosen
 
 

@@ -15,14 +15,9 @@ TorchvisionSet = Literal["FGVCAircraft", "StanfordCars", "OxfordIIITPet", "Flowe
 Element = TypeVar("Element")
 
 
-def between(kind: type, least: float | None = None, most: float | None = None) -> Any:
-    """Return the type of a number within a range, ends included."""
-    return Annotated[kind, Field(ge=least, le=most)]
-
-
-def above_zero(most: float) -> Any:
-    """Return the type of a float from 0, itself excluded, to ``most``."""
-    return Annotated[float, Field(gt=0, le=most)]
+def between(kind: type, least: float | None = None, most: float | None = None, *, above: float | None = None) -> Any:
+    """Return the type of a number from ``least``, or above ``above``, to ``most``, which is included."""
+    return Annotated[kind, Field(ge=least, gt=above, le=most)]
 
 
 def _check_order(pair: list[float]) -> list[float]:
@@ -180,10 +175,10 @@ SCHEMA: dict[str, tuple[Any, Any]] = {
     "batch_size": (Count, 16),
     "image_size": (Side, 64),
     "opt.type": (Literal["sgd", "adam", "adamw"], "adamw"),
-    "opt.lr": (above_zero(1e3), 4e-3),
-    "opt.target_lr": (above_zero(1e3), 1e-5),
-    "opt.head_lr": (above_zero(1e6), 1.0),
-    "opt.layer_decay": (above_zero(1), 1.0),
+    "opt.lr": (between(float, above=0, most=1e3), 4e-3),
+    "opt.target_lr": (between(float, above=0, most=1e3), 1e-5),
+    "opt.head_lr": (between(float, above=0, most=1e6), 1.0),
+    "opt.layer_decay": (between(float, above=0, most=1), 1.0),
     "opt.momentum": (Share, 0.9),
     "opt.weight_decay": (between(float, 0, 1e3), 0.05),
     "opt.accumulate": (Count, 1),
@@ -213,6 +208,9 @@ SCHEMA: dict[str, tuple[Any, Any]] = {
 }
 
 
+DEFAULTS = {key: default for key, (_, default) in SCHEMA.items()}
+
+
 def check_together(c: dict) -> str | None:
     """Return what one key demands of another and does not get, in one line; None if all is well."""
     opt, sweep, mask = c["opt"], c["sweep"], c["mask"]
@@ -235,6 +233,10 @@ def check_together(c: dict) -> str | None:
 
 # None is replaced in these when a run begins; in a run that goes on None therefore means what it meant then.
 DERIVED = ["seed", "dataset.root", "model.n_classes", "model.mean", "model.std", "eval.interpolation", "eval.crop_pct"]
+
+# What a sweep cannot go over: it changes no result, or has a key of its own.
+NOT_SWEPT = {"preset", "run_dir", "resume", "save", "log_interval", "wandb", "A_machine", "sweeprun", "sweep", "seed"}
+NOT_SWEPT |= {"num_workers", "device"}
 
 # The keys at the top level of the dict that each script reads; all scripts read preset and dataset.
 _MACHINE = "A_machine num_workers num_threads device amp"

@@ -15,14 +15,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from jobs.schema import DERIVED, READ_BY, SCHEMA, check_together
+from jobs.schema import DEFAULTS, DERIVED, NOT_SWEPT, READ_BY, SCHEMA, check_together
 from jobs.torchrun import torchrun_number
 from localized_crops.files import UserError, user_errors
 
 NONE_WORDS = ("None", "none", "null", "")
-# What a sweep cannot go over: it changes no result, or has a key of its own.
-NOT_SWEPT = {"preset", "run_dir", "resume", "save", "log_interval", "wandb", "A_machine", "sweeprun", "sweep", "seed"}
-NOT_SWEPT |= {"num_workers", "device"}
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -55,9 +52,6 @@ def nested(flat: Mapping[str, Any]) -> dict:
     return tree
 
 
-DEFAULTS = {key: default for key, (_, default) in SCHEMA.items()}
-
-
 def _check_known(key: str, presets: Iterable[str] = ()) -> None:
     if key not in SCHEMA:
         raise UserError(f"{key}: there is no such key{_hint(key, presets)} (python train.py --help all lists all)")
@@ -81,16 +75,12 @@ def _adapter(key: str) -> TypeAdapter:
 
 
 def check_value(key: str, value: Any) -> Any:
-    """Return the value of one dotted key, checked by itself: an int becomes a float, a tuple a list where these belong.
+    """Return the value of one dotted key, an int as a float, a tuple as a list where these belong.
 
-    Raises:
-        UserError: if there is no such key, or the value has the wrong type or is not allowed.
+    Raises UserError if there is no such key, or the value, looked at by itself, is not allowed.
     """
     _check_known(key)
-    try:
-        return _adapter(key).validate_python(value)
-    except ValidationError as error:
-        raise UserError(_message(f"{key}={value!r}", error)) from None
+    return _validated(key, value, repr(value))
 
 
 def parse_value(key: str, text: str) -> Any:
@@ -106,57 +96,48 @@ def parse_value(key: str, text: str) -> Any:
     if "array" in kinds:
         pairs = re.findall(r"\[[^][]*\]", text[1:]) if key == "sweep.values" else []  # [[0.08,1],[0.2,1]]
         given = pairs or [part.strip() for part in text.strip("[]").split(",") if part.strip()]
+    return _validated(key, given, text, strict=False)
+
+
+def _validated(key: str, value: Any, text: str, strict: bool | None = None) -> Any:
+    """Return ``value`` as a value of the key's type; the error on its first fault shows it as ``text``."""
     try:
-        return _adapter(key).validate_python(given, strict=False)
+        return _adapter(key).validate_python(value, strict=strict)
     except ValidationError as error:
-        raise UserError(_message(f"{key}={text}", error)) from None
-
-
-def _message(given: str, error: ValidationError) -> str:
-    """Return one line on the first fault that pydantic found in a value."""
-    first = error.errors()[0]
-    rule = re.sub("(Input|List|String) should|Value error, must", "must", first["msg"]).split(", unable to")[0]
-    rule = rule.replace("a valid integer", "a whole number").replace("after validation, ", "")
-    return f"{given}: {first['input']!r} {rule}" if first["loc"] else f"{given}: {rule}"
+        fault = error.errors()[0]
+        rule = re.sub("(Input|List|String) should|Value error, must", "must", fault["msg"]).split(", unable to")[0]
+        rule = rule.replace("a valid integer", "a whole number").replace("after validation, ", "")
+        element = f"{fault['input']!r} " if fault["loc"] else ""  # of a list
+        raise UserError(f"{key}={text}: {element}{rule}") from None
 
 
 def word_of(key: str, value: Any) -> str:
     """Return the word of the command line that gives a dotted key this value."""
     if isinstance(value, list):
         return f"{key}={','.join(map(str, value))}"
-    return f"{key}={'none' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+    return f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}"
 
 
 # --- a whole config -----------------------------------------------------------------------------------------------
 
 
-def check_leaves(tree: Any, presets: Iterable[str] = (), *, is_saved: bool = False) -> dict[str, Any]:
-    """Return the checked values of a config with all keys by dotted key; ``presets``: what a misspelt key may mean.
+def check_leaves(tree: Any, *, is_saved: bool = False) -> dict[str, Any]:
+    """Return the values of a config by dotted key; raise UserError on a key or value that the schema does not allow.
 
     With ``is_saved`` keys may be missing, as in a config that an earlier version saved, and get their defaults.
-
-    Raises:
-        UserError: on the first fault: an unknown key, a missing one, a value that is not allowed.
     """
     if not isinstance(tree, dict):
         raise UserError("holds no config, a dict with all keys was expected")
-    flat = leaves(tree)
-    for key in flat:
-        _check_known(key, presets)
-    for key in (key for key in tree if "." in key):
+    for key in (key for key in tree if key in SCHEMA and "." in key):
         raise UserError(f"{key}: belongs into the dict of its section, without a dot")
-    if is_saved:
-        flat = DEFAULTS | flat
-    for key in SCHEMA.keys() - flat.keys():
+    flat = {key: check_value(key, value) for key, value in leaves(tree).items()}
+    for key in () if is_saved else SCHEMA.keys() - flat.keys():
         raise UserError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
-    return {key: check_value(key, value) for key, value in flat.items()}
+    return DEFAULTS | flat
 
 
 def check_config(tree: Any, where: str = "", *, is_saved: bool = False) -> dict:
-    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the error's message.
-
-    ``is_saved``: see `check_leaves`.
-    """
+    """Return a checked copy of a config; ``where``, such as the name of its file, goes before the error's message."""
     with user_errors(UserError, where):
         checked = nested(check_leaves(tree, is_saved=is_saved))
         if fault := check_together(checked):
@@ -177,10 +158,10 @@ def load(
     edited: dict,
     presets: dict[str, dict[str, Any]],
     *,
-    base: dict | None = None,
-    machine_workers: Mapping[str, int] | None = None,
+    base: dict | None,
+    machine_workers: Mapping[str, int],
 ) -> dict:
-    """Return the settings of one run.
+    """Return the settings of one run; raise UserError on an unknown key or a value that is not allowed.
 
     Each of these goes over the one before: the defaults as shipped, the preset that config.py names (unless the command
     line names another), what was edited in config.py, the preset of the command line, its other words.
@@ -192,9 +173,6 @@ def load(
         base: takes the place of the defaults: the config of the run that is gone on with or forked. What was edited in
             config.py goes over it only if resume or init_from stands there too, not on the command line.
         machine_workers: num_workers by A_machine.
-
-    Raises:
-        UserError: on an unknown key, a wrong type or a value that is not allowed.
     """
     words = list(map(split_word, arguments))
     for key, _ in words:
@@ -202,7 +180,7 @@ def load(
     given, asks = dict(words), {"resume", "init_from"}
     values = DEFAULTS | leaves(base or {})
     with user_errors(UserError, "config.py: "):
-        edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
+        edits = {key: value for key, value in check_leaves(edited).items() if value != DEFAULTS[key]}
         if base is None or (asks & edits.keys() and not asks & given.keys()):
             if "preset" in edits and "preset" not in given:
                 values |= _preset_values(edits["preset"], presets)
@@ -215,7 +193,7 @@ def load(
     resolved = check_config(nested(values))
     if resolved["sweeprun"]:
         resolved["sweep"]["values"] = _sweep_values(resolved)
-    return _fill_in(resolved, machine_workers or {})
+    return _fill_in(resolved, machine_workers)
 
 
 def _preset_values(name: str, presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -233,7 +211,7 @@ def _sweep_values(config: dict) -> list:
     key, values = config["sweep"]["parameter"], []
     with user_errors(UserError, "sweep.parameter="):
         _check_known(key)
-    if key in NOT_SWEPT or key.split(".")[0] in NOT_SWEPT or not is_read_by("train", key):
+    if key.split(".")[0] in NOT_SWEPT or not is_read_by("train", key):
         raise UserError(f"sweep.parameter={key}: no training's result depends on it (seeds: sweep.seeds)")
     for value in config["sweep"]["values"]:
         point = copy.deepcopy(config)

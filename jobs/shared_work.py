@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import InitVar, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ import safetensors
 import safetensors.numpy
 from tqdm import tqdm
 
+from jobs.settings import leaves
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, check_output, load_json, remove_scratch, save_json, whole_file
 from utils import file_sha256, file_stats, locked
@@ -33,10 +35,6 @@ def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
 
     Of many files it is a hash of their sizes and times of change: to read them all would take hours.
     """
-    paths, ends = [path for batch in batches for path in batch], np.cumsum([len(batch) for batch in batches])
-    if len(paths) > MOST_READ:
-        parts = np.split(file_stats(paths), ends[:-1]) if batches else []
-        return [hashlib.sha256(part.tobytes()).hexdigest()[:16] for part in parts]
 
     def digest(path: Path) -> bytes:
         try:
@@ -44,9 +42,10 @@ def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
         except OSError:  # it is reported when it is to be decoded
             return b"unreadable"
 
+    paths = [path for batch in batches for path in batch]
     with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter's lock
-        digests = pool.map(digest, paths)
-        return [hashlib.sha256(b"".join(next(digests) for _ in batch)).hexdigest()[:16] for batch in batches]
+        digests = pool.map(digest, paths) if len(paths) <= MOST_READ else map(np.ndarray.tobytes, file_stats(paths))
+        return [hashlib.sha256(b"".join(islice(digests, len(batch)))).hexdigest()[:16] for batch in batches]
 
 
 def refuse_foreign(out: Path) -> None:
@@ -85,6 +84,8 @@ class SharedWork:
     def __post_init__(self, paths: Sequence[Path]) -> None:
         self.rank, self.world_size = process_numbers()
         self.keys = content_keys([[paths[row] for row in unit] for unit in self.units])
+        self._names = [f"{number:07}-{key}.safetensors" for number, key in enumerate(self.keys)]  # of the units' files
+        self._own_folder = self.folder / f"process_{self.rank}"
         self.earlier: set[int] = set()  # numbers of the units that an earlier run's final file holds
 
     @contextmanager
@@ -95,11 +96,7 @@ class SharedWork:
         the folder is of another identity.
         """
         try:
-            with locked(self._own_folder) as free:
-                if not free:
-                    raise UserError(
-                        f"{self._own_folder}: another process works there; wait for it, or give another out"
-                    )
+            with locked(self._own_folder, "out"):
                 if self.rank == 0:
                     remove_scratch(self.folder)
                     remove_scratch(self.folder.parent)
@@ -139,23 +136,17 @@ class SharedWork:
         """Whether there are units that no earlier run's final file holds."""
         return len(self.earlier) < len(self.units)
 
-    @property
-    def _own_folder(self) -> Path:
-        return self.folder / f"process_{self.rank}"
-
     def _check_identity(self, identity: Any, what: str) -> None:
-        before = self._flat(identity if isinstance(identity, dict) else {})
-        for key, value in self._flat(self.identity).items():
+        before = self._by_key(identity if isinstance(identity, dict) else {})
+        for key, value in self._by_key(self.identity).items():
             if before.get(key) != value:
                 raise UserError(
                     f"{what} with {key}={str(before.get(key))[:40]}, now {str(value)[:40]}; give another out, or "
                     f"start anew: {self.again}"
                 )
 
-    def _flat(self, identity: dict[str, Any]) -> dict[str, Any]:
-        settings = identity.get("settings")
-        named = {f"{self.section}.{key}": v for key, v in settings.items()} if isinstance(settings, dict) else {}
-        return {key: value for key, value in identity.items() if key != "settings"} | named
+    def _by_key(self, identity: dict[str, Any]) -> dict[str, Any]:
+        return leaves({self.section if key == "settings" else key: value for key, value in identity.items()})
 
     def _start_anew(self) -> None:
         if self.world_size > 1:  # one process would remove what another has begun
@@ -169,11 +160,7 @@ class SharedWork:
     def finished(self) -> dict[int, Path]:
         """Return the files of the finished units of all processes, of earlier runs too, by the unit's number."""
         files = {path.name: path for path in self.folder.glob("process_*/*.safetensors")} if self.begun else {}
-        names = map(self._name, range(len(self.units)))
-        return {number: files[name] for number, name in enumerate(names) if name in files}
-
-    def _name(self, number: int) -> str:
-        return f"{number:07}-{self.keys[number]}.safetensors"
+        return {number: files[name] for number, name in enumerate(self._names) if name in files}
 
     def run_units(self, make: Callable[[list[int]], Iterable[Result]], what: str) -> int:
         """Make this process's share of the units that are not finished, each into its file; return how many images.
@@ -193,7 +180,7 @@ class SharedWork:
         total = sum(sizes[n] for n in mine)
         with tqdm(total=total, desc=what, unit=" images", disable=self.rank > 0, mininterval=1.0) as bar:
             for number, result in zip(mine, make(mine), strict=True):
-                save_result(self._own_folder / self._name(number), result)
+                save_result(self._own_folder / self._names[number], result)
                 bar.update(sizes[number])
         return total
 

@@ -5,17 +5,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from localized_crops.files import UserError
+from localized_crops.files import UserError, first_line
 
 LONGEST_NAME = 100  # characters of a name that is made of a longer text
 
 
 def start_wandb(config: dict, folder: Path) -> Any:
-    """Start the wandb run of a run folder, or after an interruption go on with it.
-
-    Raises:
-        UserError: if wandb is not installed or cannot start.
-    """
+    """Start the wandb run of a run folder, or after an interruption go on with it; UserError where that fails."""
     wandb = import_wandb()
     stem = re.sub(r"[^A-Za-z0-9]", "_", folder.name)[:LONGEST_NAME]
     try:
@@ -38,11 +34,6 @@ def import_wandb() -> Any:
     except ImportError:
         raise UserError("wandb=true: wandb is not installed; pip install wandb, or set wandb=false") from None
     return wandb
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind."""
-    return str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
 
 
 def short_hash(text: str) -> str:

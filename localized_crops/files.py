@@ -27,6 +27,11 @@ class DiskError(UserError):
     """What was to be written could not be; what was finished before is whole."""
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, at most 160 characters of it, or its kind."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 @contextlib.contextmanager
 def user_errors(kind: type[Exception] | tuple[type[Exception], ...], where: str = "") -> Iterator[None]:
     """Turn exceptions of one kind (or several), raised inside the with block, into UserError.

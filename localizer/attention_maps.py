@@ -79,7 +79,7 @@ def attend_batches(
     """
     images = BatchImages(batches, paths, localizer.patch, autocontrast)
     pin = device.type == "cuda"
-    loader = build_loader(images, num_workers=num_workers, pin_memory=pin, persistent=False, batch_size=None)
+    loader = build_loader(images, num_workers=num_workers, pin_memory=pin, batch_size=None)
     pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):
         pixels = pixels.to(device, non_blocking=True)

@@ -12,7 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from localized_crops.attention import last_attention
-from localized_crops.files import UserError
+from localized_crops.files import UserError, first_line
 from models import hub_error, known_name, load_backbone, timm_name
 from toybirds.network import build_toy_vit
 from transforms import normalize
@@ -167,6 +167,6 @@ def _from_toy(path: str, content: dict[str, Any], header: dict[str, Any]) -> Loc
         model.load_state_dict({key: value.float() for key, value in content["model"].items()})
         image_size = int(header["architecture"]["image_size"])
     except UNREADABLE as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        reason = first_line(error)
         raise UserError(f"{path}: not a file of toybirds/make_localizer.py ({reason}); run it again") from None
     return as_localizer(model, "toy_localizer", path, image_size=image_size)

@@ -201,10 +201,10 @@ def _head(key: str) -> bytes:
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
     """Hold the lock under which the cache is looked for and built; print a line if another process holds it."""
-    lock = lock_file(folder / LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    lock = lock_file(folder / LOCK, wait=False)
     if lock is None:
         print(f"another process decodes the images to {folder}: waiting for it", flush=True)
-        lock = lock_file(folder / LOCK, fcntl.LOCK_EX)
+        lock = lock_file(folder / LOCK)
     with lock:
         remove_scratch(folder)
         yield

@@ -146,14 +146,14 @@ class Numbers(Dataset):
         return os.getpid()
 
 
-def test_workers_end_when_they_are_told_or_after_their_only_epoch():
-    loaders = [build_loader(Numbers(), num_workers=1, pin_memory=False, persistent=p) for p in (True, False)]
+def test_workers_stay_until_they_are_told_to_end_or_their_loader_goes():
+    loaders = [build_loader(Numbers(), num_workers=1, pin_memory=False) for _ in range(2)]
     (first, *_), (other, *_) = ([int(pid) for pid in loader] for loader in loaders)
-    assert first != other != os.getpid() and is_alive(first) and soon(lambda: not is_alive(other))
+    assert first != other != os.getpid() and is_alive(first) and is_alive(other)
     assert int(next(iter(loaders[0]))) == first
-    for loader in loaders:
-        end_workers(loader)
-    assert soon(lambda: not is_alive(first))
+    end_workers(loaders[0])
+    del loaders[1]
+    assert soon(lambda: not is_alive(first) and not is_alive(other))
     assert int(next(iter(loaders[0]))) != first
 
 

@@ -1,6 +1,5 @@
 """Several processes of a stage in one place at once: each waits, shares the work or says why not; nothing is lost."""
 
-import fcntl
 import re
 import threading
 import time
@@ -60,7 +59,7 @@ def test_of_two_that_wait_for_a_failed_build_one_builds(birds, tmp_path):
         caches.append(cached_images(tmp_path, *about, read))
 
     threads = [threading.Thread(target=ask) for _ in range(2)]
-    with utils.lock_file(tmp_path / LOCK, fcntl.LOCK_EX):  # a builder that ends without a cache
+    with utils.lock_file(tmp_path / LOCK):  # a builder that ends without a cache
         for thread in threads:
             thread.start()
         time.sleep(0.5)
@@ -72,15 +71,15 @@ def test_of_two_that_wait_for_a_failed_build_one_builds(birds, tmp_path):
 
 def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path):
     path, taken = tmp_path / "folder" / ".lock", []
-    with utils.lock_file(path, fcntl.LOCK_EX):
-        waiter = threading.Thread(target=lambda: taken.append(utils.lock_file(path, fcntl.LOCK_EX)))
+    with utils.lock_file(path):
+        waiter = threading.Thread(target=lambda: taken.append(utils.lock_file(path)))
         waiter.start()
         time.sleep(0.2)
         path.unlink()
     waiter.join()
     with taken[0]:
         assert utils.is_at(taken[0].fileno(), path)
-        assert utils.lock_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB) is None
+        assert utils.lock_file(path, wait=False) is None
 
 
 def test_scratch_files_of_the_dead_are_removed_and_of_the_living_kept(tmp_path):

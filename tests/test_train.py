@@ -404,7 +404,7 @@ def test_files_of_the_user_are_not_replaced(tmp_path, name):
 
 
 def test_two_processes_do_not_work_in_one_folder(birds, tmp_path):
-    with locked(tmp_path / "run"), pytest.raises(FolderInUseError):
+    with locked(tmp_path / "run", "run_dir"), pytest.raises(FolderInUseError):
         run(birds, tmp_path / "run")
 
 

@@ -55,21 +55,20 @@ def test_new_folders_are_numbered(tmp_path):
     assert names == ["bird_0", "bird_1", "bird_2"]
 
 
-HOLDER = "import sys, time, utils\nwith utils.locked(sys.argv[1]) as mine:\n    print(mine)\n    time.sleep(60)\n"
+HOLDER = "import sys, time, utils\nwith utils.locked(sys.argv[1], 'out'):\n    print('held')\n    time.sleep(60)\n"
 
 
 def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path_factory, tmp_path):
     script = tmp_path_factory.mktemp("script") / "hold.py"
     script.write_text(HOLDER)
     with stages.Process([str(script), str(tmp_path)], script.with_name("log")) as holder:
-        assert holder.wait_until(lambda: holder.printed() == "True\n"), holder.told()
-        with utils.locked(tmp_path) as mine:
-            assert not mine
-    with utils.locked(tmp_path) as mine:
-        assert mine
+        assert holder.wait_until(lambda: holder.printed() == "held\n"), holder.told()
+        with pytest.raises(utils.FolderInUseError, match="give another out"), utils.locked(tmp_path, "out"):
+            pass
+    with utils.locked(tmp_path, "out"):
         (tmp_path / "kept").touch()
     assert (tmp_path / "kept").exists()
-    with utils.locked(tmp_path / "other"):
+    with utils.locked(tmp_path / "other", "out"):
         pass
     assert not (tmp_path / "other").exists()  # an empty folder is not left behind
 
@@ -78,17 +77,17 @@ def test_a_folder_is_locked_for_others_until_its_holder_ends(tmp_path_factory, t
 def test_an_empty_folder_of_the_user_stays_and_new_ones_go(tmp_path, kind):
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    with pytest.raises(KeyError), utils.locked(tmp_path / kind):
+    with pytest.raises(KeyError), utils.locked(tmp_path / kind, "out"):
         raise KeyError
     assert list((tmp_path / kind).iterdir()) == []
     for is_new, place in ((False, tmp_path / "a" / "b"), (True, utils.new_folder(tmp_path, "run"))):
-        with pytest.raises(KeyError), utils.locked(place, is_new=is_new):
+        with pytest.raises(KeyError), utils.locked(place, "out", is_new=is_new):
             raise KeyError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link"]
 
 
 def test_a_folder_that_takes_no_files_is_an_error_and_no_loop():
-    with pytest.raises(UserError, match="/proc"), utils.locked("/proc"):
+    with pytest.raises(UserError, match="/proc"), utils.locked("/proc", "out"):
         pass
 
 
@@ -101,7 +100,7 @@ def test_pipes_and_devices_are_no_files(tmp_path):
         for name in ("pipe.json", "zero.pt"):
             with pytest.raises(UserError, match=name):
                 read(tmp_path / name)
-    with pytest.raises(UserError, match="lock"), utils.locked(tmp_path / "lock"):
+    with pytest.raises(UserError, match="lock"), utils.locked(tmp_path / "lock", "out"):
         pass
 
 

@@ -37,7 +37,7 @@ from training.train_data import (
     localizer_settings,
     view_boxes,
 )
-from utils import FolderInUseError, locked, new_folder
+from utils import locked, new_folder
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
@@ -63,8 +63,7 @@ def claim_folder(config: dict, held: contextlib.ExitStack) -> Path:
     """Return the folder of the run, locked for as long as ``held`` is open."""
     is_new = not config["run_dir"]
     folder = new_folder("runs", run_stem(config)) if is_new else Path(config["run_dir"])
-    if not held.enter_context(locked(folder, is_new=is_new)):
-        raise FolderInUseError(f"{folder}: another process works there; wait for it, or give another run_dir")
+    held.enter_context(locked(folder, "run_dir", is_new=is_new))
     if config["resume"]:
         return folder
     if (folder / "config.json").exists():
