@@ -82,8 +82,7 @@ def build_model(
         weights: start of the backbone: None (from scratch), "hub", or a state dict's path (its head is left out).
 
     Raises:
-        UserError: on an unknown name, weights that do not fit or cannot be fetched, an image size that the network
-            cannot take.
+        UserError: on an unknown name, weights that do not fit or cannot be fetched, or an unfit image size.
     """
     options = {"drop_path_rate": drop_path} if drop_path else {}
     if options and model_type == "resnet50":
@@ -206,11 +205,8 @@ def keep_classes(model: nn.Module, count: int) -> None:
 def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs (B, D) of the classifier layer and the logits (B, K) for images (B, 3, H, W)."""
     features = []
-    handle = head_of(model).register_forward_pre_hook(lambda _head, inputs: features.append(inputs[0]))
-    try:
+    with head_of(model).register_forward_pre_hook(lambda _head, inputs: features.append(inputs[0])):
         logits = model(images)
-    finally:
-        handle.remove()
     return features[0], logits
 
 
@@ -351,7 +347,7 @@ def load_backbone(model: nn.Module, path: Path | str, key: str = "model.type") -
 
 
 def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
-    """Load a trained model, head included: a checkpoint of train.py, or a plain state dict.
+    """Load a trained model, head included, from a checkpoint of train.py or a plain state dict.
 
     Args:
         ema: of a checkpoint of train.py take the EMA or the model; None: whichever validated better.

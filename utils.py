@@ -45,8 +45,7 @@ def save_tensors(path: Path | str, value: Any) -> None:
 def load_tensors(path: Path | str) -> Any:
     """Return what a ``.pt``, ``.pth`` or ``.safetensors`` file holds, on the CPU; code in a pickle is never run.
 
-    Raises:
-        UserError: if there is no such file, it is torn, or it holds more than tensors and plain values.
+    Raises UserError if there is no such file, it is torn, or it holds more than tensors and plain values.
     """
     refuse_special(path)
     try:
@@ -221,9 +220,6 @@ def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - start, 3)
-
-
-# --- randomness ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

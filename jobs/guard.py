@@ -16,8 +16,6 @@ from localized_crops.files import REMEDIES, DiskError, UserError, user_errors
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONGEST_LINE = 600  # characters of an error: a longer one, which may quote a whole file, is cut in the middle
-
-
 WORKERS: weakref.WeakSet = weakref.WeakSet()  # processes that load images and were not asked to end
 
 

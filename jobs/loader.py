@@ -83,15 +83,15 @@ def _inherited_by_workers() -> Iterator[None]:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",  # whose threads would start with the import of NumPy
     }
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: value for name, value in os.environ.items() if name in variables}
     signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            os.environ.pop(name)
-            os.environ.update({} if value is None else {name: value})
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 

@@ -248,10 +248,7 @@ def is_read_by(script: str, key: str) -> bool:
 
 
 def print_warnings(arguments: list[str], config: dict, script: str) -> None:
-    """Print to stderr, once under torchrun, which words of the command line the script does not use.
-
-    Also that toys are trained on real data.
-    """
+    """Warn on stderr, once under torchrun, of words that the script does not use, and of toys on real photographs."""
     if os.environ.get("RANK", "0") != "0":
         return
     given = [split_word(word)[0] for word in arguments]
@@ -265,8 +262,8 @@ def print_warnings(arguments: list[str], config: dict, script: str) -> None:
         toys = {"model.type": "toyresnet", "image_size": 64}
         small = [f"{key}={toy}" for key, toy in toys.items() if get_key(config, key) == toy and key not in given]
         if small:
-            print(f"warning: {' and '.join(small)}: made for ToyBirds; for photographs see preset=finetune",
-                  file=sys.stderr)  # fmt: skip
+            remedy = "made for ToyBirds; for photographs see preset=finetune"
+            print(f"warning: {' and '.join(small)}: {remedy}", file=sys.stderr)
 
 
 def help_text(path: Path, presets: Iterable[str], script: str, *, everything: bool) -> str:

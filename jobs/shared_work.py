@@ -114,16 +114,13 @@ class SharedWork:
 
         Args:
             path: the final file.
-            identity: this work's, as that run saved it.
+            identity: this work's, as that run saved it; UserError if it is another one now.
             keys: likewise; a unit whose images were replaced since has another key.
             failed: rows of images that failed then.
-
-        Raises:
-            UserError: if that run's identity was another one.
         """
         self._check_identity(identity, f"{path}: made")
-        before, failed = dict(enumerate(keys if isinstance(keys, list) else [])), set(failed)
-        same = (number for number, key in enumerate(self.keys) if before.get(number) == key)
+        pairs, failed = zip(self.keys, keys if isinstance(keys, list) else [], strict=False), set(failed)
+        same = (number for number, (now, before) in enumerate(pairs) if now == before)
         self.earlier = {number for number in same if failed.isdisjoint(self.units[number])}
 
     @property
@@ -165,9 +162,7 @@ class SharedWork:
     def run_units(self, make: Callable[[list[int]], Iterable[Result]], what: str) -> int:
         """Make this process's share of the units that are not finished, each into its file; return how many images.
 
-        Args:
-            make: given the numbers of units, yields their results in this order.
-            what: is made, for the progress bar.
+        ``make``, given the numbers of units, yields their results in this order. ``what`` names them to people.
         """
         sizes, done = [len(rows) for rows in self.units], self.earlier | self.finished().keys()
         mine = [n for n in range(len(sizes)) if n not in done and n % self.world_size == self.rank]

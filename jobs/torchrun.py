@@ -6,11 +6,7 @@ from localized_crops.files import UserError
 
 
 def process_numbers() -> tuple[int, int]:
-    """Return (rank, world size); (0, 1) without torchrun.
-
-    Raises:
-        UserError: if these variables hold something else.
-    """
+    """Return (rank, world size); (0, 1) without torchrun; UserError if the two do not go together."""
     rank, world_size = torchrun_number("RANK", 0), torchrun_number("WORLD_SIZE", 1)
     if rank >= world_size:
         raise UserError(f"RANK={rank}, WORLD_SIZE={world_size}: not as torchrun sets them; unset both")
