@@ -131,8 +131,9 @@ def check_leaves(tree: Any, *, is_saved: bool = False) -> dict[str, Any]:
     for key in (key for key in tree if key in SCHEMA and "." in key):
         raise UserError(f"{key}: belongs into the dict of its section, without a dot")
     flat = {key: check_value(key, value) for key, value in leaves(tree).items()}
-    for key in () if is_saved else SCHEMA.keys() - flat.keys():
-        raise UserError(f"{key} is missing; its default is {DEFAULTS[key]!r}")
+    missing = [key for key in SCHEMA if key not in flat]
+    if missing and not is_saved:
+        raise UserError(f"{missing[0]} is missing; its default is {DEFAULTS[missing[0]]!r}")
     return DEFAULTS | flat
 
 
