@@ -347,7 +347,7 @@ def load_backbone(model: nn.Module, path: Path | str, key: str = "model.type") -
 
 
 def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
-    """Load a trained model, head included, from a checkpoint of train.py or a plain state dict.
+    """Load a trained model, head included: from a checkpoint of train.py or a plain state dict.
 
     Args:
         ema: of a checkpoint of train.py take the EMA or the model; None: whichever validated better.

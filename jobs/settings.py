@@ -114,8 +114,10 @@ def _validated(key: str, value: Any, text: str, strict: bool | None = None) -> A
 def word_of(key: str, value: Any) -> str:
     """Return the word of the command line that gives a dotted key this value."""
     if isinstance(value, list):
-        return f"{key}={','.join(map(str, value))}"
-    return f"{key}={str(value).lower() if value is None or isinstance(value, bool) else value}"
+        value = ",".join(map(str, value))
+    elif value is None or isinstance(value, bool):
+        value = str(value).lower()
+    return f"{key}={value}"
 
 
 # --- a whole config -----------------------------------------------------------------------------------------------

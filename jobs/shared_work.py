@@ -43,9 +43,12 @@ def content_keys(batches: Sequence[Sequence[Path]]) -> list[str]:
             return b"unreadable"
 
     paths = [path for batch in batches for path in batch]
-    with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter's lock
-        digests = pool.map(digest, paths) if len(paths) <= MOST_READ else map(np.ndarray.tobytes, file_stats(paths))
-        return [hashlib.sha256(b"".join(islice(digests, len(batch)))).hexdigest()[:16] for batch in batches]
+    if len(paths) > MOST_READ:
+        digests = map(np.ndarray.tobytes, file_stats(paths))
+    else:
+        with ThreadPoolExecutor(8) as pool:  # hashing lets go of the interpreter's lock
+            digests = pool.map(digest, paths)
+    return [hashlib.sha256(b"".join(islice(digests, len(batch)))).hexdigest()[:16] for batch in batches]
 
 
 def refuse_foreign(out: Path) -> None:
