@@ -101,7 +101,9 @@ def write_report(
         return blocks
     parts = [f"### {table.title}", ""]
     for budget, rows in blocks.items():
-        parts += [block_text(table, budget, rows), *views_text(table, rows), *thirds_text(table, rows, data)]
+        control = best_by_validation(rows, table.controls)
+        parts += [block_text(table, budget, rows, control), *views_text(table, rows, control)]
+        parts += thirds_text(rows, control, data)
     text = "\n".join([*parts, machine_line()])
     save_text(folder / f"{name}.md", text + "\n")
     order = None if against is None else list(table.rows)
@@ -139,17 +141,16 @@ def best_by_validation(rows: Rows, names: Iterable[str]) -> str | None:
     return max(done, key=lambda row: np.mean([run.validation for run in rows[row]]), default=None)
 
 
-def block_text(table: Table, budget: str, rows: Rows) -> str:
-    """Return one budget's rows as Markdown."""
-    views = list(next(iter(rows.values()))[0].correct)
-    control, best = best_by_validation(rows, table.controls), best_by_validation(rows, rows)
+def block_text(table: Table, budget: str, rows: Rows, control: str | None) -> str:
+    """Return one budget's rows, beside the row ``control``, as Markdown."""
+    views, best = list(next(iter(rows.values()))[0].correct), best_by_validation(rows, rows)
     heads = ["crops", "maIoU", "validation"]
     heads += [f"view {view}{' (oracle)' if view in table.oracles else ''}" for view in views]
     heads += [f"{views[0]}, without EMA", f"{views[0]}: against {control}", "detectable from", "seeds"]
     heads += ["published (quoted)"] * bool(table.published)
     lines = []
     for row, runs in rows.items():
-        result = None if row == control else compared(runs, rows.get(control, []), views[0])
+        result = None if row == control else compared(runs, rows.get(control, []), Cell(views[0], views[0]))
         validation = spread([run.validation for run in runs])
         line = [
             row,
@@ -165,48 +166,61 @@ def block_text(table: Table, budget: str, rows: Rows) -> str:
     return f"**{budget}**\n\n" * bool(budget) + markdown_table(heads, lines) + "\n"
 
 
-def views_text(table: Table, rows: Rows) -> list[str]:
+def views_text(table: Table, rows: Rows, control: str | None) -> list[str]:
     """Return each row's further views beside the control's first view, as Markdown; nothing where there is one view.
 
     This is what crops and test view are worth together.
     """
-    control = best_by_validation(rows, table.controls)
     first, *others = next(iter(rows.values()))[0].correct
-    others = [view for view in others if view not in table.oracles]
-    if control is None or not others:
+    columns = {f"view {view}": Cell(view, first) for view in others if view not in table.oracles}
+    if control is None or not columns:
         return []
-    lines = []
-    for row, runs in rows.items():
-        results = {view: compared(runs, rows[control], view, against=first) for view in others}
-        lines.append([row, *(top1_text(top1_of(runs, view), result) for view, result in results.items())])
-    heads = ["crops", *(f"view {view}" for view in others)]
-    return [f"Each view, difference to {control} in view {first}:\n", markdown_table(heads, lines) + "\n"]
+    title = f"Each view, difference to {control} in view {first}:\n"
+    return [title, difference_table("crops", rows, control, columns) + "\n"]
 
 
-def thirds_text(table: Table, rows: Rows, data: DataSet) -> list[str]:
+def thirds_text(rows: Rows, control: str | None, data: DataSet) -> list[str]:
     """Return the first view's accuracy by the size of the object as Markdown: thirds of the test images.
 
     Nothing for a data set without true boxes.
     """
     if np.isnan(data.boxes).any():
         return []
-    control, some_run = best_by_validation(rows, table.controls), next(iter(rows.values()))[0]
+    some_run = next(iter(rows.values()))[0]
     view = next(iter(some_run.correct))
     covered = coverage(data.boxes, whole_image_boxes(data.image_sizes))
     share_of = dict(zip(data.ids.tolist(), covered, strict=True))
     shares = [share_of[image_id] for image_id in some_run.ids]
     small, large = np.quantile(shares, (1 / 3, 2 / 3))
     third = np.digitize(shares, (small, large))
+    heads = f"smallest (up to {small:.2f})", f"middle (to {large:.2f})", "largest (above)"
+    columns = {head: Cell(view, view, third == number) for number, head in enumerate(heads)}
+    title = f"By the share of the image that the object's true box covers, view {view}, difference to {control}:\n"
+    return [title, difference_table("crops", rows, control, columns) + "\n"]
+
+
+class Cell(NamedTuple):
+    """What a cell of a table of differences tells of its row, beside the control."""
+
+    view: str
+    against: str  # view of the control
+    images: np.ndarray | slice = slice(None)  # (N,) bool, which test images
+
+
+def difference_table(first_head: str, rows: Rows, control: str | None, columns: dict[str, Cell]) -> str:
+    """Return a line per row in Markdown: its top-1 in each column and the difference to the row ``control``.
+
+    ``columns``: by their heads. Of the runs, seed and correct answers are read.
+    """
     lines = []
     for row, runs in rows.items():
         line = [row]
-        for images in (third == number for number in range(3)):
-            result = None if row == control else compared(runs, rows.get(control, []), view, images)
-            line.append(top1_text(top1_of(runs, view, images), result))
+        for cell in columns.values():
+            is_itself = row == control and cell.view == cell.against
+            result = None if is_itself else compared(runs, rows.get(control, []), cell)
+            line.append(f"{spread(top1_of(runs, cell.view, cell.images))} {difference_text(result)}".strip())
         lines.append(line)
-    heads = ["crops", f"smallest (up to {small:.2f})", f"middle (to {large:.2f})", "largest (above)"]
-    title = f"By the share of the image that the object's true box covers, view {view}, difference to {control}:\n"
-    return [title, markdown_table(heads, lines) + "\n"]
+    return markdown_table([first_head, *columns], lines)
 
 
 def top1_of(runs: list[Run], view: str, images: np.ndarray | slice = slice(None)) -> list[float]:
@@ -214,31 +228,21 @@ def top1_of(runs: list[Run], view: str, images: np.ndarray | slice = slice(None)
     return [float(run.correct[view][images].mean()) for run in runs]
 
 
-def compared(
-    runs: list[Run], control: list[Run], view: str, images: np.ndarray | slice = slice(None), against: str | None = None
-) -> Comparison | None:
-    """Compare a row with the control over the seeds that both have; None: they share none.
-
-    Args:
-        images: (N,) bool, which test images; all unless given.
-        against: view of the control; None: the same.
-    """
-    pairs = [(run, other) for run in runs for other in control if run.seed == other.seed]
-    if not pairs:
-        return None
-    correct = [(run.correct[view][images], other.correct[against or view][images]) for run, other in pairs]
-    return compare(*map(np.array, zip(*correct, strict=True)))
+def compared(runs: list[Run], control: list[Run], cell: Cell) -> Comparison | None:
+    """Compare a row with the control over the seeds that both have; None: they share none."""
+    pairs = [
+        (run.correct[cell.view][cell.images], other.correct[cell.against][cell.images])
+        for run in runs
+        for other in control
+        if run.seed == other.seed
+    ]
+    return compare(*map(np.array, zip(*pairs, strict=True))) if pairs else None
 
 
 def spread(top1: Sequence[float]) -> str:
     """Return mean ± standard deviation over seeds, per cent."""
     mean = f"{100 * np.mean(top1):.1f}"
     return f"{mean} ± {100 * np.std(top1, ddof=1):.1f}" if len(top1) > 1 else mean
-
-
-def top1_text(top1: Sequence[float], result: Comparison | None) -> str:
-    """Return mean ± standard deviation with the difference to another row."""
-    return f"{spread(top1)} {difference_text(result)}".strip()
 
 
 def difference_text(result: Comparison | None) -> str:

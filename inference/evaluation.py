@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from experiments.grid import group_by_settings, settings_key
 from experiments.paired_tests import compare
-from experiments.table_report import compared, top1_of, top1_text
+from experiments.table_report import Cell, difference_table, top1_of
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
 from inference import metrics
@@ -35,27 +35,23 @@ class Evaluated(NamedTuple):
     classifier: Classifier
     labels: np.ndarray  # (N,)
     log_probs: dict[str, np.ndarray]  # view -> (N, K)
+    correct: dict[str, np.ndarray]  # view -> (N,) bool
     box_iou: np.ndarray  # (N,) of the box that views look at with the true box; NaN where one of the two is not known
 
     @property
-    def predicted(self) -> np.ndarray:
-        """The class of the classifier's answer for each image, (N,)."""
-        return self.log_probs[self.classifier.answer].argmax(1)
+    def seed(self) -> int:
+        """The seed of the training."""
+        return self.classifier.trained["seed"]
 
     @property
     def confusion(self) -> np.ndarray:
         """How many images of the class of the row were taken for the class of the column, (K, K)."""
-        return metrics.confusion_counts(self.labels, self.predicted, len(self.classifier.class_names))
+        predicted = self.log_probs[self.classifier.answer].argmax(1)
+        return metrics.confusion_counts(self.labels, predicted, len(self.classifier.class_names))
 
 
 def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluated:
-    """Classify the images of some rows of a data set in every view.
-
-    Args:
-        classifier: its config names the boxes for the views that look at one (``eval_box``), batch size and workers.
-        data: with labels.
-        rows: which of its images.
-    """
+    """Classify the images of some rows of a data set in every view, as the config of the classifier says."""
     if classifier.class_names != data.class_names:
         pairs = zip_longest(classifier.class_names, data.class_names)
         difference = next(f"{known} there, {given} here" for known, given in pairs if known != given)
@@ -78,16 +74,11 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
     log_probs, labels = classifier.labelled_log_probs(bar)
     for name, views in averages.items():
         log_probs[name] = average(log_probs[view] for view in views)
+    log_probs, labels = {view: values.numpy() for view, values in log_probs.items()}, labels.numpy()
+    correct = {view: values.argmax(1) == labels for view, values in log_probs.items()}
     finds_boxes = config["eval_box"] not in (None, "gt")
     box_iou = iou(boxes[rows], data.boxes[rows]) if finds_boxes else np.full(len(rows), np.nan)
-    return Evaluated(classifier, labels.numpy(), {view: values.numpy() for view, values in log_probs.items()}, box_iou)
-
-
-class SeedRun(NamedTuple):
-    """The answers of one of several trainings that differ in their seed alone."""
-
-    seed: int
-    correct: dict[str, np.ndarray]  # view -> (N,) bool
+    return Evaluated(classifier, labels, log_probs, correct, box_iou)
 
 
 # --- figures ------------------------------------------------------------------------------------------------------
@@ -96,13 +87,11 @@ class SeedRun(NamedTuple):
 def figures_of(evaluated: Evaluated, shares: np.ndarray) -> dict[str, Any]:
     """Return all figures of one classifier as JSON takes them.
 
-    Args:
-        evaluated: the classifier and its answers.
-        shares: (N,) of each image's area that the object's true box covers; NaN: not known.
+    ``shares``: (N,) of each image's area that the object's true box covers; NaN: not known.
     """
     views, labels = {}, evaluated.labels
     for view, log_probs in evaluated.log_probs.items():
-        correct = log_probs.argmax(1) == labels
+        correct = evaluated.correct[view]
         views[view] = metrics.accuracy(correct) | {
             "top5": metrics.top_k_accuracy(log_probs, labels, 5),
             "loss": float(-log_probs[np.arange(len(labels)), labels].mean()),
@@ -124,7 +113,7 @@ def comparisons(evaluated: Sequence[Evaluated]) -> list[dict[str, Any]]:
     """Return McNemar's paired test of every two classifiers, on the answers of both."""
     pairs = []
     for a, b in combinations(evaluated, 2):
-        result = compare((a.predicted == a.labels)[None], (b.predicted == b.labels)[None])._asdict()
+        result = compare(*(one.correct[one.classifier.answer][None] for one in (a, b)))._asdict()
         tested = {key: result[key] for key in ("difference", "only_a", "only_b", "p_images", "detectable_images")}
         pairs.append({"a": a.classifier.path, "b": b.classifier.path} | tested)
     return pairs
@@ -141,19 +130,20 @@ def write_report(
     Args:
         folder: exists.
         evaluated: the classifiers, all on the same ``rows`` of ``data``.
-        data: with labels.
-        rows: which of its images.
-        header: split, seconds and whatever else evaluation.json holds of the evaluation.
+        header: split, and whatever else evaluation.json holds of the evaluation.
     """
     shares = coverage(data.boxes[rows], whole_image_boxes(data.image_sizes[rows]))
     figures = {one.classifier.path: figures_of(one, shares) for one in evaluated}
     pairs = comparisons(evaluated)
     header = {"kind": "localized-crops evaluation", "version": 1, "images": len(rows), "root": str(data.root)} | header
     save_json(folder / "evaluation.json", header | {"checkpoints": figures, "comparisons": pairs})
-    parts = [overview_table(figures, evaluated), seeds_tables(evaluated) or pairs_table(pairs)]
-    parts += [thirds_table(figures, "by_size", "share of the image that the object's true box covers")]
-    parts += [thirds_table(figures, "by_box_iou", "IoU of the box that views look at with the true box")]
-    parts += [class_tables(figures)]
+    parts = [
+        overview_table(figures, evaluated),
+        seeds_tables(evaluated) or pairs_table(pairs),
+        thirds_table(figures, "by_size", "share of the image that the object's true box covers"),
+        thirds_table(figures, "by_box_iou", "IoU of the box that views look at with the true box"),
+        class_tables(figures),
+    ]
     title = f"# {data.root}, split {header['split']}: {len(rows)} images, {len(data.class_names)} classes"
     save_text(folder / "evaluation.md", "\n\n".join([title, *filter(None, parts)]) + "\n")
     save_text(folder / "predictions.csv", predictions_csv(evaluated, data, rows))
@@ -199,17 +189,10 @@ def overview_table(figures: dict[str, Any], evaluated: Sequence[Evaluated]) -> s
     for one in evaluated:
         path = one.classifier.path
         for view, value in figures[path]["views"].items():
-            low, high = value["interval"]
-            lines.append(
-                [
-                    f"{path} ({figures[path]['weights']})",
-                    view_title(one, view),
-                    f"{percent(value['top1'])} [{percent(low)}, {percent(high)}]",
-                    percent(value["top5"]),
-                    f"{value['loss']:.3f}",
-                    percent(value["calibration"]["expected_calibration_error"]),
-                ]
-            )
+            top1, low, high = map(percent, (value["top1"], *value["interval"]))
+            line = [f"{path} ({figures[path]['weights']})", view_title(one, view), f"{top1} [{low}, {high}]"]
+            error = percent(value["calibration"]["expected_calibration_error"])
+            lines.append([*line, percent(value["top5"]), f"{value['loss']:.3f}", error])
     heads = ["checkpoint (weights)", "view", "top-1 [95%] in %", "top-5 in %", "cross-entropy"]
     return markdown_table([*heads, "calibration error in %"], lines)
 
@@ -220,7 +203,7 @@ def pairs_table(pairs: list[dict[str, Any]]) -> str:
         return ""
     lines = []
     for pair in pairs:
-        counts = pair["a"], pair["b"], f"{100 * pair['difference']:+.1f}", str(pair["only_a"]), str(pair["only_b"])
+        counts = pair["a"], pair["b"], f"{100 * pair['difference']:+.1f}", pair["only_a"], pair["only_b"]
         lines.append([*counts, f"{pair['p_images']:.3g}", f"{100 * pair['detectable_images']:.1f}"])
     detectable = "detectable from, in points, at 80% power"
     heads = ["a", "b", "a - b in points", "only a right", "only b right", "p (McNemar)", detectable]
@@ -234,33 +217,23 @@ def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
     some training lacks is left out. Nothing where every training has other settings, or two checkpoints are of one
     training.
     """
-    rows, by_path = {}, {Path(one.classifier.path).parent: one for one in evaluated}
+    by_path = {Path(one.classifier.path).parent: one for one in evaluated}
     groups = group_by_settings({path: settings_key(one.classifier.trained) for path, one in by_path.items()})
     if len(groups) == len(evaluated) or len(by_path) < len(evaluated):
         return ""
-    for label, paths in groups.items():
-        rows[label] = [
-            SeedRun(one.classifier.trained["seed"], {v: p.argmax(1) == one.labels for v, p in one.log_probs.items()})
-            for one in map(by_path.get, paths)
-        ]
+    rows = {label: [by_path[path] for path in paths] for label, paths in groups.items()}
     name, control = next(iter(rows.items()))
     views = [view for view in control[0].correct if all(view in runs[0].correct for runs in rows.values())]
     if not views:
         return ""
-    titles = [max((view_title(one, view) for one in evaluated), key=len) for view in views]  # marked if one's is
+    heads = {view: max((view_title(one, view) for one in evaluated), key=len) for view in views}  # marked if one's is
     plain = [view for view in views if "box" not in view and "+" not in view and view != AVERAGE]
     best = max(plain or views, key=lambda view: np.mean(top1_of(control, view)))
     parts = []
     for title, against in (("the same view", None), (f"view {best}, its best one without a box on these images", best)):
-        lines = []
-        for row, runs in rows.items():
-            tests = {
-                v: None if row == name and v == (against or v) else compared(runs, control, v, against=against)
-                for v in views
-            }
-            lines.append([row, *(top1_text(top1_of(runs, view), test) for view, test in tests.items())])
+        columns = {head: Cell(view, against or view) for view, head in heads.items()}
         parts += [f"Top-1 in %, mean ± standard deviation over seeds; difference to {name} in {title}:"]
-        parts += [markdown_table(["trainings", *titles], lines)]
+        parts += [difference_table("trainings", rows, name, columns)]
     return "\n\n".join(parts)
 
 
@@ -284,7 +257,7 @@ def class_tables(figures: dict[str, Any]) -> str:
     parts = []
     for path, checkpoint in figures.items():
         hardest = sorted((c for c in checkpoint["per_class"] if c["n"]), key=lambda c: c["recall"])[:MOST_IN_TABLE]
-        lines = [[c["class"], str(c["n"]), percent(c["recall"]), percent(c["precision"])] for c in hardest]
+        lines = [[c["class"], c["n"], percent(c["recall"]), percent(c["precision"])] for c in hardest]
         parts += [f"## {path}, view {checkpoint['answer']}, the hardest {len(hardest)} classes"]
         parts += [markdown_table(["class", "images", "right in % (recall)", "precision in %"], lines)]
         wrong = [[c["class"], c["taken_for"], f"{c['images']} of {c['of']}"] for c in checkpoint["most_confused"]]
