@@ -200,6 +200,8 @@ TRAINED = PRETRAINED | {
     "deterministic": True,
     "num_threads": 1,
 }
+# What most tables of a pretrained network share.
+FINETUNED = {"preset": "finetune", "controls": (PLAIN_35,), "common": TRAINED, "steps": (OBJECT_STEP,)}
 BY_OBJECT_BOXES = {"source": OBJECT_BOXES, "maiou": 0.9}
 PRETRAINED_ROWS = {
     PLAIN_35: SCALES[PLAIN_35],
@@ -209,10 +211,7 @@ PRETRAINED_ROWS = {
 TABLES["photos_pretrained"] = Table(
     title="Photographs: training crops, a pretrained network",
     rows=PRETRAINED_ROWS,
-    preset="finetune",
-    controls=(PLAIN_35,),
-    common=TRAINED,
-    steps=(OBJECT_STEP,),
+    **FINETUNED,
 )
 TABLES["photos_pretrained_crops"] = Table(
     title="Photographs: more training crops, a pretrained network",
@@ -238,23 +237,17 @@ WHOLE_BOX_ROWS = {
 TABLES["photos_pretrained_tight"] = Table(
     title="Photographs: crops held to the whole box, a pretrained network",
     rows=WHOLE_BOX_ROWS,
-    preset="finetune",
-    controls=(PLAIN_35,),
-    common=TRAINED,
-    steps=(OBJECT_STEP,),
     folder="photos_pretrained",  # where some are trained already
+    **FINETUNED,
 )
 TABLES["photos_few"] = Table(
     title="Photographs: few training images a class, a pretrained network",
     rows=WHOLE_BOX_ROWS,
-    preset="finetune",
-    controls=(PLAIN_35,),
     budgets={
         "5 images a class": {"dataset.val_fraction": 0.8333, "opt.lr": 1e-5},  # chosen on the validation images
         "10 images a class": {"dataset.val_fraction": 0.6667, "opt.lr": 1e-5},
     },
-    common=TRAINED,
-    steps=(OBJECT_STEP,),
+    **FINETUNED,
 )
 FIRST_ON_PHOTOS = "runs/photos_first_training"
 FIRST_WORDS = [word_of(key, value) for key, value in (TRAINED | SCALES[PLAIN_35]).items()]
