@@ -39,18 +39,9 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from config import load_config
 from datasets import DataSet, known_boxes, read_dataset
 from experiments.grid import crop_family, group_by_settings, load_summary, settings_key
+from figures import plots
 from figures.box_report import METHOD_NAMES, split_rows
-from figures.plots import (
-    Panel,
-    Sample,
-    accuracy_figure,
-    check_picture,
-    histogram_figure,
-    panels_figure,
-    run_curves_figure,
-    save_figure,
-    short,
-)
+from figures.plots import Panel, Sample, short
 from jobs.guard import run_script
 from localized_crops.boxes import (
     center_boxes,
@@ -81,10 +72,10 @@ def main(config: dict) -> None:
     """Draw the picture that ``config`` asks for."""
     what = config["visualize"]["what"]
     out = config["visualize"]["out"] or f"runs/{what}.png"
-    check_picture(out)
+    plots.check_picture(out)
     with user_errors(ValueError):
         figure, shown = PICTURES[what](config)
-    save_figure(figure, out)
+    plots.save_figure(figure, out)
     print(f"{shown} drawn to {out}")
 
 
@@ -157,8 +148,7 @@ def crops_picture(config: dict) -> tuple[Figure, str]:
     found = "" if config["source"] == "gt" else f"box of {Path(config['source']).name}: orange"
     legend = "true box: white dashes; number on a crop: share of the true box that it keeps"
     legend = "; ".join(filter(None, [found, legend * bool(subject.data.has_box[rows].any())]))
-    figure = panels_figure(groups, legend)
-    return figure, f"{len(rows)} images of {subject.data.root}"
+    return plots.panels_figure(groups, legend), f"{len(rows)} images of {subject.data.root}"
 
 
 def choose_rows(settings: dict, data: DataSet, rng: np.random.Generator) -> np.ndarray:
@@ -180,8 +170,7 @@ def choose_rows(settings: dict, data: DataSet, rng: np.random.Generator) -> np.n
 
 def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Image]) -> dict[str, list[list[Panel]]]:
     """Return the whole images, with boxes, attention and candidate masks, by what stands over them."""
-    ids = subject.data.ids.tolist()
-    pairs = list(zip(rows.tolist(), images, strict=True))
+    ids, pairs = subject.data.ids.tolist(), list(zip(rows.tolist(), images, strict=True))
     groups = {"image": [[boxes_panel(subject, row, image)] for row, image in pairs]}
     if subject.maps is not None:
         groups["attention"] = [[Panel(image, subject.maps.get(ids[row]))] for row, image in pairs]
@@ -190,19 +179,14 @@ def image_panels(subject: Subject, rows: np.ndarray, images: list[PIL.Image.Imag
     return groups
 
 
-def true_box(subject: Subject, row: int) -> np.ndarray | None:
-    """Return the true box (4,) of an image, None if it has none."""
-    return subject.data.boxes[row] if subject.data.has_box[row] else None
-
-
 def boxes_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Panel:
     """Return an image with its true box and, where it is another, the source's."""
-    true, box, title = true_box(subject, row), subject.boxes[row], short(subject.data.ids[row])
+    true, box, title = subject.data.boxes[row], subject.boxes[row], short(subject.data.ids[row])
     if not subject.has_box[row]:
         box, title = None, f"{title}, no box"
-    elif true is not None and np.array_equal(true, box):
+    elif np.array_equal(true, box):
         box = None
-    elif true is not None:
+    elif subject.data.has_box[row]:
         title = f"{title}, IoU {iou(box, true):.2f}"
     return Panel(image, None, box, true, title)
 
@@ -213,7 +197,7 @@ def candidates_panel(subject: Subject, row: int, image: PIL.Image.Image) -> Pane
     scores = [(entry.get("predicted_iou", 0), entry.get("stability_score", 0)) for entry in entries]
     best = sorted(range(len(entries)), key=lambda number: scores[number], reverse=True)[:MOST_CANDIDATES]
     title = f"best {MOST_CANDIDATES} of {len(entries)}" if len(entries) > len(best) else f"{len(entries)} found"
-    panel = Panel(image, true_xywh=true_box(subject, row), title=title)
+    panel = Panel(image, true_xywh=subject.data.boxes[row], title=title)
     if path is not None and entries:
         return panel._replace(masks=load_masks(path).numpy()[best])
     return panel._replace(candidates_xywh=[entries[number]["bbox"] for number in best])
@@ -225,17 +209,18 @@ def crop_panels(
     """Return drawn crops as the training makes them (not flipped), by the method's name."""
     settings = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
     transform = TrainTransform(config["image_size"], config["crop"]["interpolation"], **settings)
-    groups, pixels = {}, [pil_to_tensor(image) for image in images]
+    pixels = [pil_to_tensor(image) for image in images]
+
+    def panel(place: int, number: int, crop: np.ndarray) -> Panel:
+        row = rows[place]
+        shown = transform(pixels[place], crop, lambda: draw_seed(0, number, subject.data.ids[row].item()))
+        kept = coverage(crops_to_xywh(crop), subject.data.boxes[row])
+        return Panel(shown.permute(1, 2, 0).numpy(), title="" if np.isnan(kept) else f"{kept:.0%}")
+
+    groups = {}
     for name, crops in crop_methods(config, subject, rows).items():
-        groups[name] = [[] for _ in rows]
-        for number in range(config["visualize"]["crops"]):
-            drawn = crops.draw(rng)
-            for place, row in enumerate(rows.tolist()):
-                image_id = subject.data.ids[row].item()
-                shown = transform(pixels[place], drawn[place], lambda i=image_id, n=number: draw_seed(0, n, i))
-                kept = coverage(crops_to_xywh(drawn[place]), subject.data.boxes[row])
-                title = "" if np.isnan(kept) else f"{kept:.0%}"
-                groups[name][place].append(Panel(shown.permute(1, 2, 0).numpy(), title=title))
+        drawn = [crops.draw(rng) for _ in range(config["visualize"]["crops"])]
+        groups[name] = [[panel(place, n, crop[place]) for n, crop in enumerate(drawn)] for place in range(len(rows))]
     return groups
 
 
@@ -246,9 +231,8 @@ def boxes_picture(config: dict) -> tuple[Figure, str]:
     """Return the histograms of boxes and of crops, and what they are of."""
     subject, rng, source = read_subject(config), np.random.default_rng(config["seed"]), config["source"]
     if not subject.data.has_box.any():
-        raise UserError(
-            f"{subject.data.root}: has no true boxes to compare with; visualize.what=crops draws the images"
-        )
+        remedy = "visualize.what=crops draws the images"
+        raise UserError(f"{subject.data.root}: has no true boxes to compare with; {remedy}")
     columns = {CROPS_KEEP.format("true box"): subject.data.boxes}
     if source != "gt":
         columns[CROPS_KEEP.format(f"box of {Path(source).name}")] = subject.boxes
@@ -259,7 +243,7 @@ def boxes_picture(config: dict) -> tuple[Figure, str]:
         histograms[f"{name}, {len(rows)} images"] = box_samples(source, subject, rows) | crops
     promise = {f"THR={thr:.3g}": thr for thr in thresholds(config, subject).values()}
     # the promise is for the boxes that crops are held to
-    figure = histogram_figure(histograms, {list(columns)[-1]: promise})
+    figure = plots.histogram_figure(histograms, {list(columns)[-1]: promise})
     return figure, f"{len(subject.data.ids)} images of {subject.data.root}"
 
 
@@ -292,42 +276,37 @@ def crop_samples(methods: dict[str, Crops], boxes: np.ndarray, rng: np.random.Ge
 
 def curves_picture(config: dict) -> tuple[Figure, str]:
     """Return the curves of several runs, and what they are of."""
-    groups = group_runs(run_folders(config["visualize"]["runs"]))
+    groups = group_runs(config["visualize"]["runs"])
     logs = {label: [read_curves(folder) for folder in folders] for label, folders in groups.items()}
-    return run_curves_figure(logs, CURVES), f"{sum(map(len, groups.values()))} runs"
+    return plots.run_curves_figure(logs, CURVES), f"{sum(map(len, groups.values()))} runs"
 
 
 def accuracy_picture(config: dict) -> tuple[Figure, str]:
     """Return accuracy against maIoU of several runs, and what it is of."""
-    groups, view = group_runs(run_folders(config["visualize"]["runs"])), config["eval"]["views"][0]
+    groups, view = group_runs(config["visualize"]["runs"]), config["eval"]["views"][0]
     points = {label: [read_point(folder, view) for folder in folders] for label, folders in groups.items()}
-    return accuracy_figure(points, f"view {view}"), f"{sum(map(len, groups.values()))} runs"
+    return plots.accuracy_figure(points, f"view {view}"), f"{sum(map(len, groups.values()))} runs"
 
 
-def run_folders(names: list[str]) -> list[Path]:
-    """Return the run folders that are named; a folder of runs stands for all runs in it.
+def group_runs(names: list[str]) -> dict[str, list[Path]]:
+    """Return the run folders that are named, by a label those that differ in their seed alone.
+
+    A folder of runs stands for all runs in it.
 
     Raises:
         UserError: if none is named, or one is no run and holds none.
     """
     if not names:
         raise UserError("visualize.runs: none given; name run folders: visualize.runs=runs/a,runs/b")
-    folders = {}
+    keys = {}
     for folder in map(Path, names):
         configs = [*folder.glob("config.json"), *sorted(folder.glob("*/config.json"))]
         if not configs:
             raise UserError(f"visualize.runs: {folder} is no run folder of train.py and holds none (no config.json)")
-        folders |= dict.fromkeys(config.parent for config in configs)
-    return list(folders)
-
-
-def group_runs(folders: list[Path]) -> dict[str, list[Path]]:
-    """Return the runs that differ in their seed alone, by a label: the folder's name without its seed."""
-    configs = {}
-    for folder in folders:
-        with user_errors((KeyError, AttributeError), f"{folder / 'config.json'}: not of this version: "):
-            configs[folder] = settings_key(load_json(folder / "config.json"))
-    return group_by_settings(configs)
+        for path in configs:
+            with user_errors((KeyError, AttributeError), f"{path}: not of this version: "):
+                keys[path.parent] = settings_key(load_json(path))
+    return group_by_settings(keys)
 
 
 def read_curves(folder: Path) -> dict[str, np.ndarray]:
@@ -350,9 +329,8 @@ def read_point(folder: Path, view: str) -> dict[str, Any]:
         UserError: if the training has not ended or was not tested in this view.
     """
     if not (folder / "summary.json").exists():
-        raise UserError(
-            f"{folder}: has not ended (no summary.json); go on: python train.py resume=true run_dir={folder}"
-        )
+        command = f"python train.py resume=true run_dir={folder}"
+        raise UserError(f"{folder}: has not ended (no summary.json); go on: {command}")
     summary, settings = load_summary(folder), load_json(folder / "config.json")
     if view not in summary["top1"]:
         raise UserError(f"{folder}: has no view {view}; choose with eval.views from: {', '.join(summary['top1'])}")

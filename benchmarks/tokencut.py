@@ -56,7 +56,7 @@ def main(words: list[str]) -> None:
                 found.setdefault(f"TokenCut, {name}, tau {tau}", []).append(tokencut_box(vectors, size, tau))
     found["centred box"] = center_boxes(data.image_sizes[rows])
     for name, boxes in found.items():
-        score = score_boxes(np.array(boxes), data.boxes[rows], np.ones(len(rows), bool))
+        score = score_boxes(np.array(boxes), data.boxes[rows], data.image_sizes[rows])
         print(f"{name}: mean IoU {score['mean_iou']:.3f}, coverage {score['coverage']:.3f}, IoU >= .5 for "
               f"{score['iou_at']['0.5']:.2f}, {len(rows)} training images")  # fmt: skip
 

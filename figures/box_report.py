@@ -1,6 +1,6 @@
 """How good boxes are: mean IoU, coverage and shares, always beside boxes that need no method, and a contact sheet."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,34 +28,29 @@ SPLITS = {"train": ("train", "val"), "test": ("test",)}  # validation images are
 
 
 def evaluate_boxes(
-    boxes_xywh: np.ndarray, found: np.ndarray, true_xywh: np.ndarray, image_sizes: np.ndarray, split: np.ndarray
+    boxes_xywh: np.ndarray, true_xywh: np.ndarray, image_sizes: np.ndarray, split: np.ndarray
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Compare boxes, and boxes that need no method, with the true ones.
 
     Args:
-        boxes_xywh: (N, 4), the whole image where no box was found.
-        found: (N,) bool, whether a box was found.
+        boxes_xywh: (N, 4); NaN where no box was found: the whole image serves there.
         true_xywh: (N, 4); NaN where there is none: such an image is left out.
         image_sizes: (N, 2) width height.
         split: (N,) "train", "val" or "test"; val counts as train.
 
     Returns:
-        method -> split -> mean_iou, coverage (mean asymmetric IoU), iou_at {"0.3", "0.5", "0.7"} (share of the boxes
-        with at least this IoU), n, n_without_box. A split without images is left out.
+        method -> split -> what `score_boxes` returns. A split without images is left out.
     """
-    known = ~np.isnan(true_xywh[:, 0])
-    is_train = np.isin(split, SPLITS["train"]) & known
-    everywhere = np.ones(len(split), dtype=bool)
+    parts = split_rows(split, ~np.isnan(true_xywh[:, 0]))
     methods = {
-        "boxes": (boxes_xywh, found),
-        "whole_image": (whole_image_boxes(image_sizes), everywhere),
-        "center": (center_boxes(image_sizes), everywhere),
-        "median_train": (median_boxes(true_xywh, image_sizes, is_train), everywhere),
+        "boxes": boxes_xywh,
+        "whole_image": whole_image_boxes(image_sizes),
+        "center": center_boxes(image_sizes),
+        "median_train": median_boxes(true_xywh, image_sizes, parts.get("train", [])),
     }
-    parts = split_rows(split, known)
     return {
-        method: {name: score_boxes(boxes[rows], true_xywh[rows], has_box[rows]) for name, rows in parts.items()}
-        for method, (boxes, has_box) in methods.items()
+        method: {name: score_boxes(boxes[rows], true_xywh[rows], image_sizes[rows]) for name, rows in parts.items()}
+        for method, boxes in methods.items()
     }
 
 
@@ -65,30 +60,30 @@ def split_rows(split: np.ndarray, known: np.ndarray) -> dict[str, np.ndarray]:
     return {name: some for name, some in rows.items() if len(some)}
 
 
-def score_boxes(boxes_xywh: np.ndarray, true_xywh: np.ndarray, found: np.ndarray) -> dict[str, Any]:
-    """Return the figures of one method on one split; arrays as in `evaluate_boxes`."""
-    ious = iou(boxes_xywh, true_xywh)
+def score_boxes(boxes_xywh: np.ndarray, true_xywh: np.ndarray, image_sizes: np.ndarray) -> dict[str, Any]:
+    """Return the figures of one method on some images; arrays as in `evaluate_boxes`."""
+    boxes = fill_missing(boxes_xywh, image_sizes)
+    ious = iou(boxes, true_xywh)
     return {
         "mean_iou": float(ious.mean()),
-        "coverage": float(coverage(boxes_xywh, true_xywh).mean()),
-        "iou_at": {str(level): float((ious >= level).mean()) for level in IOU_LEVELS},
+        "coverage": float(coverage(boxes, true_xywh).mean()),
+        "iou_at": {str(level): float((ious >= level).mean()) for level in IOU_LEVELS},  # share with at least this IoU
         "n": len(ious),
-        "n_without_box": int((~found).sum()),
+        "n_without_box": int(np.isnan(boxes_xywh[:, 0]).sum()),
     }
 
 
-def median_boxes(true_xywh: np.ndarray, image_sizes: np.ndarray, is_train: np.ndarray) -> np.ndarray:
-    """Return for each image (N, 4) the median of the training images' boxes: the same shares of every image.
+def median_boxes(true_xywh: np.ndarray, image_sizes: np.ndarray, train: Sequence[int]) -> np.ndarray:
+    """Return for each image (N, 4) the median of the boxes in the rows ``train``: the same shares of every image.
 
     The edges left, top, right, bottom are taken as shares of the image's sides, and the median of each is taken by
     itself. Without training images the centred box stands in.
     """
-    if not is_train.any():
+    if not len(train):
         return center_boxes(image_sizes)
-    sizes = np.asarray(image_sizes, dtype=np.float64)
-    near, far = true_xywh[:, :2] / sizes, (true_xywh[:, :2] + true_xywh[:, 2:]) / sizes
-    near, far = np.median(near[is_train], axis=0), np.median(far[is_train], axis=0)
-    return np.concatenate([near * sizes, (far - near) * sizes], axis=1)
+    near = np.median(true_xywh[train, :2] / image_sizes[train], axis=0)
+    far = np.median((true_xywh[train, :2] + true_xywh[train, 2:]) / image_sizes[train], axis=0)
+    return np.concatenate([near * image_sizes, (far - near) * image_sizes], axis=1)
 
 
 # --- the files ----------------------------------------------------------------------------------------------------
@@ -128,20 +123,19 @@ def report_boxes(
         maps: image id -> attention map, drawn over the images of the contact sheet.
         **details: what else the evaluation file keeps.
     """
-    found, boxes_xywh = ~np.isnan(boxes_xywh[:, 0]), fill_missing(boxes_xywh, data.image_sizes)
-    scores = evaluate_boxes(boxes_xywh, found, data.boxes, data.image_sizes, data.split)
-    seconds = dict(seconds)
+    scores, seconds = evaluate_boxes(boxes_xywh, data.boxes, data.image_sizes, data.split), dict(seconds)
     with timed(seconds, "contact_sheet"):
-        draw_contact_sheet(contact_panels(data, boxes_xywh, errors, maps), out.with_suffix(".png"))
+        filled = fill_missing(boxes_xywh, data.image_sizes)
+        draw_contact_sheet(out.with_suffix(".png"), data, filled, errors, maps)
     save_json(out.with_suffix(".eval.json"), scores | {"seconds": seconds, "environment": environment()} | details)
     table = report_table(scores)
     save_text(out.with_suffix(".eval.md"), table + "\n")
     save_errors(out.with_name("errors.txt"), errors)
     print(table)
-    unfound = sum(i not in errors for i in data.ids[~found].tolist())
-    print(
-        f"{out}: {int(found.sum())} boxes; no box found in {unfound} images, {len(errors)} failed; seconds: {seconds}"
-    )
+    without = data.ids[np.isnan(boxes_xywh[:, 0])].tolist()
+    unfound = sum(image_id not in errors for image_id in without)
+    counts = f"{len(data.ids) - len(without)} boxes; no box found in {unfound} images, {len(errors)} failed"
+    print(f"{out}: {counts}; seconds: {seconds}")
 
 
 def save_errors(path: Path, errors: Mapping[int, str]) -> None:
@@ -161,28 +155,34 @@ def raise_if_any_failed(errors: Mapping[int, str], path: Path, command: str = "t
 # --- contact sheet ------------------------------------------------------------------------------------------------
 
 
-def contact_panels(
-    data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
-) -> dict[str, list[Panel]]:
-    """Return the panels of the contact sheet, of test images where there are any; arguments as in `report_boxes`."""
-    shown = data.split == "test" if (data.split == "test").any() else np.ones(len(data.ids), dtype=bool)
-    shown &= [image_id not in failed for image_id in data.ids.tolist()]
-    rows = np.flatnonzero(shown & data.has_box if data.has_box.any() else shown)
-    ious = iou(boxes_xywh[rows], data.boxes[rows])
+def draw_contact_sheet(
+    path: Path, data: DataSet, boxes_xywh: np.ndarray, failed: Collection[int], maps: Mapping[int, np.ndarray] | None
+) -> None:
+    """Draw images with attention (colour), box (orange) and true box (white dashes) as PNG; nothing if all failed.
 
-    def panel(place: int) -> Panel:
+    They are test images where there are any: the best, the median and the worst boxes or, where no true box is known,
+    images evenly spaced over the list. Arguments as in `report_boxes`.
+    """
+    is_test, is_whole = data.split == "test", np.array([image_id not in failed for image_id in data.ids.tolist()])
+    choices = (is_whole & is_test & data.has_box, is_whole & is_test, is_whole & data.has_box, is_whole)
+    rows = next((rows for rows in map(np.flatnonzero, choices) if len(rows)), None)
+    if rows is None:
+        return
+    ious, has_true = iou(boxes_xywh[rows], data.boxes[rows]), bool(data.has_box[rows].any())
+
+    def panel(name: str, place: int) -> Panel:
         row, image_id = rows[place], data.ids[rows[place]].item()
         attention_map = None if maps is None else maps.get(image_id)
-        true = data.boxes[row] if data.has_box[row] else None
-        title = short(image_id) if true is None else f"image {short(image_id)}, IoU {ious[place]:.2f}"
-        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], true, title)
+        title = f"image {short(image_id)}, IoU {ious[place]:.2f}" if has_true else short(image_id)
+        return Panel(read_image(data.paths[row]), attention_map, boxes_xywh[row], data.boxes[row], f"{name}: {title}")
 
-    if np.isnan(ious).all():  # no true boxes: images evenly spaced over the list
+    if has_true:
+        chosen = best_median_worst(ious, SHEET_COLUMNS)
+    else:
         places = np.linspace(0, len(rows) - 1, min(len(rows), 3 * SHEET_COLUMNS)).astype(int).tolist()
         chosen = {f"sample {number}": part for number, part in enumerate(batched(places, SHEET_COLUMNS), 1)}
-    else:
-        chosen = best_median_worst(ious, SHEET_COLUMNS)
-    return {name: [panel(place) for place in places] for name, places in chosen.items()}
+    lines = [[panel(name, place) for place in places] for name, places in chosen.items()]
+    save_figure(panel_sheet(lines, "box: orange" + "; true box: white dashes" * has_true), path)
 
 
 def best_median_worst(ious: np.ndarray, each: int) -> dict[str, list[int]]:
@@ -190,10 +190,3 @@ def best_median_worst(ious: np.ndarray, each: int) -> dict[str, list[int]]:
     order = np.argsort(-ious, kind="stable").tolist()
     middle = max(0, (len(order) - each) // 2)
     return {"best": order[:each], "median": order[middle : middle + each], "worst": order[-each:]}
-
-
-def draw_contact_sheet(rows: dict[str, list[Panel]], path: Path | str) -> None:
-    """Draw a row of panels per name, with attention (colour), box (orange) and true box (white dashes), as PNG."""
-    lines = [[panel._replace(title=f"{name}: {panel.title}") for panel in panels] for name, panels in rows.items()]
-    has_true = any(panel.true_xywh is not None for line in lines for panel in line)
-    save_figure(panel_sheet(lines, "box: orange" + "; true box: white dashes" * has_true), path)

@@ -18,9 +18,10 @@ from matplotlib.patheffects import withStroke
 from localized_crops.files import UserError, check_output, whole_file
 
 OUTLINE = [withStroke(linewidth=2.8, foreground="#000a")]  # so that a line is seen on bright images too
-TRUE_BOX = {"edgecolor": "white", "linestyle": "--", "path_effects": OUTLINE}
-FOUND_BOX = {"edgecolor": "orange"}
-NOTE = {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}  # behind a title on an image
+TRUE_BOX = {"edgecolor": "white", "linewidth": 1.6, "linestyle": "--", "path_effects": OUTLINE}
+FOUND_BOX = {"edgecolor": "orange", "linewidth": 1.6}
+# a title on an image
+NOTE = {"fontsize": 7, "color": "white", "bbox": {"facecolor": "black", "alpha": 0.55, "edgecolor": "none", "pad": 1.5}}
 CELL = 1.3  # inches, both sides of a panel in a picture of images
 LONGEST_TITLE = 18  # characters of an image id
 BINS = 50  # of a histogram over [0, 1]
@@ -201,7 +202,7 @@ class Panel(NamedTuple):
 
     image: PIL.Image.Image | np.ndarray  # an array is (H, W, 3) uint8
     attention_map: np.ndarray | None = None  # (feat_h, feat_w), stretched over the image
-    box_xywh: Sequence[float] | None = None  # orange
+    box_xywh: Sequence[float] | None = None  # orange; None or NaN: none, here and below
     true_xywh: Sequence[float] | None = None  # white dashes
     title: str = ""
     masks: Sequence[np.ndarray] = ()  # (H, W) bool each, small ones over large ones
@@ -224,17 +225,11 @@ def draw_panel(axes: Axes, panel: Panel) -> None:
         axes.imshow(overlay, cmap="inferno", alpha=0.45, extent=(0, width, height, 0), interpolation="bilinear")
     if len(panel.masks):
         axes.imshow(paint_masks(panel.masks), extent=(0, width, height, 0), interpolation="nearest")
-    for number, box in enumerate(panel.candidates_xywh):
-        draw_box(axes, box, edgecolor=_colour(number), linewidth=0.8)
-    for box, style in ((panel.true_xywh, TRUE_BOX), (panel.box_xywh, FOUND_BOX)):
-        if box is not None:
-            draw_box(axes, box, linewidth=1.6, **style)
-
-
-def draw_box(axes: Axes, box_xywh: Sequence[float], **style) -> None:
-    """Draw the outline of a box (x, y, width, height)."""
-    x, y, width, height = box_xywh
-    axes.add_patch(Rectangle((x, y), width, height, fill=False, **style))
+    candidates = enumerate(panel.candidates_xywh)
+    boxes = [(box, {"edgecolor": _colour(number), "linewidth": 0.8}) for number, box in candidates]
+    for box, style in (*boxes, (panel.true_xywh, TRUE_BOX), (panel.box_xywh, FOUND_BOX)):
+        if box is not None and not np.isnan(box).any():
+            axes.add_patch(Rectangle(box[:2], *box[2:], fill=False, **style))
 
 
 def paint_masks(masks: Sequence[np.ndarray]) -> np.ndarray:
@@ -278,8 +273,6 @@ def panels_figure(groups: dict[str, list[list[Panel]]], legend: str) -> Figure:
         grid = part.subplots(len(lines), len(lines[0]), squeeze=False)
         for axes, panel in zip(grid.flat, chain.from_iterable(lines), strict=True):
             draw_panel(axes, panel)
-            axes.annotate(
-                panel.title, (0, 0), (3, 3), "axes fraction", "offset points", fontsize=7, color="white", bbox=NOTE
-            )
+            axes.annotate(panel.title, (0, 0), (3, 3), "axes fraction", "offset points", **NOTE)
     figure.supxlabel(legend, fontsize=8)
     return figure

@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 
 from figures import box_report
-from figures.box_report import Panel, best_median_worst, draw_contact_sheet, evaluate_boxes, report_table
+from figures.box_report import best_median_worst, draw_contact_sheet, evaluate_boxes, report_table
 from localized_crops.files import load_json
 from readers.data_set import DataSet, ImagePaths
 
@@ -35,12 +35,15 @@ def brute_force(boxes, true):
 
 @pytest.fixture
 def scores():
-    found = np.array([True, False, True, True, True])
-    return evaluate_boxes(some_boxes(0), found, some_boxes(1), SIZES, SPLIT)
+    boxes = some_boxes(0)
+    boxes[1] = np.nan
+    return evaluate_boxes(boxes, some_boxes(1), SIZES, SPLIT)
 
 
 def test_figures_against_pixels(scores):
-    ious, coverages = brute_force(some_boxes(0), some_boxes(1))
+    boxes = some_boxes(0)
+    boxes[1] = 0, 0, *SIZES[1]  # where none was found
+    ious, coverages = brute_force(boxes, some_boxes(1))
     for split, rows in (("train", [0, 1, 3]), ("test", [2, 4])):
         score = scores["boxes"][split]
         assert score["mean_iou"] == pytest.approx(ious[rows].mean())
@@ -65,24 +68,24 @@ def test_every_baseline_has_every_figure(scores):
 def test_the_median_box_looks_at_training_images_only():
     true = some_boxes(1)
     is_train = np.isin(SPLIT, ("train", "val"))
-    before = box_report.median_boxes(true, SIZES, is_train)
+    train = np.flatnonzero(is_train)
+    before = box_report.median_boxes(true, SIZES, train)
     edges = np.concatenate([true[:, :2], true[:, :2] + true[:, 2:]], axis=1) / np.tile(SIZES, 2)
     expected = np.median(edges[is_train], axis=0) * np.tile(SIZES, 2)
     assert np.allclose(before[:, :2], expected[:, :2])
     assert np.allclose(before[:, :2] + before[:, 2:], expected[:, 2:])
     changed = np.where(is_train[:, None], true, 1.0)
-    assert np.array_equal(box_report.median_boxes(changed, SIZES, is_train), before)
+    assert np.array_equal(box_report.median_boxes(changed, SIZES, train), before)
 
 
 def test_a_split_without_images_is_left_out():
     test_only = np.array(["test"] * 5)
-    scores = evaluate_boxes(some_boxes(0), np.ones(5, bool), some_boxes(1), SIZES, test_only)
+    scores = evaluate_boxes(some_boxes(0), some_boxes(1), SIZES, test_only)
     assert set(scores["boxes"]) == {"test"} and scores["median_train"] == scores["center"]
     assert "train" not in report_table(scores).replace("median training", "")
 
 
 def test_the_files(scores, tmp_path, monkeypatch):
-    monkeypatch.setattr(box_report, "contact_panels", lambda *_: {})
     monkeypatch.setattr(box_report, "draw_contact_sheet", lambda *_: None)
     boxes, ids, paths = some_boxes(0), np.arange(5), ImagePaths(tmp_path, ["a.jpg"] * 5)
     boxes[1] = np.nan
@@ -105,11 +108,28 @@ def test_best_median_worst():
     assert best_median_worst(ious, 9)["best"] == [1, 4, 2, 3, 0]
 
 
-def test_the_contact_sheet_is_a_picture(tmp_path):
-    image = PIL.Image.new("RGB", (53, 37), (200, 30, 30))
-    panel = Panel(image, np.full((4, 5), np.nan), (5, 5, 20, 10), (8, 8, 20, 10), "image 3")
-    draw_contact_sheet({"best": [panel, panel], "worst": [panel]}, tmp_path / "sheet.png")
+@pytest.mark.parametrize(
+    ("failed", "without"),
+    [([], []), ([0], range(5)), ([], [2, 4]), ([2, 4], []), ([2, 4], range(5))],
+    ids=["all is known", "no true box", "no true box of a test image", "all test images failed", "both"],
+)
+def test_the_contact_sheet_is_a_picture(tmp_path, failed, without):
+    names, true = [f"{number}.png" for number in range(5)], some_boxes(1)
+    for name, size in zip(names, SIZES.tolist(), strict=True):
+        PIL.Image.new("RGB", tuple(size), (200, 30, 30)).save(tmp_path / name)
+    true[list(without)] = np.nan
+    data = DataSet("cub", tmp_path, np.arange(5), ImagePaths(tmp_path, names), np.zeros(5, int), ["a"], true, SPLIT,
+                   SIZES)  # fmt: skip
+    maps = dict.fromkeys(range(5), np.full((4, 5), np.nan))
+    draw_contact_sheet(tmp_path / "sheet.png", data, some_boxes(0), failed, maps)
     with PIL.Image.open(tmp_path / "sheet.png") as sheet:
         sheet.load()
-        assert sheet.width > 300
-    assert len(list(tmp_path.iterdir())) == 1
+        assert sheet.width > 150
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_without_an_image_there_is_no_contact_sheet(tmp_path):
+    paths = ImagePaths(tmp_path, ["a.jpg"] * 5)
+    data = DataSet("cub", tmp_path, np.arange(5), paths, np.zeros(5, int), ["a"], some_boxes(1), SPLIT, SIZES)
+    draw_contact_sheet(tmp_path / "sheet.png", data, some_boxes(0), range(5), None)
+    assert list(tmp_path.iterdir()) == []

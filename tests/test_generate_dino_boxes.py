@@ -115,7 +115,7 @@ def test_the_header_tells_what_the_maps_are(birds, tiny, unbroken):
 def test_the_evaluation(birds, unbroken):
     data = read_dataset("cub", birds)
     boxes, missing = source_boxes(str(unbroken), data)
-    expected = evaluate_boxes(boxes, np.ones(len(boxes), bool), data.boxes, data.image_sizes, data.split)
+    expected = evaluate_boxes(boxes, data.boxes, data.image_sizes, data.split)
     content = load_json(unbroken.with_suffix(".eval.json"))
     assert missing == 0 and {key: content[key] for key in expected} == expected
     assert content["boxes"]["test"]["n"] == 24 and set(content["boxes"]["train"]["iou_at"]) == {"0.3", "0.5", "0.7"}

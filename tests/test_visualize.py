@@ -198,7 +198,7 @@ def test_a_line_goes_through_crops_of_one_kind_alone(few_birds, tmp_path):
 
 def test_runs_of_one_name_in_two_folders_keep_apart(few_birds, tmp_path):
     names = [str(write_run(tmp_path / part / "x", few_birds, 0, thr)) for part, thr in (("a", 0.0), ("b", 1.0))]
-    assert list(visualize.group_runs(visualize.run_folders([*names, names[0]]))) == names
+    assert list(visualize.group_runs([*names, names[0]])) == names
 
 
 def test_the_seed_is_no_setting(few_birds):
