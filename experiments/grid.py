@@ -7,12 +7,12 @@ process works on is left to that process: the same command started twice shares 
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jobs.schema import DEFAULTS, NOT_SWEPT
-from jobs.settings import is_read_by, leaves, nested, set_key
+from jobs.settings import is_read_by, leaves, set_key
 from localized_crops.files import UserError, load_json, user_errors
 from utils import UNREADABLE, FolderInUseError
 
@@ -27,13 +27,13 @@ class Point(NamedTuple):
     folder: Path
 
 
-def run_grid(config: dict, points: Iterable[Point], train: Train, at_most: int | None = None) -> None:
+def run_grid(config: dict, points: list[Point], train: Train, at_most: int | None = None) -> None:
     """Train the points that are not done, one after the other; no more than ``at_most`` of them.
 
     Raises:
         UserError: if a folder holds a run with other settings.
     """
-    points, trained = list(points), 0
+    trained = 0
     for number, point in enumerate(points, 1):
         done = (point.folder / "summary.json").exists()
         if not done and trained == at_most:
@@ -71,29 +71,27 @@ def point_config(config: dict, point: Point) -> dict:
     return changed
 
 
-def _check_same(settings: dict, point: Point) -> None:
-    """Refuse a folder that was made with other settings than this point has."""
+def _check_same(config: dict, point: Point) -> None:
+    """Refuse a folder that was made with other settings than ``config``, in which None stands for any value."""
     saved = load_json(point.folder / "config.json")
     if not isinstance(saved, dict):
         raise UserError(f"{point.folder / 'config.json'}: holds no config; remove the folder or give another run_dir")
+    settings, saved = leaves(config), leaves(saved)
     derived = {"THR"} if settings["maiou"] is not None else set()
     for key in sorted((settings.keys() & saved.keys()) - derived):  # later versions have further keys
-        if (key == "seed" or _is_depended_on(key, settings)) and not _agrees(settings[key], saved[key]):
+        differs = settings[key] is not None and settings[key] != saved[key]
+        if differs and (key == "seed" or _is_depended_on(key, settings)):
             raise UserError(f"{point.folder}: holds a run with {key}={saved[key]}; give another run_dir")
 
 
-def _is_depended_on(key: str, config: dict) -> bool:
-    """Return whether a training's result depends on a dotted key: not on the machine's, on logging, on other stages."""
+def _is_depended_on(key: str, settings: dict[str, Any]) -> bool:
+    """Return whether a training's result depends on a dotted key of its settings, which are given by dotted keys.
+
+    It does not depend on the machine's, on logging and on other stages.
+    """
     if key.split(".")[0] == "dino":
-        return config["self_distillation"]["every"] > 0
+        return settings["self_distillation.every"] > 0
     return is_read_by("train", key) and key.split(".")[0] not in NOT_SWEPT
-
-
-def _agrees(value: Any, saved: Any) -> bool:
-    """Return whether a saved value is this one; None was resolved to something when the run began."""
-    if isinstance(value, dict) and isinstance(saved, dict):
-        return all(_agrees(value[key], saved[key]) for key in value.keys() & saved.keys())
-    return value is None or value == saved
 
 
 # --- finished trainings -------------------------------------------------------------------------------------------
@@ -126,8 +124,7 @@ def crop_family(config: dict) -> str:
 def settings_key(config: dict) -> str:
     """Return as text what two trainings share if they are the same but for their seed."""
     settings = DEFAULTS | leaves(config)  # an earlier version had fewer keys
-    whole = nested(settings)
-    return json.dumps({key: settings[key] for key in sorted(settings) if _is_depended_on(key, whole)})
+    return json.dumps({key: settings[key] for key in sorted(settings) if _is_depended_on(key, settings)})
 
 
 def group_by_settings(settings: dict[Path, str]) -> dict[str, list[Path]]:

@@ -29,8 +29,11 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
     p-values are too small where there are several seeds.
     """
     a, b = correct_a.mean(1), correct_b.mean(1)
+    p_seeds = detectable_seeds = math.nan
+    if len(a) > 1 and np.ptp(a - b) > 0:
+        p_seeds = float(scipy.stats.ttest_rel(a, b).pvalue)
+        detectable_seeds = minimum_detectable_difference(float((a - b).std(ddof=1)), len(a))
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((~correct_a & correct_b).sum())
-    p_seeds = float(scipy.stats.ttest_rel(a, b).pvalue) if len(a) > 1 and np.ptp(a - b) > 0 else math.nan
     p_images = scipy.stats.binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     quantiles = scipy.stats.norm.ppf(1 - LEVEL / 2) + scipy.stats.norm.ppf(POWER)
     return Comparison(
@@ -39,9 +42,7 @@ def compare(correct_a: np.ndarray, correct_b: np.ndarray) -> Comparison:
         p_images=float(p_images),
         only_a=only_a,
         only_b=only_b,
-        detectable_seeds=math.nan
-        if math.isnan(p_seeds)
-        else minimum_detectable_difference(float((a - b).std(ddof=1)), len(a)),
+        detectable_seeds=detectable_seeds,
         detectable_images=float(quantiles * math.sqrt(only_a + only_b)) / correct_a.size,
     )
 

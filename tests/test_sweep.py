@@ -84,6 +84,8 @@ def test_a_local_sweep_does_each_point_once(birds, tmp_path, capsys, monkeypatch
     assert (tmp_path / "sweep.png").exists() and "RandomResizedCrop" in (tmp_path / "sweep.md").read_text()
     with pytest.raises(UserError, match="holds a run with batch_size=8"):
         sweep(birds, tmp_path, "batch_size=4")
+    with pytest.raises(UserError, match=r"holds a run with opt\.lr=0\.004; give another run_dir"):
+        sweep(birds, tmp_path, "opt.lr=0.5")
 
 
 def test_a_sweep_over_maiou(birds, tmp_path):
