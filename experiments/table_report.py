@@ -150,7 +150,7 @@ def block_text(table: Table, budget: str, rows: Rows, control: str | None) -> st
     heads += ["published (quoted)"] * bool(table.published)
     lines = []
     for row, runs in rows.items():
-        result = None if row == control else compared(runs, rows.get(control, []), Cell(views[0], views[0]))
+        result = None if row == control else compared(runs, rows.get(control, []), Column(views[0], views[0]))
         validation = spread([run.validation for run in runs])
         line = [
             row,
@@ -172,7 +172,7 @@ def views_text(table: Table, rows: Rows, control: str | None) -> list[str]:
     This is what crops and test view are worth together.
     """
     first, *others = next(iter(rows.values()))[0].correct
-    columns = {f"view {view}": Cell(view, first) for view in others if view not in table.oracles}
+    columns = {f"view {view}": Column(view, first) for view in others if view not in table.oracles}
     if control is None or not columns:
         return []
     title = f"Each view, difference to {control} in view {first}:\n"
@@ -194,20 +194,20 @@ def thirds_text(rows: Rows, control: str | None, data: DataSet) -> list[str]:
     small, large = np.quantile(shares, (1 / 3, 2 / 3))
     third = np.digitize(shares, (small, large))
     heads = f"smallest (up to {small:.2f})", f"middle (to {large:.2f})", "largest (above)"
-    columns = {head: Cell(view, view, third == number) for number, head in enumerate(heads)}
+    columns = {head: Column(view, view, third == number) for number, head in enumerate(heads)}
     title = f"By the share of the image that the object's true box covers, view {view}, difference to {control}:\n"
     return [title, difference_table("crops", rows, control, columns) + "\n"]
 
 
-class Cell(NamedTuple):
-    """What a cell of a table of differences tells of its row, beside the control."""
+class Column(NamedTuple):
+    """What a column of a table of differences tells of each row, beside the control."""
 
     view: str
     against: str  # view of the control
     images: np.ndarray | slice = slice(None)  # (N,) bool, which test images
 
 
-def difference_table(first_head: str, rows: Rows, control: str | None, columns: dict[str, Cell]) -> str:
+def difference_table(first_head: str, rows: Rows, control: str | None, columns: dict[str, Column]) -> str:
     """Return a line per row in Markdown: its top-1 in each column and the difference to the row ``control``.
 
     ``columns``: by their heads. Of the runs, seed and correct answers are read.
@@ -215,10 +215,10 @@ def difference_table(first_head: str, rows: Rows, control: str | None, columns: 
     lines = []
     for row, runs in rows.items():
         line = [row]
-        for cell in columns.values():
-            is_itself = row == control and cell.view == cell.against
-            result = None if is_itself else compared(runs, rows.get(control, []), cell)
-            line.append(f"{spread(top1_of(runs, cell.view, cell.images))} {difference_text(result)}".strip())
+        for column in columns.values():
+            is_itself = row == control and column.view == column.against
+            result = None if is_itself else compared(runs, rows.get(control, []), column)
+            line.append(f"{spread(top1_of(runs, column.view, column.images))} {difference_text(result)}".strip())
         lines.append(line)
     return markdown_table([first_head, *columns], lines)
 
@@ -228,10 +228,10 @@ def top1_of(runs: list[Run], view: str, images: np.ndarray | slice = slice(None)
     return [float(run.correct[view][images].mean()) for run in runs]
 
 
-def compared(runs: list[Run], control: list[Run], cell: Cell) -> Comparison | None:
+def compared(runs: list[Run], control: list[Run], column: Column) -> Comparison | None:
     """Compare a row with the control over the seeds that both have; None: they share none."""
     pairs = [
-        (run.correct[cell.view][cell.images], other.correct[cell.against][cell.images])
+        (run.correct[column.view][column.images], other.correct[column.against][column.images])
         for run in runs
         for other in control
         if run.seed == other.seed

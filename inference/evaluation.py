@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from experiments.grid import group_by_settings, settings_key
 from experiments.paired_tests import compare
-from experiments.table_report import Cell, difference_table, top1_of
+from experiments.table_report import Column, difference_table, top1_of
 from figures.plots import save_figure
 from figures.probabilities import calibration_figure, confusion_figure
 from inference import metrics
@@ -64,12 +64,9 @@ def evaluate(classifier: Classifier, data: DataSet, rows: np.ndarray) -> Evaluat
         if unknown := set(views) - set(classifier.views):
             known = ", ".join(classifier.views)
             raise UserError(f"evaluate.averages={name}: {min(unknown)} is no view of {classifier.path}, it has {known}")
-    loader = build_loader(
-        ViewImages(data, rows, boxes, list(classifier.views.values())),
-        batch_size=config["eval"]["batch_size"],
-        num_workers=workers_for(len(rows), config),
-        pin_memory=classifier.device.type == "cuda",
-    )
+    images, workers = ViewImages(data, rows, boxes, list(classifier.views.values())), workers_for(len(rows), config)
+    pin, batch_size = classifier.device.type == "cuda", config["eval"]["batch_size"]
+    loader = build_loader(images, batch_size=batch_size, num_workers=workers, pin_memory=pin)
     bar = tqdm(loader, desc=Path(classifier.path).parent.name, unit=" batches", disable=None)
     log_probs, labels = classifier.labelled_log_probs(bar)
     for name, views in averages.items():
@@ -231,7 +228,7 @@ def seeds_tables(evaluated: Sequence[Evaluated]) -> str:
     best = max(plain or views, key=lambda view: np.mean(top1_of(control, view)))
     parts = []
     for title, against in (("the same view", None), (f"view {best}, its best one without a box on these images", best)):
-        columns = {head: Cell(view, against or view) for view, head in heads.items()}
+        columns = {head: Column(view, against or view) for view, head in heads.items()}
         parts += [f"Top-1 in %, mean ± standard deviation over seeds; difference to {name} in {title}:"]
         parts += [difference_table("trainings", rows, name, columns)]
     return "\n\n".join(parts)
