@@ -68,13 +68,8 @@ def describe(classifier: Classifier, count: int) -> str:
 def classify(classifier: Classifier, paths: Sequence[Path], config: dict) -> list[Prediction]:
     """Return the prediction for each path; say how fast it went."""
     start = time.perf_counter()
-    predictions = classifier.predict(
-        paths,
-        top_k=config["predict"]["top_k"],
-        batch_size=config["eval"]["batch_size"],
-        num_workers=workers_for(len(paths), config),
-        progress=True,
-    )
+    sizes = {"top_k": config["predict"]["top_k"], "batch_size": config["eval"]["batch_size"]}
+    predictions = classifier.predict(paths, **sizes, num_workers=workers_for(len(paths), config), progress=True)
     seconds = time.perf_counter() - start
     print(f"{seconds:.1f} s, {len(paths) / seconds:.0f} images/s")
     return predictions

@@ -114,7 +114,7 @@ def read_subject(config: dict) -> Subject:
 def crop_methods(config: dict, subject: Subject, rows: np.ndarray) -> dict[str, Crops]:
     """Return the crop samplers for some images, by the name of the method."""
     crop, ids, sizes = config["crop"], subject.data.ids[rows], subject.data.image_sizes[rows]
-    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
+    shape = {key: crop[key] for key in ("scale", "ratio")}
     methods = {"RandomResizedCrop": BoxCrops(subject.boxes[rows], sizes, thr=-1.0, **shape)}
     for mode, thr in thresholds(config, subject).items():
         methods[f"{mode}, THR={thr:.3g}"] = BoxCrops(subject.boxes[rows], sizes, thr=thr, mode=mode, **shape)
@@ -131,7 +131,7 @@ def thresholds(config: dict, subject: Subject) -> dict[str, float]:
         return dict.fromkeys(modes, config["THR"]) if config["THR"] >= 0 else {}
     if not len(train):
         raise UserError(f"maiou={config['maiou']}: {subject.data.root} has no training image to find THR on; give THR")
-    shape = {key: tuple(crop[key]) for key in ("scale", "ratio")}
+    shape = {key: crop[key] for key in ("scale", "ratio")}
     boxes, sizes = subject.boxes[train], subject.data.image_sizes[train]
     return {mode: maiou_to_thr(config["maiou"], boxes, sizes, mode=mode, **shape) for mode in modes}
 
@@ -145,10 +145,10 @@ def crops_picture(config: dict) -> tuple[Figure, str]:
     rows = choose_rows(config["visualize"], subject.data, rng)
     images = [read_image(subject.data.paths[row]) for row in rows]
     groups = image_panels(subject, rows, images) | crop_panels(config, subject, rows, images, rng)
-    found = "" if config["source"] == "gt" else f"box of {Path(config['source']).name}: orange"
-    legend = "true box: white dashes; number on a crop: share of the true box that it keeps"
-    legend = "; ".join(filter(None, [found, legend * bool(subject.data.has_box[rows].any())]))
-    return plots.panels_figure(groups, legend), f"{len(rows)} images of {subject.data.root}"
+    legend = [] if config["source"] == "gt" else [f"box of {Path(config['source']).name}: orange"]
+    if subject.data.has_box[rows].any():
+        legend += ["true box: white dashes", "number on a crop: share of the true box that it keeps"]
+    return plots.panels_figure(groups, "; ".join(legend)), f"{len(rows)} images of {subject.data.root}"
 
 
 def choose_rows(settings: dict, data: DataSet, rng: np.random.Generator) -> np.ndarray:

@@ -24,7 +24,7 @@ def run_sweep(config: dict, train: Train) -> None:
     points = table_points(table, seeds, folder)
     with with_resume_hint(lambda: same_command(f"run_dir={folder}")):
         if config["wandb"]:
-            run_wandb_sweep(config, points, train, folder)
+            run_wandb_sweep(config, points, list(seeds), train, folder)
         else:
             run_grid(config, points, train, config["sweep"]["count"])
         if any((point.folder / "summary.json").exists() for point in points):
@@ -82,7 +82,7 @@ def write_summary(config: dict, table: Table, seeds: range, folder: Path) -> Non
 # --- wandb --------------------------------------------------------------------------------------------------------
 
 
-def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Path) -> None:
+def run_wandb_sweep(config: dict, points: list[Point], seeds: list[int], train: Train, folder: Path) -> None:
     """Let a wandb agent work through the grid; points that are done are reported to wandb, not trained again.
 
     wandb ignores ``resume`` inside a sweep: the run folders say what is done.
@@ -91,7 +91,6 @@ def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Pat
         UserError: if wandb cannot be reached.
     """
     wandb, sweep = import_wandb(), config["sweep"]
-    seeds = list(range(config["seed"], config["seed"] + sweep["seeds"]))
     parameters = {sweep["parameter"]: {"values": sweep["values"]}, "seed": {"values": seeds}}
     metric = {"name": "validation_top1", "goal": "maximize"}
     grid = {"method": "grid", "metric": metric, "parameters": parameters}
@@ -113,7 +112,5 @@ def run_wandb_sweep(config: dict, points: list[Point], train: Train, folder: Pat
         print(f"wandb sweep {sweep_id}; to join it: sweep.resume=true sweep.id={sweep_id} run_dir={folder}")
         wandb.agent(sweep_id, train_point, project=sweep["project"], count=sweep["count"])
     except (wandb.errors.Error, OSError) as error:
-        raise UserError(
-            f"sweeprun=true, wandb=true: wandb cannot be reached ({first_line(error)}); log in with `wandb login`, "
-            "or set wandb=false to run the same grid here"
-        ) from None
+        remedy = "log in with `wandb login`, or set wandb=false to run the same grid here"
+        raise UserError(f"sweeprun=true, wandb=true: wandb cannot be reached ({first_line(error)}); {remedy}") from None

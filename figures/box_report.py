@@ -147,9 +147,8 @@ def save_errors(path: Path, errors: Mapping[int, str]) -> None:
 def raise_if_any_failed(errors: Mapping[int, str], path: Path, command: str = "the same command again") -> None:
     """Raise UserError if images failed: after everything else was written the script ends with status 2."""
     if errors:
-        raise UserError(
-            f"{len(errors)} images failed and have no box, see {path}; the rest is done: mend them and run {command}"
-        )
+        remedy = f"the rest is done: mend them and run {command}"
+        raise UserError(f"{len(errors)} images failed and have no box, see {path}; {remedy}")
 
 
 # --- contact sheet ------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Pictures: curves over epochs, accuracy against maIoU, histograms, images with boxes, attention maps and masks."""
 
+import math
 from collections.abc import Sequence
 from functools import reduce
 from itertools import chain, cycle, zip_longest
@@ -90,7 +91,8 @@ def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: di
         groups: label -> logs of the runs that differ in their seed alone; a log: key -> a value per logged epoch.
         titles: key of a log -> what stands at the axis of its panel.
     """
-    figure = Figure(figsize=(4 * len(titles), 3.6 + 0.2 * _legend_lines(groups)), layout="constrained")
+    height = 3.6 + 0.2 * math.ceil(len(groups) / LEGEND_COLUMNS)
+    figure = Figure(figsize=(4 * len(titles), height), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
         for number, logs in enumerate(groups.values()):
             epochs = reduce(np.intersect1d, [log["epoch"] for log in logs])
@@ -106,10 +108,6 @@ def run_curves_figure(groups: dict[str, list[dict[str, np.ndarray]]], titles: di
     return figure
 
 
-def _legend_lines(labels: dict) -> int:
-    return -(-len(labels) // LEGEND_COLUMNS)
-
-
 def accuracy_figure(
     groups: dict[str, list[dict]], title: str, x_label: str = MAIOU, ticks: Sequence[str] | None = None
 ) -> Figure:
@@ -122,7 +120,7 @@ def accuracy_figure(
             a line may go through: one kind of crop, trained on one budget.
         ticks: names of x = 0, 1, ...; no line is fitted then.
     """
-    figure = Figure(figsize=(8, 4.2 + 0.2 * _legend_lines(groups)), layout="constrained")
+    figure = Figure(figsize=(8, 4.2 + 0.2 * math.ceil(len(groups) / LEGEND_COLUMNS)), layout="constrained")
     axes = figure.subplots()
     families = {}
     for number, (label, runs) in enumerate(groups.items()):

@@ -40,8 +40,7 @@ def calibration_figure(calibration: dict[str, Any], title: str) -> Figure:
     above.bar(edges[:-1], top1, 1 / len(bins), align="edge", edgecolor="white", label="images right")
     above.plot([0, 1], [0, 100], "k--", linewidth=1, label="perfect calibration")
     error, sure = calibration["expected_calibration_error"], calibration["mean_confidence"]
-    above.set(title=f"{title}\nexpected calibration error {error:.1%}, mean confidence {sure:.1%}")
-    above.title.set_fontsize(9)
+    above.set_title(f"{title}\nexpected calibration error {error:.1%}, mean confidence {sure:.1%}", fontsize=9)
     above.set(ylabel="images right (%)", ylim=(0, 100))
     above.legend(fontsize=8, loc="upper left")
     below.bar(edges[:-1], [values["n"] for values in bins], 1 / len(bins), align="edge", color="0.6", edgecolor="white")

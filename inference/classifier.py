@@ -97,12 +97,8 @@ class Classifier:
         paths, boxes, unreadable = [UprightPath(path) for path in images], None, {}
         if self.localizer is not None:
             boxes, unreadable = self.find_boxes(paths, num_workers=num_workers, progress=progress)
-        loader = build_loader(
-            Photos(paths, list(self.views.values()), boxes, unreadable),
-            batch_size=batch_size,
-            num_workers=num_workers,
-            pin_memory=self.device.type == "cuda",
-        )
+        photos, pin = Photos(paths, list(self.views.values()), boxes, unreadable), self.device.type == "cuda"
+        loader = build_loader(photos, batch_size=batch_size, num_workers=num_workers, pin_memory=pin)
         row = 0
         with tqdm(total=len(paths), desc="classes", unit=" images", disable=None if progress else True) as bar:
             for views, errors in loader:

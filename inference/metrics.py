@@ -7,6 +7,7 @@ import scipy
 
 THIRDS = ("small", "medium", "large")  # of the images, by the size of something
 BINS = 15  # of the calibration, as in Guo et al. (ICML 2017)
+MOST_PAIRS = 10  # of confused classes
 
 
 def accuracy(right: np.ndarray) -> dict[str, Any]:
@@ -44,34 +45,29 @@ def per_class(counts: np.ndarray, class_names: list[str]) -> list[dict[str, Any]
     ]
 
 
-def most_confused(counts: np.ndarray, class_names: list[str], most: int = 10) -> list[dict[str, Any]]:
-    """Return the pairs of classes that were confused most often, the most frequent first."""
+def most_confused(counts: np.ndarray, class_names: list[str]) -> list[dict[str, Any]]:
+    """Return the MOST_PAIRS pairs of classes that were confused most often, the most frequent first."""
     wrong = counts - np.diag(np.diag(counts))
-    order = np.argsort(-wrong, axis=None, kind="stable")[:most]
-    pairs = [(int(n // len(counts)), int(n % len(counts))) for n in order if wrong.flat[n]]
+    order = np.argsort(-wrong, axis=None, kind="stable")[:MOST_PAIRS]
     return [
         {"class": class_names[k], "taken_for": class_names[j], "images": int(wrong[k, j]), "of": int(counts[k].sum())}
-        for k, j in pairs
+        for k, j in zip(*np.unravel_index(order, wrong.shape), strict=True)
+        if wrong[k, j]
     ]
 
 
-def calibration(log_probs: np.ndarray, labels: np.ndarray, bins: int = BINS) -> dict[str, Any]:
-    """Return the calibration of the largest probability against the share of correct answers.
-
-    Args:
-        log_probs: (N, K).
-        labels: (N,).
-        bins: of equal width over [0, 1]; a probability on an edge belongs to the bin below it.
+def calibration(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Return the calibration of the largest probability (N, K) against the share of correct answers to labels (N,).
 
     Returns:
-        expected_calibration_error (Guo et al., ICML 2017), mean_confidence, and for each bin n, confidence and top1.
+        expected_calibration_error (Guo et al., ICML 2017), mean_confidence, and for each of BINS bins of equal width
+        over [0, 1] n, confidence and top1; a probability on an edge belongs to the bin below it.
     """
-    predicted = log_probs.argmax(1)
-    confidence, right = np.exp(log_probs.max(1)).astype(float), predicted == labels
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    n = np.bincount(place, minlength=bins)
-    sums = [np.bincount(place, weights=values, minlength=bins) for values in (confidence, right)]
-    means = [np.divide(one, n, out=np.zeros(bins), where=n > 0) for one in sums]
+    confidence, right = np.exp(log_probs.max(1)).astype(float), log_probs.argmax(1) == labels
+    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    n = np.bincount(place, minlength=BINS)
+    sums = [np.bincount(place, weights=values, minlength=BINS) for values in (confidence, right)]
+    means = [np.divide(one, n, out=np.zeros(BINS), where=n > 0) for one in sums]
     return {
         "expected_calibration_error": float((n * np.abs(means[0] - means[1])).sum() / len(labels)),
         "mean_confidence": float(confidence.mean()),

@@ -3,6 +3,7 @@
 import glob
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,8 @@ def find_images(images: str) -> list[UprightPath]:
     if images == "-":
         paths = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif Path(images).is_dir():
-        files = (path for path in Path(images).rglob("*") if path.is_file())
-        paths = sorted(path for path in files if path.suffix.lower() in SUFFIXES)
+        below = Path(images).rglob("*")
+        paths = sorted(path for path in below if path.suffix.lower() in SUFFIXES and path.is_file())
     elif Path(images).exists():
         paths = [images]
     else:
@@ -45,20 +46,14 @@ def reason(error: Exception | str, path: Path) -> str:
     return line if str(path) in line else f"{path}: {line}"
 
 
+@dataclass(frozen=True)
 class Photos(Dataset):
     """Image files, each in several views; a file that cannot be read gives zeros and the reason."""
 
-    def __init__(
-        self, paths: Sequence[Path], views: Sequence[Callable], boxes: np.ndarray | None, unreadable: Mapping[int, str]
-    ) -> None:
-        """Keep what is to be shown.
-
-        Args:
-            views: (image, box) -> (3, size, size) uint8.
-            boxes: (N, 4) x y width height, for the views that look at one; None: the whole image.
-            unreadable: row -> why it is not to be tried again.
-        """
-        self.paths, self.views, self.boxes, self.unreadable = paths, views, boxes, unreadable
+    paths: Sequence[Path]
+    views: Sequence[Callable]  # (image, box) -> (3, size, size) uint8
+    boxes: np.ndarray | None  # (N, 4) x y width height, for the views that look at one; None: the whole image
+    unreadable: Mapping[int, str]  # row -> why it is not to be tried again
 
     def __len__(self) -> int:
         return len(self.paths)

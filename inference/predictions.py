@@ -54,12 +54,9 @@ def save_predictions(path: Path, predictions: Sequence[Prediction], top_k: int) 
 
 
 def save_sheet(path: Path | str, predictions: Sequence[Prediction], most: int) -> None:
-    """Draw a contact sheet: images from all over the list with their box and the most probable class.
+    """Draw a contact sheet: up to ``most`` images from all over the list with their box and the most probable class.
 
-    Args:
-        path: the PNG.
-        predictions: those with an error are left out.
-        most: images at most.
+    Images with an error are left out.
     """
     known = [prediction for prediction in predictions if prediction.error is None]
     chosen = [known[n] for n in np.unique(np.linspace(0, len(known) - 1, min(most, len(known))).round().astype(int))]

@@ -47,12 +47,12 @@ def test_top_k_counts_the_label_among_the_k_best():
 
 
 def test_calibration_error_is_the_mean_gap_between_confidence_and_accuracy():
-    sure = np.log(np.array([[0.9, 0.1]] * 10 + [[0.6, 0.4]] * 5))
-    labels = np.array([0] * 7 + [1] * 3 + [0] * 5)  # at 0.9 7 of 10 are right, at 0.6 all 5
-    found = calibration(sure, labels, bins=10)
-    assert found["expected_calibration_error"] == pytest.approx((10 * 0.2 + 5 * 0.4) / 15)
-    assert [one["n"] for one in found["bins"]] == [0, 0, 0, 0, 0, 5, 0, 0, 10, 0]
-    assert found["bins"][8]["top1"] == pytest.approx(0.7) and found["bins"][0]["top1"] is None
+    sure = np.log(np.array([[0.9, 0.1]] * 10 + [[0.62, 0.38]] * 5))
+    labels = np.array([0] * 7 + [1] * 3 + [0] * 5)  # at 0.9 7 of 10 are right, at 0.62 all 5
+    found = calibration(sure, labels)
+    assert found["expected_calibration_error"] == pytest.approx((10 * 0.2 + 5 * 0.38) / 15)
+    assert [one["n"] for one in found["bins"]] == [0] * 9 + [5, 0, 0, 0, 10, 0]
+    assert found["bins"][13]["top1"] == pytest.approx(0.7) and found["bins"][0]["top1"] is None
     certain = calibration(np.array([[0.0, -np.inf]] * 3), np.zeros(3, int))
     assert certain["expected_calibration_error"] == 0
 
