@@ -16,17 +16,8 @@ def is_blank(attention_map: np.ndarray) -> bool:
     return not np.isfinite(values).all() or np.ptp(values) <= FLAT * np.abs(values).max(initial=0)
 
 
-def softmax_density(maps: np.ndarray, temperature: float) -> np.ndarray:
-    """Return exp(map / temperature) / sum over its cells, a density that sums to 1 for each map."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
-    scaled = np.asarray(maps, dtype=np.float64) / temperature
-    weights = np.exp(scaled - scaled.max(axis=(-2, -1), keepdims=True))  # at most 1: no overflow at low temperature
-    return weights / weights.sum(axis=(-2, -1), keepdims=True)
-
-
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
-    """Return the softmax with ``temperature`` of a map; a constant map, or one with NaN, gives the uniform density.
+    """Return exp(map / temperature) divided by its sum; a constant map, or one with NaN, gives the uniform density.
 
     Args:
         attention_map: (feat_h, feat_w) float, cleaned (`map_boxes.clean_map`).
@@ -34,7 +25,9 @@ def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
     """
     if is_blank(attention_map):
         return np.full(attention_map.shape, 1 / attention_map.size)
-    return softmax_density(attention_map, temperature)
+    scaled = np.asarray(attention_map, dtype=np.float64) / temperature
+    weights = np.exp(scaled - scaled.max())  # at most 1: no overflow at low temperature
+    return weights / weights.sum()
 
 
 def sample_density_crops(

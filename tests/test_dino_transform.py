@@ -136,6 +136,7 @@ def test_running_sums_are_kept_in_bounded_memory_and_change_no_crop(monkeypatch,
 
 def test_temperature():
     cells = np.random.default_rng(7).random(FEAT)
+    assert np.allclose(map_to_density(cells, 2.0), np.exp(cells / 2) / np.exp(cells / 2).sum())
     assert map_to_density(cells, 1e-4).max() == pytest.approx(1)
     assert np.allclose(map_to_density(cells, 1e6), 1 / cells.size, atol=1e-6)
     concentration = [(map_to_density(cells, t) ** 2).sum() for t in (0.05, 0.2, 1.0, 5.0)]
