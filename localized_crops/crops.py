@@ -42,7 +42,9 @@ def sample_crops(
     Raises:
         ValueError: on a wrong shape, mode or range, or a box that does not lie inside its image.
     """
-    boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, mode, scale, ratio)
+    check_settings(thr, mode, scale, ratio)
+    boxes, sizes = np.asarray(boxes_xywh, dtype=np.float64), np.asarray(image_sizes, dtype=np.float64)
+    _check_boxes(boxes, sizes, are_ignored=thr < 0)
     rng = rng if rng is not None else np.random.default_rng()
 
     def draw(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -68,44 +70,38 @@ def _part_by_part(draw: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.nd
 
 
 def ratio_gives_way(
-    boxes_xywh: np.ndarray,
-    image_sizes: np.ndarray,
-    thr: float,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    boxes_xywh: np.ndarray, image_sizes: np.ndarray, thr: float, scale: Range, ratio: Range
 ) -> np.ndarray:
     """Return a mask of the boxes that no crop within ``ratio`` can cover by ``thr`` without leaving the image.
 
     In mode "exact" the crops of these boxes, (N,) bool, leave the range of ratios, by as little as possible.
+    The arguments are those of `sample_crops`.
     """
-    boxes, sizes = _check_inputs(boxes_xywh, image_sizes, thr, "exact", scale, ratio)
+    boxes, sizes = np.asarray(boxes_xywh, dtype=np.float64), np.asarray(image_sizes, dtype=np.float64)
     low, high = _ratios_that_reach(boxes, sizes, max(thr, 0.0), scale[1])
     return (low > ratio[1]) | (high < ratio[0])
 
 
-def _check_inputs(
-    boxes_xywh: np.ndarray, image_sizes: np.ndarray, thr: float, mode: str, scale: Range, ratio: Range
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return boxes and sizes as float64; the whole images as boxes where ``thr`` is negative."""
-    boxes = np.asarray(boxes_xywh, dtype=np.float64)
-    sizes = np.asarray(image_sizes, dtype=np.float64)
-    if boxes.ndim != 2 or boxes.shape[1] != 4 or sizes.shape != (len(boxes), 2):
-        raise ValueError(f"need boxes (N, 4) and image sizes (N, 2), got {boxes.shape} and {sizes.shape}")
+def check_settings(thr: float, mode: str, scale: Range, ratio: Range) -> None:
+    """Raise ValueError on settings that `sample_crops` cannot draw by."""
     if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}, must be one of {', '.join(MODES)}")
+        raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
     if not thr <= 1:
-        raise ValueError(f"thr is {thr}, must be at most 1 (negative: no box)")
+        raise ValueError(f"thr={thr} must be a share of the box, at most 1 (negative: no box)")
     if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1]):
         raise ValueError(f"need 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1], got {scale}, {ratio}")
+
+
+def _check_boxes(boxes: np.ndarray, sizes: np.ndarray, *, are_ignored: bool) -> None:
+    """Raise ValueError on wrong shapes, sizes or, unless they ``are_ignored``, boxes."""
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or sizes.shape != (len(boxes), 2):
+        raise ValueError(f"need boxes (N, 4) and image sizes (N, 2), got {boxes.shape} and {sizes.shape}")
     if not (sizes >= 1).all():
         raise ValueError("an image size is under one pixel")
-    if thr >= 0:
-        bad = ~((boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] > 0).all(1) & (_far_edges(boxes) <= sizes + 1e-6).all(1))
-        if bad.any():
-            n = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"box {n}, xywh {boxes[n].tolist()}, does not lie inside its image {sizes[n].tolist()}")
-        return boxes, sizes
-    return np.concatenate([np.zeros_like(sizes), sizes], axis=1), sizes  # no box: the whole image stands for it
+    bad = ~((boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] > 0).all(1) & (_far_edges(boxes) <= sizes + 1e-6).all(1))
+    if bad.any() and not are_ignored:
+        n = int(bad.argmax())
+        raise ValueError(f"box {n}, xywh {boxes[n].tolist()}, does not lie inside its image {sizes[n].tolist()}")
 
 
 def _far_edges(boxes: np.ndarray) -> np.ndarray:
@@ -126,34 +122,28 @@ def _to_crops(edges: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def random_shapes(
     image_sizes: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the shapes of torchvision's RandomResizedCrop, by its law.
-
-    Args:
-        image_sizes: (N, 2) width height in pixels.
-        scale, ratio, rng: see ``sample_crops``.
+    """Draw the shapes of torchvision's RandomResizedCrop, by its law; the arguments are those of `sample_crops`.
 
     Returns:
         (N, 2) int64 width height in pixels, each side between 1 and the image's; and (N,) bool, whether any of the
         tries fitted into the image (if not, the crop lies in the middle).
     """
-    sizes = np.asarray(image_sizes, dtype=np.float64)
-    drawn = _part_by_part(lambda sizes: _random_shapes(sizes, scale, ratio, rng), sizes)
+
+    def draw(sizes: np.ndarray) -> np.ndarray:
+        tries = (len(sizes), SHAPE_TRIES)
+        areas = rng.uniform(*scale, tries) * sizes.prod(1)[:, None]
+        ratios = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), tries))
+        shapes = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1)))
+        fits = ((shapes > 0) & (shapes <= sizes[:, None])).all(axis=-1)  # (N, tries)
+        first = shapes[np.arange(len(sizes)), fits.argmax(axis=1)]
+        any_fits = fits.any(axis=1, keepdims=True)
+        # else the largest shape inside the image whose ratio is in range
+        largest = np.minimum(sizes, np.rint(np.stack([sizes[:, 1] * ratio[1], sizes[:, 0] / ratio[0]], axis=1)))
+        shapes = np.where(any_fits, first, np.maximum(largest, 1))
+        return np.concatenate([shapes, any_fits], axis=1).astype(np.int64)
+
+    drawn = _part_by_part(draw, np.asarray(image_sizes, dtype=np.float64))
     return drawn[:, :2], drawn[:, 2] > 0
-
-
-def _random_shapes(sizes: np.ndarray, scale: Range, ratio: Range, rng: np.random.Generator) -> np.ndarray:
-    """Return (N, 3) int64: width, height, and 1 where a try fitted."""
-    tries = (len(sizes), SHAPE_TRIES)
-    areas = rng.uniform(*scale, tries) * sizes.prod(1)[:, None]
-    ratios = np.exp(rng.uniform(np.log(ratio[0]), np.log(ratio[1]), tries))
-    shapes = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], axis=-1)))
-    fits = ((shapes > 0) & (shapes <= sizes[:, None])).all(axis=-1)  # (N, tries)
-    first = shapes[np.arange(len(sizes)), fits.argmax(axis=1)]
-    any_fits = fits.any(axis=1, keepdims=True)
-    # else the largest shape inside the image whose ratio is in range
-    largest = np.minimum(sizes, np.rint(np.stack([sizes[:, 1] * ratio[1], sizes[:, 0] / ratio[0]], axis=1)))
-    shapes = np.where(any_fits, first, np.maximum(largest, 1))
-    return np.concatenate([shapes, any_fits], axis=1).astype(np.int64)
 
 
 def plain_corners(shapes: np.ndarray, fitted: np.ndarray, image_sizes: np.ndarray, uniform: np.ndarray) -> np.ndarray:

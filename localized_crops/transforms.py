@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from localized_crops.boxes import clip_boxes
-from localized_crops.crops import MODES, sample_crops
+from localized_crops.crops import check_settings, sample_crops
 from localized_crops.density import map_to_density, sample_density_crops
 
 CROP_SIDES = ("top", "left", "height", "width")
@@ -29,7 +29,11 @@ class AttentionMap(tv_tensors.Mask):
 
 
 class _RandomCrop(v2.Transform):
-    """Draws one crop for all inputs of a sample and resizes it to ``size``."""
+    """Draws one crop for all inputs of a sample and resizes it to ``size``.
+
+    train.py draws the crops of a whole epoch at once, by the same functions and so by the same law; these classes draw
+    one image's crop when they are called, for other programs' data loading. Randomness is torch's.
+    """
 
     def __init__(self, size: int | Sequence[int], interpolation: v2.InterpolationMode) -> None:
         super().__init__()
@@ -49,6 +53,11 @@ class _RandomCrop(v2.Transform):
         settings = {"size": self.size, "interpolation": self.interpolation, "antialias": True}
         return self._call_kernel(F.resized_crop, inpt, *(params[side] for side in CROP_SIDES), **settings)
 
+    def _forward_with(self, inputs: tuple[Any, ...], guide: tv_tensors.TVTensor) -> Any:
+        """Crop ``inputs`` by a box or map that is not to be in the output."""
+        *outputs, _ = super().forward(*inputs, guide)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
 
 class LocalizedRandomResizedCrop(_RandomCrop):
     """Crop at random so that the crop keeps at least ``thr`` of a box, then resize.
@@ -56,9 +65,6 @@ class LocalizedRandomResizedCrop(_RandomCrop):
     A v2 transform: ``crop(image, boxes)`` with a ``tv_tensors.BoundingBoxes`` of one box; further inputs (masks,
     keypoints, labels) go along. Or ``crop(image, box=(x, y, width, height))``, without the box in the output.
     Images are PIL images or tensors. A box that reaches past its image is cut there. Randomness is torch's.
-
-    train.py draws the crops of a whole epoch at once, by the same `sample_crops` and so by the same law; this class
-    draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: of the output in pixels, a side or (height, width).
@@ -81,10 +87,7 @@ class LocalizedRandomResizedCrop(_RandomCrop):
         interpolation: v2.InterpolationMode = v2.InterpolationMode.BILINEAR,
     ) -> None:
         super().__init__(size, interpolation)
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r} must be one of {', '.join(MODES)}")
-        if not thr <= 1:
-            raise ValueError(f"thr={thr} must be a share of the box, at most 1 (negative: no box)")
+        check_settings(thr, mode, scale, ratio)
         self.thr, self.mode, self.scale, self.ratio = thr, mode, tuple(scale), tuple(ratio)
 
     def forward(self, *inputs: Any, box: Sequence[float] | None = None) -> Any:
@@ -93,8 +96,12 @@ class LocalizedRandomResizedCrop(_RandomCrop):
             return super().forward(*inputs)
         if not inputs or not _is_image(inputs[0]):
             raise ValueError("box= goes with crop(image, box=...); in a dict or list give a tv_tensors.BoundingBoxes")
-        *outputs, _ = super().forward(*inputs, as_bounding_boxes(box, F.get_size(inputs[0])))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        try:
+            xywh = np.asarray(box, dtype=np.float64).reshape(1, 4)
+        except (TypeError, ValueError):
+            raise ValueError(f"box must be four numbers x y width height, got {str(box)[:80]}") from None
+        canvas_size = tuple(F.get_size(inputs[0]))
+        return self._forward_with(inputs, tv_tensors.BoundingBoxes(xywh, format="XYWH", canvas_size=canvas_size))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
         """Draw the crop for one sample (a hook of v2 transforms)."""
@@ -103,10 +110,6 @@ class LocalizedRandomResizedCrop(_RandomCrop):
         about = np.array([box], float), np.array([(width, height)])
         crop = sample_crops(*about, self.thr, self.mode, self.scale, self.ratio, _torch_rng())[0]
         return dict(zip(CROP_SIDES, crop.tolist(), strict=True))
-
-    def extra_repr(self) -> str:
-        """Return the arguments, for printing."""
-        return f"size={self.size}, thr={self.thr}, mode={self.mode}, scale={self.scale}, ratio={self.ratio}"
 
 
 def _torch_rng() -> np.random.Generator:
@@ -146,15 +149,6 @@ def _box_inside(box_xywh: np.ndarray, image_size: tuple[int, int]) -> np.ndarray
     return inside
 
 
-def as_bounding_boxes(box_xywh: Sequence[float], canvas_size: Sequence[int]) -> tv_tensors.BoundingBoxes:
-    """Wrap one (x, y, width, height), else ValueError; ``canvas_size`` is the (height, width) of its image."""
-    try:
-        box = np.asarray(box_xywh, dtype=np.float64).reshape(1, 4)
-    except (TypeError, ValueError):
-        raise ValueError(f"box must be four numbers x y width height, got {str(box_xywh)[:80]}") from None
-    return tv_tensors.BoundingBoxes(torch.from_numpy(box), format="XYWH", canvas_size=tuple(canvas_size))
-
-
 class DinoRandomResizedCrop(_RandomCrop):
     """RandomResizedCrop whose centre is drawn from an image's attention map.
 
@@ -163,11 +157,8 @@ class DinoRandomResizedCrop(_RandomCrop):
     with a NumPy array or plain tensor: then the map is not in the output. ``crop(image, None)`` is a plain
     RandomResizedCrop, for an image without a map. Randomness is torch's.
 
-    train.py draws the crops of a whole epoch at once (`training.epoch_crops.MapCrops`), by the same functions and so by
-    the same law; this class draws one image's crop when it is called, for other programs' data loading.
-
     Args:
-        size: (height, width) of the output in pixels; one number makes a square.
+        size: of the output in pixels, a side or (height, width).
         scale, ratio: as of `sample_crops`.
         temperature: of the softmax that turns the map into a density; None: what is given is a density already. The
             default fits maps that were scaled to [0, 1], as `map_boxes.clean_map` scales them: the largest cell is
@@ -205,8 +196,7 @@ class DinoRandomResizedCrop(_RandomCrop):
                 return self.plain(inputs[0])
         if attention_map is None:
             return super().forward(*inputs)
-        *outputs, _ = super().forward(*inputs, AttentionMap(attention_map))
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return self._forward_with(inputs, AttentionMap(attention_map))
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Draw the crop for one sample (a hook of v2 transforms)."""
@@ -224,10 +214,6 @@ class DinoRandomResizedCrop(_RandomCrop):
         cells = inpt.as_subclass(torch.Tensor).reshape(1, 1, *inpt.shape[-2:]).float()
         pixels = interpolate(cells, params["canvas"], mode="bilinear")
         return AttentionMap(super().transform(pixels, params).reshape(*inpt.shape[:-2], *self.size))
-
-    def extra_repr(self) -> str:
-        """Return the settings, for printing."""
-        return f"size={self.size}, scale={self.scale}, ratio={self.ratio}, temperature={self.temperature}"
 
 
 def _only_map(flat_inputs: list[Any]) -> np.ndarray:

@@ -47,7 +47,7 @@ def test_exact_mode_keeps_its_promise_in_a_million_crops_of_cub(cub_boxes, thr):
     assert_inside(crops, sizes)
     assert (coverage(crops_to_xywh(crops), boxes) >= thr).all()
     _, _, height, width = crops.T  # rounded outward: each side grew by less than two pixels
-    kept = ~ratio_gives_way(boxes, sizes, thr)
+    kept = ~ratio_gives_way(boxes, sizes, thr, (0.08, 1.0), (3 / 4, 4 / 3))
     assert (width[kept] > 3 / 4 * (height[kept] - 2)).all() and (width[kept] - 2 < 4 / 3 * height[kept]).all()
 
 
@@ -74,8 +74,9 @@ def test_the_drawn_shape_is_in_range_of_scale_and_ratio():
 
 def test_a_ratio_gives_way_only_where_it_must_and_no_further():
     boxes, sizes = np.array([[0.0, 100, 500, 50]]), np.array([[500, 300]])
-    assert ratio_gives_way(boxes, sizes, 1.0).tolist() == [True]
-    assert ratio_gives_way(boxes, sizes, 0.5).tolist() == [False]
+    ranges = (0.08, 1.0), (3 / 4, 4 / 3)
+    assert ratio_gives_way(boxes, sizes, 1.0, *ranges).tolist() == [True]
+    assert ratio_gives_way(boxes, sizes, 0.5, *ranges).tolist() == [False]
     crop = sample_crops(np.tile(boxes, (50, 1)), np.tile(sizes, (50, 1)), 1.0, rng=np.random.default_rng(0))
     assert (crop == [0, 0, 300, 500]).all()  # 500 : 300 is the ratio nearest to 4 : 3 that can hold the box
 
