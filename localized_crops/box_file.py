@@ -10,7 +10,7 @@ each in base64 of little-endian float64 with NaN for what is not there, ``boxes`
 
 import base64
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -126,23 +126,24 @@ def load_boxes(path: Path | str) -> BoxFile:
 def _parse(content: Any) -> BoxFile:
     """Check a box file's content; ValueError says what is wrong with it."""
     _check_header(content)
-    ids, boxes, sizes, scores = (_columns if content["version"] == COLUMNS_VERSION else _entries)(content)
-    rows, has_box = Rows(ids_to_keys(ids)), ~np.isnan(boxes[:, 0])
+    ids, numbers = (_columns if content["version"] == COLUMNS_VERSION else _entries)(content)
+    rows = Rows(ids_to_keys(ids))
+    boxes, sizes, scores = np.split(numbers, (4, 6), axis=1)
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        near, far = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-        is_bad = {
-            "a box has four finite numbers": ~(np.isfinite(boxes).all(1) | np.isnan(boxes).all(1)),
-            "a size has two whole numbers from 1 on": ~(
-                ((sizes >= 1) & (sizes % 1 == 0)).all(1) | np.isnan(sizes).all(1)
+        no_box, near, far = np.isnan(boxes).all(1), boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+        holds = {
+            "a box has four finite numbers": no_box | np.isfinite(boxes).all(1),
+            "a size has two whole numbers from 1 on": (
+                np.isnan(sizes).all(1) | ((sizes >= 1) & (sizes % 1 == 0)).all(1)
             ),
-            "an image with a box has a size": has_box & np.isnan(sizes[:, 0]),
-            "a box has an area": has_box & ~((near >= 0) & (boxes[:, 2:] > 0)).all(1),
-            "a box lies inside its image": ((far > sizes + OVERSHOOT) | (near >= sizes)).any(1),
-            "a score is a finite number": np.isinf(scores[:, 0]),
+            "an image with a box has a size": no_box | ~np.isnan(sizes[:, 0]),
+            "a box has an area": no_box | ((near >= 0) & (boxes[:, 2:] > 0)).all(1),
+            "a box lies inside its image": no_box | ((far <= sizes + OVERSHOOT) & (near < sizes)).all(1),
+            "a score is a finite number": ~np.isinf(scores[:, 0]),
         }
-    for rule, bad in is_bad.items():
-        if bad.any():
-            row = int(bad.argmax())
+    for rule, is_held in holds.items():
+        if not is_held.all():
+            row = int(is_held.argmin())
             values = f"box {boxes[row].tolist()}, size {sizes[row].tolist()}, score {scores[row, 0]}"
             raise ValueError(f"image {ids[row][:100]}: {rule}, got {values}")
     scores = scores if "scores" in content.get("columns", content) else None
@@ -152,8 +153,8 @@ def _parse(content: Any) -> BoxFile:
 
 def _check_header(content: Any) -> None:
     """Raise ValueError unless ``content`` is an object of our kind with all its parts."""
-    if not isinstance(content, dict) or content.get("kind") != FILE_KIND:
-        kind = content.get("kind") if isinstance(content, dict) else None
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind != FILE_KIND:
         raise ValueError(f"kind is {str(kind)[:60]!r}, expected {FILE_KIND!r}")
     content = {"scores": {}, "pixel_grid": "stored"} | content  # a file of version 1 has no pixel_grid
     choices = {"version": range(1, COLUMNS_VERSION + 1), "box_format": (BOX_FORMAT,), "pixel_grid": PIXEL_GRIDS}
@@ -166,11 +167,8 @@ def _check_header(content: Any) -> None:
             raise ValueError(f"{key} is missing or no {kind.__name__}")
 
 
-Numbers = tuple[list[str], np.ndarray, np.ndarray, np.ndarray]  # ids; boxes (N, 4), sizes (N, 2), scores (N, 1)
-
-
-def _columns(content: dict[str, Any]) -> Numbers:
-    """Return ids and numbers of a file with columns, NaN where there is none."""
+def _columns(content: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Return ids and numbers, (N, 7) box, size and score, of a file with columns; NaN where there is none."""
     columns = content["columns"]
     ids = columns.get("ids")
     if not isinstance(ids, list) or not all(isinstance(key, str) and key for key in ids):
@@ -182,41 +180,33 @@ def _columns(content: dict[str, Any]) -> Numbers:
         return np.frombuffer(base64.b64decode(columns[name], validate=True), "<f8").reshape(len(ids), length)
 
     scores = decoded("scores", 1) if "scores" in columns else np.full((len(ids), 1), np.nan)
-    return ids, decoded("boxes", 4), decoded("image_sizes", 2), scores
+    return ids, np.concatenate([decoded("boxes", 4), decoded("image_sizes", 2), scores], axis=1)
 
 
-def _entries(content: dict[str, Any]) -> Numbers:
-    """Return ids and numbers of a file with an entry for each image, NaN where there is none."""
+def _entries(content: dict[str, Any]) -> tuple[list[str], np.ndarray]:
+    """Return the same of a file with an entry for each image."""
     boxes, sizes, scores = content["boxes"], content["image_sizes"], content.get("scores", {})
     if boxes.keys() != sizes.keys() or not scores.keys() <= boxes.keys():
         raise ValueError("boxes, image_sizes and scores name different images")
-    listed = {key: None if scores.get(key) is None else [scores[key]] for key in boxes}
-    return list(boxes), _rows_of(boxes, boxes, 4), _rows_of(boxes, sizes, 2), _rows_of(boxes, listed, 1)
+    table = []
+    for key, box in boxes.items():
+        score = scores.get(key)
+        for numbers, length in ((box, 4), (sizes[key], 2), (None if score is None else [score], 1)):
+            if numbers is None:
+                numbers = [math.nan] * length
+            elif not (isinstance(numbers, list) and len(numbers) == length and all(map(is_finite_number, numbers))):
+                raise ValueError(f"image {key[:100]}: {str(numbers)[:80]} is no list of {length} finite numbers")
+            table.extend(numbers)
+    return list(boxes), np.array(table, dtype=np.float64).reshape(-1, 7)
 
 
-def _rows_of(ids: Iterable[str], lists: Mapping[str, Any], length: int) -> np.ndarray:
-    """Return the lists of the images as an array (N, length), NaN for None; ValueError for anything else."""
-    rows = []
-    for key in ids:
-        numbers = lists[key]
-        if numbers is None:
-            rows.append([math.nan] * length)
-        elif isinstance(numbers, list) and len(numbers) == length and all(map(is_finite_number, numbers)):
-            rows.append(numbers)
-        else:
-            raise ValueError(f"image {key[:100]}: {str(numbers)[:80]} is no list of {length} finite numbers")
-    return np.array(rows, dtype=np.float64).reshape(-1, length)
-
-
-def boxes_for_images(
-    path: Path | str, ids: Sequence[ImageId], image_sizes: np.ndarray, pixel_grid: str | None = None
-) -> np.ndarray:
+def boxes_for_images(path: Path | str, ids: Sequence[ImageId], image_sizes: np.ndarray, pixel_grid: str) -> np.ndarray:
     """Read the boxes of the images of a data set.
 
     Args:
         ids: (N,) image ids.
         image_sizes: (N, 2) width height.
-        pixel_grid: of the images, "stored" or "upright"; None: not compared.
+        pixel_grid: of the images, "stored" or "upright".
 
     Returns:
         Boxes (N, 4) x y width height, cut at the images; NaN where the file says that no box was found.
@@ -225,7 +215,7 @@ def boxes_for_images(
         UserError: if the file was made for other images.
     """
     file = load_boxes(path)
-    if pixel_grid not in (None, file.pixel_grid):
+    if file.pixel_grid != pixel_grid:
         raise UserError(f"{path}: its boxes are in the {file.pixel_grid} pixel grid, the images here are {pixel_grid}")
     names, sizes, rows = np.asarray(ids).tolist(), np.asarray(image_sizes), file.rows.of(ids)
     if (rows < 0).any():

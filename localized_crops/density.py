@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from localized_crops.crops import random_shapes
+from localized_crops.crops import Range, random_shapes
 
 FLAT = 1e-8  # a map whose values differ by less, relative to their size, says nothing about where the object is
 
@@ -34,16 +34,16 @@ def sample_density_crops(
     density: np.ndarray,
     image_size: tuple[int, int],
     num_crops: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    rng: np.random.Generator | None = None,
+    scale: Range,
+    ratio: Range,
+    rng: np.random.Generator,
 ) -> np.ndarray:
     """Draw crops of one image: shape as RandomResizedCrop, centre from ``density``, then moved inside the image.
 
     Args:
         density: (feat_h, feat_w), non-negative, with a sum above 0 (1 or not); stretched over the whole image.
         image_size: (width, height) in pixels.
-        scale, ratio: as of `sample_crops`.
+        scale, ratio, rng: as of `sample_crops`.
 
     Returns:
         (num_crops, 4) int64, top left height width in pixels, inside the image.
@@ -57,7 +57,6 @@ def sample_density_crops(
             f"a density must be (feat_h, feat_w) numbers from 0 on, not all 0; got a shape of {density.shape} and "
             f"values from {density.min(initial=0)} to {density.max(initial=0)}"
         )
-    rng = rng if rng is not None else np.random.default_rng()
     image_sizes = np.tile(image_size, (num_crops, 1))
     shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
     sums = running_sums(torch.from_numpy(np.array(density, order="C"))[None])

@@ -169,11 +169,11 @@ def test_nan_in_a_box_is_refused_on_both_ends(tmp_path):
 
 def test_boxes_of_a_data_set(tmp_path):
     path = write(tmp_path / "boxes.json")
-    found = box_file.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]))
+    found = box_file.boxes_for_images(path, [3, 7], np.array([[20, 10], [53, 37]]), "stored")
     assert np.isnan(found[0]).all() and found[1].tolist() == [1.5, 2, 30, 20]
     with pytest.raises(UserError, match="no entry for image 5"):
-        box_file.boxes_for_images(path, [5], np.array([[20, 10]]))
+        box_file.boxes_for_images(path, [5], np.array([[20, 10]]), "stored")
     with pytest.raises(UserError, match=r"image 7 is \(37, 53\) here"):
-        box_file.boxes_for_images(path, [7], np.array([[37, 53]]))
+        box_file.boxes_for_images(path, [7], np.array([[37, 53]]), "stored")
     with pytest.raises(UserError, match="upright"):
-        box_file.boxes_for_images(path, [3], np.array([[20, 10]]), pixel_grid="upright")
+        box_file.boxes_for_images(path, [3], np.array([[20, 10]]), "upright")

@@ -17,6 +17,7 @@ from training.epoch_crops import MapCrops
 
 IMAGE_SIZE = (53, 37)  # width, height
 FEAT = (5, 9)
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def random_density(seed=0):
@@ -60,7 +61,7 @@ def test_centres_are_uniform_inside_a_cell():
 def test_crops_are_centred_on_the_drawn_points_where_the_border_allows():
     density = np.zeros(FEAT)
     density[2, 4] = 1  # the middle cell
-    crops = sample_density_crops(density, (530, 370), 2_000, scale=(0.1, 0.1), rng=np.random.default_rng(3))
+    crops = sample_density_crops(density, (530, 370), 2_000, (0.1, 0.1), RATIO, np.random.default_rng(3))
     top, left, height, width = crops.T
     assert np.abs(left + width / 2 - 265).max() <= 530 / 9 / 2 + 1
     assert np.abs(top + height / 2 - 185).max() <= 370 / 5 / 2 + 1
@@ -68,7 +69,7 @@ def test_crops_are_centred_on_the_drawn_points_where_the_border_allows():
 
 @pytest.mark.parametrize("image_size", [(53, 37), (37, 53), (1, 1), (500, 3), (3, 500)])
 def test_crops_lie_inside_the_image(image_size):
-    crops = sample_density_crops(random_density(), image_size, 3_000, rng=np.random.default_rng(4))
+    crops = sample_density_crops(random_density(), image_size, 3_000, SCALE, RATIO, np.random.default_rng(4))
     top, left, height, width = crops.T
     assert crops.dtype == np.int64 and (crops[:, :2] >= 0).all() and (crops[:, 2:] >= 1).all()
     assert (left + width <= image_size[0]).all() and (top + height <= image_size[1]).all()
@@ -252,7 +253,7 @@ def test_an_impossible_density_is_refused(change):
     with pytest.raises(ValueError):
         DinoRandomResizedCrop(8, temperature=None)(PIL.Image.new("RGB", (9, 9)), density)
     with pytest.raises(ValueError):
-        sample_density_crops(density, (9, 9), 1)
+        sample_density_crops(density, (9, 9), 1, SCALE, RATIO, np.random.default_rng(5))
 
 
 @pytest.mark.parametrize("inputs", [(PIL.Image.new("RGB", (9, 9)),), (PIL.Image.new("RGB", (9, 9)), 3)])
