@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from config import load_config
@@ -42,7 +41,7 @@ from localized_crops.attention import last_attention
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import key_to_id
 from localized_crops.map_file import MapCache, maps_path, save_map_cache
-from localizer.attention_maps import Batch, attend_batches, clean, clean_batch, map_to_box, plan_batches
+from localizer.attention_maps import Batch, clean, map_batches, map_to_box, plan_batches
 from localizer.batches import BatchImages
 from localizer.networks import Localizer, configured_localizer
 from localizer.object_head import ObjectHead, build_features, find_objects, learn_head
@@ -74,7 +73,6 @@ class Stage:
     data: DataSet
     localizer: Localizer
     cells: Localizer | None  # the network whose cells dino.method=object_head classifies
-    device: torch.device
     batches: list[Batch]  # the units of ``work``
     work: SharedWork
     seconds: dict[str, float] = field(default_factory=dict)
@@ -101,7 +99,7 @@ def prepare(config: dict) -> Stage:
     batches = plan_batches(data.image_sizes, side, localizer.patch, settings["batch_size"])
     work = SharedWork(
         out.with_name(f"{out.stem}.partial"),
-        map_identity(config, data, localizer, side, device),
+        map_identity(config, data, localizer, side),
         "dino",
         f"python generate_dino_boxes.py out={out} dino.again=true",
         [batch.rows for batch in batches],
@@ -110,7 +108,7 @@ def prepare(config: dict) -> Stage:
     if work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
-    return Stage(config, out, data, localizer, cells, device, batches, work, seconds)
+    return Stage(config, out, data, localizer, cells, batches, work, seconds)
 
 
 def check_settings(settings: dict, localizer: Localizer, side: int) -> None:
@@ -126,14 +124,14 @@ def check_settings(settings: dict, localizer: Localizer, side: int) -> None:
     map_to_box(trial, (70, 50), settings)
 
 
-def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int, device: torch.device) -> dict[str, Any]:
+def map_identity(config: dict, data: DataSet, localizer: Localizer, side: int) -> dict[str, Any]:
     """Return everything that the maps depend on: maps of another identity are other maps."""
     settings = config["dino"]
     return {
         "dataset": data.fingerprint(),
         "model": localizer.name,
         "weights_sha256": localizer.weights_sha256,
-        "precision": precision_on(device, config["amp"]),
+        "precision": precision_on(localizer.device, config["amp"]),
         "settings": {"image_size": side}
         | {key: settings[key] for key in ("autocontrast", "batch_size", "heads", "steps", "filter_size")},
     }
@@ -167,19 +165,18 @@ def take_over(stage: Stage) -> None:
 
 def mapped_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
     """Yield the cleaned maps (B, feat_h, feat_w) float16 of each batch; blank maps are zeros."""
-    attended = attend_batches(
+    mapped = map_batches(
         stage.localizer,
         [stage.batches[number] for number in numbers],
         stage.data.paths,
-        stage.device,
-        autocontrast=stage.config["dino"]["autocontrast"],
-        precision=stage.work.identity["precision"],
+        stage.config["dino"],
+        amp=stage.config["amp"],
         num_workers=stage.config["num_workers"],
     )
-    for batch in attended:
-        ids = stage.data.ids[batch.batch.rows].tolist()
+    for batch in mapped:
+        ids = stage.data.ids[batch.rows].tolist()
         errors = {str(i): error for i, error in zip(ids, batch.errors, strict=True) if error is not None}
-        yield Result({"ids": ids, "errors": errors}, {"maps": clean_batch(batch, stage.config["dino"])})
+        yield Result({"ids": ids, "errors": errors}, {"maps": batch.maps})
 
 
 def gather_maps(stage: Stage) -> MapCache:
@@ -227,9 +224,9 @@ def find_boxes(stage: Stage, cache: MapCache) -> np.ndarray:
 def object_boxes(stage: Stage, cells: Localizer, cache: MapCache) -> tuple[list[map_boxes.MapBox], ObjectHead]:
     """Return the box of each image by a classifier of cells that the attention maps teach, and that classifier."""
     data, settings = stage.data, stage.config["dino"]
-    cells.model.to(stage.device)
-    head = learn_head(cells, data, cache, settings, stage.device, stage.config["num_workers"])
-    found = find_objects(cells, head, data.paths, data.image_sizes, settings, stage.device, stage.config["num_workers"])
+    cells.model.to(stage.localizer.device)
+    head = learn_head(cells, data, cache, settings, stage.config["num_workers"])
+    found = find_objects(cells, head, data.paths, data.image_sizes, settings, stage.config["num_workers"])
     boxes = {}
     for row, box, error in tqdm(found, total=len(data.ids), desc="boxes", unit=" images", mininterval=1.0):
         boxes[row] = box

@@ -60,7 +60,7 @@ def few_batches(stage: stage_script.Stage, images: int) -> None:
 def bare_inputs(stage: stage_script.Stage) -> list[torch.Tensor]:
     """Return what the network is given for each batch, on its device."""
     shapes = [(len(batch.rows), 3, batch.height, batch.width) for batch in stage.batches]
-    grey = {shape: torch.full(shape, 100, dtype=torch.uint8, device=stage.device) for shape in set(shapes)}
+    grey = {shape: torch.full(shape, 100, dtype=torch.uint8, device=stage.localizer.device) for shape in set(shapes)}
     normalized = {shape: stage.localizer.normalize(images) for shape, images in grey.items()}
     return [normalized[shape] for shape in shapes]
 
@@ -69,17 +69,17 @@ def bare_pass(stage: stage_script.Stage, inputs: list[torch.Tensor]) -> float:
     """Return the seconds of the network alone."""
 
     def work() -> None:
-        with torch.inference_mode(), autocast(stage.device, stage.work.identity["precision"]):
+        with torch.inference_mode(), autocast(stage.localizer.device, stage.work.identity["precision"]):
             for images in inputs:
                 stage.localizer.model(images)
 
-    return timed_on(stage.device, work)
+    return timed_on(stage.localizer.device, work)
 
 
 def whole_stage(stage: stage_script.Stage) -> float:
     """Return the seconds of decoding, resizing, attention and cleaning."""
     numbers = list(range(len(stage.batches)))
-    return timed_on(stage.device, lambda: deque(stage_script.mapped_batches(stage, numbers), maxlen=0))
+    return timed_on(stage.localizer.device, lambda: deque(stage_script.mapped_batches(stage, numbers), maxlen=0))
 
 
 def attention_extract(stage: stage_script.Stage) -> AttentionExtract:

@@ -20,11 +20,11 @@ from tqdm import tqdm
 import models
 from inference.photos import Photos, reason
 from jobs.loader import build_loader
-from jobs.machine import choose_device, precision_on
+from jobs.machine import choose_device
 from jobs.settings import DEFAULTS, check_value, get_key, leaves, nested
 from localized_crops.files import UserError, user_errors
 from localized_crops.map_boxes import MapBox
-from localizer.attention_maps import attend_batches, clean_batch, map_to_box, plan_batches
+from localizer.attention_maps import map_batches, map_to_box, plan_batches
 from localizer.networks import Localizer, configured_localizer, state_hash
 from localizer.object_head import ObjectHead, build_features, cell_features, find_objects
 from readers.data_set import UprightPath
@@ -129,7 +129,7 @@ class Classifier:
             results = self._boxes_of_maps(files, sizes[rows], num_workers)
         else:
             network = self.localizer, self.object_head
-            results = find_objects(*network, files, sizes[rows], self.config["dino"], self.device, num_workers)
+            results = find_objects(*network, files, sizes[rows], self.config["dino"], num_workers)
         bar = tqdm(results, total=len(rows), desc="boxes", unit=" images", disable=None if progress else True)
         for number, box, error in bar:
             row = int(rows[number])
@@ -144,11 +144,9 @@ class Classifier:
         """Yield row, box and error of each image, as `find_objects` does, from a Vision Transformer's attention."""
         settings, side = self.config["dino"], self.config["dino"]["image_size"] or self.localizer.image_size
         batches = plan_batches(sizes, side, self.localizer.patch, settings["batch_size"])
-        precision = precision_on(self.device, self.config["amp"])
-        options = {"autocontrast": settings["autocontrast"], "precision": precision, "num_workers": num_workers}
-        for part in attend_batches(self.localizer, batches, files, self.device, **options):
-            maps = clean_batch(part, settings)
-            for row, attention_map, error in zip(part.batch.rows, maps, part.errors, strict=True):
+        options = {"amp": self.config["amp"], "num_workers": num_workers}
+        for part in map_batches(self.localizer, batches, files, settings, **options):
+            for row, attention_map, error in zip(part.rows, part.maps, part.errors, strict=True):
                 yield row, map_to_box(attention_map, tuple(sizes[row].tolist()), settings), error
 
     @cached_property
@@ -252,7 +250,7 @@ def load_localizer(
     network = build_features(settings["object_model"], settings["object_weights"])
     with user_errors((LookupError, TypeError, ValueError), f"{path}: its classifier of cells is damaged: "):
         head = ObjectHead.of_plain(saved)
-    features = cell_features(network, torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).shape[-1]
+    features = cell_features(network, torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape[-1]
     if head.weight.shape != (features,):
         raise UserError(
             f"dino.object_model={settings['object_model']}: gives {features} features a cell, the classifier of cells "

@@ -1,6 +1,7 @@
 """From images to cleaned attention maps, in batches: decoding ahead of the network, one shape a batch."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,75 +49,72 @@ def input_shape(image_size: tuple[int, int], side: int, patch: tuple[int, int]) 
 # --- maps ---------------------------------------------------------------------------------------------------------
 
 
-class Attended(NamedTuple):
-    """The network's output for a batch; on CUDA its computation may not have finished."""
+class MappedBatch(NamedTuple):
+    """The maps of the images of a batch."""
 
-    batch: Batch
-    attention: torch.Tensor  # (B, heads, feat_h, feat_w) float32
+    rows: list[int]  # of the data set
+    maps: np.ndarray  # (B, feat_h, feat_w) float16, cleaned; failed and blank ones are zeros
     logits: torch.Tensor | None  # (B, K)
     errors: list[str | None]  # why an image could not be read
 
 
-def attend_batches(
+def map_batches(
     localizer: Localizer,
     batches: list[Batch],
     paths: Sequence[Path],
-    device: torch.device,
+    settings: dict[str, Any],
     *,
-    autocontrast: bool,
-    precision: str = "float32",
-    num_workers: int = 0,
+    amp: str,
+    num_workers: int,
     with_logits: bool = False,
-) -> Iterator[Attended]:
-    """Yield the CLS attention of each batch, one batch late: the device computes the next while this one is used.
+) -> Iterator[MappedBatch]:
+    """Yield the maps of each batch.
 
     Args:
-        localizer: the network, on ``device``.
         paths: the images of the data set, by row.
-        autocontrast: stretch each image's contrast first.
-        precision: float32 | bf16 | fp16 (on CUDA).
+        settings: the section ``dino`` of the config: autocontrast, and what `clean` reads.
+        amp: precision on CUDA: none | bf16 | fp16.
         with_logits: also return the network's output.
     """
-    images = BatchImages(batches, paths, localizer.patch, autocontrast)
-    pin = device.type == "cuda"
+    loaded = load_batches(localizer, batches, paths, num_workers, localizer.patch, settings["autocontrast"])
+    attended = ((batch.rows, errors, *_attend(localizer, images, amp, with_logits)) for batch, images, errors in loaded)
+    # one batch late: the device computes the next while this one is cleaned
+    for (rows, errors, attention, logits), _ in pairwise(chain(attended, [None])):
+        maps = np.stack([clean(heads, settings) for heads in attention.cpu().numpy()]).astype(np.float16)
+        maps[[bool(error) or map_boxes.is_blank(cells) for error, cells in zip(errors, maps, strict=True)]] = 0
+        yield MappedBatch(rows, maps, logits, errors)
+
+
+def load_batches(
+    network: Localizer,
+    batches: list[Batch],
+    paths: Sequence[Path],
+    num_workers: int,
+    smallest: tuple[int, int] = (1, 1),
+    autocontrast: bool = False,
+) -> Iterator[tuple[Batch, torch.Tensor, list[str | None]]]:
+    """Yield each batch, its images (B, 3, H, W) uint8 on the network's device, and why any could not be read."""
+    images, pin = BatchImages(batches, paths, smallest, autocontrast), network.device.type == "cuda"
     loader = build_loader(images, num_workers=num_workers, pin_memory=pin, batch_size=None)
-    pending = None
     for batch, (pixels, errors) in zip(batches, loader, strict=True):
-        pixels = pixels.to(device, non_blocking=True)
-        begun = Attended(batch, *_attend(localizer, pixels, precision, with_logits), errors)
-        if pending is not None:
-            yield pending
-        pending = begun
-    if pending is not None:
-        yield pending
+        yield batch, pixels.to(network.device, non_blocking=True).permute(0, 3, 1, 2), errors
 
 
 def _attend(
-    localizer: Localizer, pixels: torch.Tensor, precision: str, with_logits: bool
+    localizer: Localizer, images: torch.Tensor, amp: str, with_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return attention and, with ``with_logits``, logits of (B, H, W, 3) uint8 images on the network's device."""
-    images = pixels.permute(0, 3, 1, 2)
+    """Return attention (B, heads, feat_h, feat_w) and, with ``with_logits``, logits; on CUDA they may not be ready."""
     what = f"attention maps, {len(images)} images of {images.shape[3]} x {images.shape[2]} pixels"
     less = memory_errors(what, "lower dino.batch_size or dino.image_size")
-    with less, torch.inference_mode(), autocast(pixels.device, precision):
+    with less, torch.inference_mode(), autocast(images.device, amp):
         images = localizer.normalize(images)
         if with_logits:
             return cls_attention_and_logits(localizer.model, images)
         return cls_attention(localizer.model, images), None
 
 
-def clean_batch(attended: Attended, settings: dict[str, Any]) -> np.ndarray:
-    """Return the cleaned maps (B, feat_h, feat_w) float16 of a batch; failed and blank ones are zeros.
-
-    ``settings`` is the section ``dino`` of the config, of which heads, steps and filter_size are read.
-    """
-    maps = np.stack([clean(heads, settings) for heads in attended.attention.cpu().numpy()]).astype(np.float16)
-    maps[[bool(error) or map_boxes.is_blank(cells) for error, cells in zip(attended.errors, maps, strict=True)]] = 0
-    return maps
-
-
 def clean(attention: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Return the cleaned map (feat_h, feat_w) of one image's attention (heads, feat_h, feat_w)."""
+    """Return the map (feat_h, feat_w) of an image's attention (heads, feat_h, feat_w), cleaned as the config says."""
     heads = settings["heads"]
     return map_boxes.clean_map(
         attention,

@@ -36,6 +36,11 @@ class Localizer:
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes."""
+        return next(self.model.parameters()).device
+
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
         """Return (B, 3, H, W) uint8 images as normalised float32, on their device."""
         return normalize(images, self.mean, self.std)

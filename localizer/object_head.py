@@ -15,11 +15,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from jobs.loader import build_loader
 from localized_crops import map_boxes
 from localized_crops.files import UserError
-from localizer.attention_maps import plan_batches
-from localizer.batches import BatchImages
+from localizer.attention_maps import load_batches, plan_batches
 from localizer.networks import Localizer, create_network, input_of, state_hash
 from models import fit_linear, timm_name
 from readers.data_set import DataSet
@@ -68,13 +66,12 @@ def learn_head(
     data: DataSet,
     attention: Mapping[int | str, np.ndarray],
     settings: Mapping[str, Any],
-    device: torch.device,
     num_workers: int,
 ) -> ObjectHead:
     """Return the classifier that the attention maps of the training images teach.
 
     Args:
-        network: of `build_features`, on ``device``.
+        network: of `build_features`.
         data: the data set; test images teach nothing.
         attention: image id -> cleaned attention map; a blank one teaches nothing.
         settings: the section ``dino`` of the config. The training images are evenly spread, at most ``object_images``;
@@ -89,7 +86,7 @@ def learn_head(
         raise UserError(f"{data.root}: no training image whose attention map points anywhere; see dino.model")
     teachers = np.array(teachers[:: -(-len(teachers) // settings["object_images"])])
     paths, sizes, side = data.paths[teachers], data.image_sizes[teachers], settings["object_image_size"]
-    cells = _features(network, paths, sizes, side, device, num_workers)
+    cells = _features(network, paths, sizes, side, num_workers)
     cells = tqdm(cells, total=len(teachers), desc="teach", unit=" images", mininterval=1.0)
     features = {int(teachers[n]): grid.astype(np.float16) for n, grid, error in cells if error is None}
     if not features:
@@ -107,19 +104,17 @@ def find_objects(
     paths: Sequence[Path],
     image_sizes: np.ndarray,
     settings: Mapping[str, Any],
-    device: torch.device,
     num_workers: int,
 ) -> Iterator[tuple[int, map_boxes.MapBox, str | None]]:
     """Yield the row of each image, its box, and why it could not be read (None: it was); in batches of one shape.
 
     Args:
-        network: of `build_features`, on ``device``.
+        network: of `build_features`.
         head: of `learn_head`, with the same network and ``object_image_size``.
         image_sizes: (N, 2) width height.
         settings: the section ``dino`` of the config.
     """
-    cells = _features(network, paths, image_sizes, settings["object_image_size"], device, num_workers)
-    for row, grid, error in cells:
+    for row, grid, error in _features(network, paths, image_sizes, settings["object_image_size"], num_workers):
         size = tuple(image_sizes[row].tolist())
         if error is None:
             yield row, object_box(object_map(grid, head), size, upsample=settings["upsample"]), None
@@ -169,25 +164,18 @@ def object_box(probability: np.ndarray, image_size: tuple[int, int], *, upsample
 
 
 def _features(
-    network: Localizer,
-    paths: Sequence[Path],
-    image_sizes: np.ndarray,
-    side: int,
-    device: torch.device,
-    num_workers: int,
+    network: Localizer, paths: Sequence[Path], image_sizes: np.ndarray, side: int, num_workers: int
 ) -> Iterator[tuple[int, np.ndarray, str | None]]:
     """Yield (row, features (feat_h, feat_w, D) float32, why the image could not be read) in batches of a shape."""
     batches = plan_batches(image_sizes, side, network.patch, BATCH)
-    images = BatchImages(batches, paths, (1, 1), False)  # small images are enlarged
-    loader = build_loader(images, num_workers=num_workers, pin_memory=device.type == "cuda", batch_size=None)
-    for batch, (pixels, errors) in zip(batches, loader, strict=True):
-        yield from zip(batch.rows, cell_features(network, pixels.to(device)), errors, strict=True)
+    for batch, images, errors in load_batches(network, batches, paths, num_workers):
+        yield from zip(batch.rows, cell_features(network, images), errors, strict=True)
 
 
 @torch.inference_mode()
-def cell_features(network: Localizer, pixels: torch.Tensor) -> np.ndarray:
-    """Return the features of images (B, H, W, 3) uint8: (B, feat_h, feat_w, D) float32, on the finer of two grids."""
-    images = network.normalize(pixels.permute(0, 3, 1, 2))
+def cell_features(network: Localizer, images: torch.Tensor) -> np.ndarray:
+    """Return the features of images (B, 3, H, W) uint8: (B, feat_h, feat_w, D) float32, on the finer of two grids."""
+    images = network.normalize(images)
     fine, coarse = network.model.forward_intermediates(images, indices=2, intermediates_only=True)
     coarse = F.interpolate(coarse, size=fine.shape[-2:], mode="bilinear")
     return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1).float().cpu().numpy()

@@ -306,13 +306,12 @@ def box_line(folder):
 
 @pytest.mark.parametrize("value", [np.nan, 0.25])
 def test_blank_maps_give_the_whole_image_and_are_counted(birds, tiny, tmp_path, monkeypatch, value):
-    def attend(*args, **options):
-        for one in attention_maps.attend_batches(*args, **options):
-            attention = one.attention.clone()
-            attention[0] = value
-            yield one._replace(attention=attention)
+    def attend(*args):
+        attention = cls_attention(*args).clone()
+        attention[0] = value
+        return attention
 
-    monkeypatch.setattr(stage, "attend_batches", attend)
+    monkeypatch.setattr(attention_maps, "cls_attention", attend)
     out = run(birds, tiny, tmp_path / "boxes.json")
     missing = [image_id for image_id, box in load_boxes(out).boxes.items() if box is None]
     scores = load_json(out.with_suffix(".eval.json"))["boxes"]

@@ -12,7 +12,7 @@ from datasets import read_dataset
 from localized_crops.boxes import center_boxes, iou
 from localized_crops.files import UserError
 from localized_crops.map_boxes import component_mask
-from localizer.attention_maps import attend_batches, clean_batch, plan_batches
+from localizer.attention_maps import map_batches, plan_batches
 from localizer.networks import build_localizer
 from localizer.object_head import (
     ObjectHead,
@@ -91,7 +91,7 @@ def test_features_lie_on_the_finer_grid():
     network = build_features("tf_efficientnet_lite0", "random")
     assert network.patch == (32, 32)
     assert network.mean == (0.5, 0.5, 0.5)
-    found = cell_features(network, torch.zeros(2, 96, 160, 3, dtype=torch.uint8))
+    found = cell_features(network, torch.zeros(2, 3, 96, 160, dtype=torch.uint8))
     assert found.shape == (2, 6, 10, 112 + 320)
 
 
@@ -119,16 +119,16 @@ def test_images_smaller_than_a_patch_teach_and_a_torn_one_is_told(tmp_path):
     maps = {image_id: np.eye(4) + 0.1 for image_id in data.ids.tolist()}
     network = build_features("test_efficientnet", "random")
     settings = {"object_image_size": 64, "threshold": 0.5, "object_rounds": 1, "object_images": 9, "upsample": 1}
-    head = learn_head(network, data, maps, settings, torch.device("cpu"), 0)
+    head = learn_head(network, data, maps, settings, 0)
     assert ObjectHead.of_plain(head.plain()).weight.tolist() == head.weight.tolist()
-    found = find_objects(network, head, data.paths, data.image_sizes, settings, torch.device("cpu"), 0)
+    found = find_objects(network, head, data.paths, data.image_sizes, settings, 0)
     by_row = {row: (box, error) for row, box, error in found}
     assert [by_row[row][1] is None for row in range(4)] == [True, True, True, False]
     assert torn.name in by_row[3][1] and not by_row[3][0].found
     for path in data.paths:
         path.write_text("no image")
     with pytest.raises(UserError, match="training images"):
-        learn_head(network, data, maps, settings, torch.device("cpu"), 0)
+        learn_head(network, data, maps, settings, 0)
 
 
 def test_without_a_network_the_file_to_fetch_is_named(monkeypatch):
@@ -143,15 +143,16 @@ def test_without_a_network_the_file_to_fetch_is_named(monkeypatch):
 def test_object_boxes_of_photographs_beat_the_centred_box(cub24, weights_folder):
     """Real attention (DINOv2 fine-tuned for salient regions by a third party) teaches an ImageNet network."""
     data = subset(read_dataset("cub", cub24), step=40)
-    wanted = {"heads": "5", "steps": ["heads", "outlier", "filter", "min_max"], "filter_size": None}
+    wanted = {"autocontrast": False, "heads": "5", "filter_size": None}
+    wanted["steps"] = ["heads", "outlier", "filter", "min_max"]
     localizer = build_localizer("dinov2_vits14", str(weights_folder / "dinov2_vits14_salient.safetensors"))
     batches, maps = plan_batches(data.image_sizes, 224, localizer.patch, 8), {}
-    for one in attend_batches(localizer, batches, data.paths, torch.device("cpu"), autocontrast=False, num_workers=0):
-        maps |= dict(zip(data.ids[one.batch.rows].tolist(), clean_batch(one, wanted), strict=True))
+    for one in map_batches(localizer, batches, data.paths, wanted, amp="none", num_workers=0):
+        maps |= dict(zip(data.ids[one.rows].tolist(), one.maps, strict=True))
     network = build_features("tf_efficientnet_lite0", str(weights_folder / "tf_efficientnet_lite0.safetensors"))
     settings = {"object_image_size": 256, "threshold": 0.15, "object_rounds": 2, "object_images": 100, "upsample": 4}
-    head = learn_head(network, data, maps, settings, torch.device("cpu"), 0)
-    found = find_objects(network, head, data.paths, data.image_sizes, settings, torch.device("cpu"), 0)
+    head = learn_head(network, data, maps, settings, 0)
+    found = find_objects(network, head, data.paths, data.image_sizes, settings, 0)
     boxes = [box.xywh for _, box, error in sorted(found) if error is None]
     control = iou(center_boxes(data.image_sizes), data.boxes).mean()
     assert iou(np.array(boxes), data.boxes).mean() > control + 0.08

@@ -11,9 +11,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from jobs.loader import end_workers, workers_for
-from jobs.machine import precision_on
 from localized_crops.map_file import MapCache, save_map_cache
-from localizer.attention_maps import attend_batches, clean_batch, plan_batches
+from localizer.attention_maps import map_batches, plan_batches
 from localizer.networks import as_localizer
 from readers.data_set import DataSet
 from training.distributed import on_rank_0
@@ -59,22 +58,21 @@ def make_own_maps(path: Path, run: Run, data: DataSet) -> None:
     localizer = as_localizer(run.ema.module, config["model"]["type"], "EMA of this run", **network)
     side = settings["image_size"] or localizer.image_size
     batches = plan_batches(data.image_sizes[rows], side, localizer.patch, settings["batch_size"])
-    attended = attend_batches(
+    mapped = map_batches(
         localizer,
         batches,
         data.paths[rows],
-        run.device,
-        autocontrast=settings["autocontrast"],
-        precision=precision_on(run.device, config["amp"]),
+        settings,
+        amp=config["amp"],
         num_workers=workers_for(len(rows), config),
         with_logits=True,
     )
     maps: dict[int | str, np.ndarray] = {}
-    for part in tqdm(attended, total=len(batches), desc="own maps", unit=" batches", leave=False, disable=None):
-        places = rows[part.batch.rows]
+    for part in tqdm(mapped, total=len(batches), desc="own maps", unit=" batches", leave=False, disable=None):
+        places = rows[part.rows]
         correct = part.logits.argmax(1).cpu().numpy() == data.labels[places]
         correct &= np.array([error is None for error in part.errors])
-        maps |= dict(zip(data.ids[places][correct].tolist(), clean_batch(part, settings)[correct], strict=True))
+        maps |= dict(zip(data.ids[places][correct].tolist(), part.maps[correct], strict=True))
     cleaning = {key: settings[key] for key in ("autocontrast", "heads", "steps", "filter_size")}
     header = {
         "dataset": data.fingerprint(),
