@@ -99,14 +99,9 @@ def prepare(config: dict) -> Stage:
         "precision": config["amp"] if classifier.device.type == "cuda" else "none",
         "settings": {"image_size": image_size} | {key: settings[key] for key in ("padding", "score", "batch_size")},
     }
-    work = SharedWork(
-        out.with_name(f"{out.stem}.partial"),
-        identity,
-        "bbox",
-        f"python generate_bbox.py out={out} bbox.again=true",
-        plan_units(candidates, settings["batch_size"]),
-        data.paths,
-    )
+    again = f"python generate_bbox.py out={out} bbox.again=true"
+    units = plan_units(candidates, settings["batch_size"])
+    work = SharedWork(out.with_name(f"{out.stem}.partial"), identity, "bbox", again, units, data.paths)
     if work.rank == 0:
         count = f"{sum(map(len, candidates))} candidates of {len(data.ids)} images"
         print(f"{count}, {config['masks']}; scored by {settings['score']} on {classifier.device}")
@@ -239,8 +234,7 @@ def score_crops(
 def features_and_logits(stage: Stage, crops: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (B, D) features before the classifier's last layer, and (B, K) logits, float32."""
     what = f"{len(crops)} cut-outs of {stage.image_size} pixels"
-    less = memory_errors(what, "lower bbox.batch_size or bbox.image_size")
-    with less:
+    with memory_errors(what, "lower bbox.batch_size or bbox.image_size"):
         return stage.classifier.features_and_logits(crops, stage.config["amp"])
 
 

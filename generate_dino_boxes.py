@@ -97,14 +97,9 @@ def prepare(config: dict) -> Stage:
         is_taught = settings["method"] == "object_head"
         cells = build_features(settings["object_model"], settings["object_weights"]) if is_taught else None
     batches = plan_batches(data.image_sizes, side, localizer.patch, settings["batch_size"])
-    work = SharedWork(
-        out.with_name(f"{out.stem}.partial"),
-        map_identity(config, data, localizer, side),
-        "dino",
-        f"python generate_dino_boxes.py out={out} dino.again=true",
-        [batch.rows for batch in batches],
-        data.paths,
-    )
+    again = f"python generate_dino_boxes.py out={out} dino.again=true"
+    identity, units = map_identity(config, data, localizer, side), [batch.rows for batch in batches]
+    work = SharedWork(out.with_name(f"{out.stem}.partial"), identity, "dino", again, units, data.paths)
     if work.rank == 0:
         network = f"{localizer.name} ({localizer.weights})"
         print(f"{len(data.ids)} images of {data.root}; maps by {network} at {side} px on {device}")
@@ -165,15 +160,9 @@ def take_over(stage: Stage) -> None:
 
 def mapped_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
     """Yield the cleaned maps (B, feat_h, feat_w) float16 of each batch; blank maps are zeros."""
-    mapped = map_batches(
-        stage.localizer,
-        [stage.batches[number] for number in numbers],
-        stage.data.paths,
-        stage.config["dino"],
-        amp=stage.config["amp"],
-        num_workers=stage.config["num_workers"],
-    )
-    for batch in mapped:
+    options = {key: stage.config[key] for key in ("amp", "num_workers")}
+    batches = [stage.batches[number] for number in numbers]
+    for batch in map_batches(stage.localizer, batches, stage.data.paths, stage.config["dino"], **options):
         ids = stage.data.ids[batch.rows].tolist()
         errors = {str(i): error for i, error in zip(ids, batch.errors, strict=True) if error is not None}
         yield Result({"ids": ids, "errors": errors}, {"maps": batch.maps})

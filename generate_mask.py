@@ -175,9 +175,8 @@ def prompted_engine(config: dict, data: DataSet, sam: Any, identity: dict) -> tu
 
 def made_batches(stage: Stage, numbers: list[int]) -> Iterator[Result]:
     """Write the masks of batches, whose images are decoded ahead by workers; yield their entries and failures."""
-    data, batches = stage.data, [stage.work.units[number] for number in numbers]
-    images = ImageBatches([[(data.ids[row].item(), data.paths[row]) for row in rows] for rows in batches])
-    workers = stage.config["num_workers"]
+    batches, workers = [stage.work.units[number] for number in numbers], stage.config["num_workers"]
+    images = ImageBatches(batches, stage.data)
     loader = build_loader(images, num_workers=workers, pin_memory=False, batch_size=None, collate_fn=as_it_is)
     for rows, (pixels, errors) in zip(batches, loader, strict=True):
         entries = masks_of_batch(stage, rows, pixels, errors)

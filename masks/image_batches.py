@@ -4,7 +4,6 @@ A module of its own, since loader processes import what their data set needs.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch.utils.data import Dataset
 
 from localized_crops.boxes import expand_boxes
 from localized_crops.files import UserError
-from localized_crops.image_ids import ImageId
 from readers.data_set import DataSet
 from readers.images import read_image
 
@@ -27,37 +25,34 @@ def as_it_is(batch: Any) -> Any:
 class ImageBatches(Dataset):
     """Whole batches of decoded images of any size."""
 
-    def __init__(self, batches: list[list[tuple[ImageId, Path]]]) -> None:
-        """Keep (id, path) of the images of each batch."""
-        self.batches = batches
+    def __init__(self, units: Sequence[Sequence[int]], data: DataSet) -> None:
+        """Keep the rows of each batch."""
+        self.units, self.ids, self.paths = units, data.ids, data.paths
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.units)
 
     def __getitem__(self, number: int) -> tuple[list[np.ndarray | None], dict[str, str]]:
         """Return (H, W, 3) uint8 images, None where one cannot be read, and why, by id."""
         images, errors = [], {}
-        for image_id, path in self.batches[number]:
+        for row in self.units[number]:
             try:
-                images.append(np.asarray(read_image(path)))
+                images.append(np.asarray(read_image(self.paths[row])))
             except UserError as error:
                 images.append(None)
-                errors[str(image_id)] = str(error)
+                errors[str(self.ids[row])] = str(error)
         return images, errors
 
 
-class CutOuts(Dataset):
+class CutOuts(ImageBatches):
     """Boxes of whole units, cut out of their images and resized."""
 
     def __init__(
-        self, units: list[list[int]], data: DataSet, boxes: Sequence[np.ndarray], padding: float, size: int
+        self, units: Sequence[Sequence[int]], data: DataSet, boxes: Sequence[np.ndarray], padding: float, size: int
     ) -> None:
         """Keep rows of units; ``boxes`` (N, 4) of each image; ``padding`` a share of a box's side on each side."""
-        self.units, self.boxes, self.padding, self.size = units, boxes, padding, size
-        self.ids, self.paths, self.image_sizes = data.ids, data.paths, data.image_sizes
-
-    def __len__(self) -> int:
-        return len(self.units)
+        super().__init__(units, data)
+        self.image_sizes, self.boxes, self.padding, self.size = data.image_sizes, boxes, padding, size
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, dict[str, str]]:
         """Return the cut-outs of a unit, (B, 3, size, size) uint8; and why images have none, by id."""

@@ -8,7 +8,6 @@ them. Only the info is needed to choose boxes; the masks themselves may be left 
 import hashlib
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from localized_crops.files import UserError, load_json, save_json
+from localized_crops.files import UserError, is_finite_number, load_json, save_json
 from localized_crops.image_ids import ImageId
 from utils import load_tensors, save_tensors
 
@@ -169,5 +168,4 @@ def load_masks_info(
 
 def _has_box(entry: Any) -> bool:
     box = entry.get("bbox") if isinstance(entry, dict) else None
-    numbers = isinstance(box, list) and len(box) == 4 and all(type(n) in (int, float) for n in box)
-    return numbers and all(abs(n) <= sys.float_info.max for n in box) and min(box[2:]) >= 0  # false for NaN
+    return isinstance(box, list) and len(box) == 4 and all(map(is_finite_number, box)) and min(box[2:]) >= 0

@@ -51,11 +51,11 @@ class MaskGenerator:
         compile_encoder: compile the image encoder (minutes at the first batch).
 
     Raises:
-        ValueError: for settings that cannot be met.
+        ValueError: for an unknown precision.
     """
 
     sam: Sam
-    points_per_side: int | None = 32
+    points_per_side: int = 32
     points_per_batch: int = 64
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
@@ -65,7 +65,6 @@ class MaskGenerator:
     crop_nms_thresh: float = 0.7
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
-    point_grids: list[np.ndarray] | None = None
     min_mask_region_area: int = 0
     _: KW_ONLY
     image_batch: int = 1
@@ -74,21 +73,16 @@ class MaskGenerator:
     compile_encoder: bool = False
 
     def __post_init__(self) -> None:
-        """Check the settings and lay the grids of points."""
-        if (self.points_per_side is None) == (self.point_grids is None):
-            raise ValueError("exactly one of points_per_side and point_grids must be given")
-        if self.point_grids is None:
-            self.point_grids = build_all_layer_point_grids(
-                self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
-            )
-        if len(self.point_grids) <= self.crop_n_layers:
-            raise ValueError(f"crop_n_layers={self.crop_n_layers}: one more of point_grids is needed")
+        """Lay the grids of points."""
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: known are {', '.join(PRECISIONS)}")
         if self.sam.device.type == "cpu":
             self.points_per_batch = min(self.points_per_batch, CPU_POINTS)
         self._encode = torch.compile(encode, dynamic=False) if self.compile_encoder else encode
         self._transform = ResizeLongestSide(self.sam.image_encoder.img_size)
+        self._grids = build_all_layer_point_grids(
+            self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
+        )
 
     @torch.no_grad()
     def generate(self, images: Sequence[np.ndarray], *, with_masks: bool = True) -> list[list[dict[str, Any]]]:
@@ -127,7 +121,7 @@ class MaskGenerator:
             boxes = generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio)
             for box, layer in zip(*boxes, strict=True):
                 crops[layer].append((index, box))
-        for crops_of_layer, grid in zip(crops, self.point_grids, strict=False):
+        for crops_of_layer, grid in zip(crops, self._grids, strict=True):
             for batch in batched(crops_of_layer, self.image_batch):
                 pixels = [images[index][y0:y1, x0:x1] for index, (x0, y0, x1, y1) in batch]
                 frames = [_Frame.build(crop.shape[:2], self.sam) for crop in pixels]
@@ -149,14 +143,11 @@ class MaskGenerator:
 
         ``grid`` (P, 2) holds x and y of the points as fractions of the crop's sides.
         """
-        embeddings, candidates = self.embed(crops), []
         together = max(1, self.points_per_batch // len(grid))  # crops whose points are decoded at once
-        for first in range(0, len(crops), together):
-            part = slice(first, first + together)
-            candidates += self._decode(embeddings[part], frames[part], grid)
-        return candidates
+        parts = zip(self.embed(crops).split(together), batched(frames, together), strict=True)
+        return [data for embeddings, some in parts for data in self._decode(embeddings, some, grid)]
 
-    def _decode(self, embeddings: torch.Tensor, frames: list["_Frame"], grid: np.ndarray) -> list[MaskData]:
+    def _decode(self, embeddings: torch.Tensor, frames: Sequence["_Frame"], grid: np.ndarray) -> list[MaskData]:
         """Return the candidates of B embeddings (B, C, h, w) and their frames, ``points_per_batch`` points at once."""
         points = [grid * np.array(frame.size[::-1]) for frame in frames]  # (P, 2) pixels
         scaled = [self._transform.apply_coords(part, frame.size) for part, frame in zip(points, frames, strict=True)]

@@ -46,19 +46,14 @@ def prompt_from_map(
     cells = min_max(np.asarray(attention_map, dtype=np.float64))
     xywh = np.array(component_box(cells, image_size, threshold=threshold, **component).xywh)
     xyxy = np.concatenate([xywh[:2], xywh[:2] + xywh[2:]])
-    middles = cell_middles(cells.shape, image_size)
+    rows, columns = np.divmod(np.arange(cells.size), cells.shape[1])
+    middles = (np.stack([columns, rows], axis=1) + 0.5) * image_size / cells.shape[::-1]  # x y in pixels
     inside = ((middles >= xyxy[:2]) & (middles <= xyxy[2:])).all(1)
     order = np.argsort(-cells.ravel(), kind="stable")
     chosen = order[inside[order]][:points]
     rejected = order[::-1][~inside[order[::-1]]][:background]
     labels = np.concatenate([np.ones(len(chosen), int), np.zeros(len(rejected), int)])
     return Prompt(xyxy if box else None, middles[np.concatenate([chosen, rejected])], labels)
-
-
-def cell_middles(feat: tuple[int, int], image_size: tuple[int, int]) -> np.ndarray:
-    """Return the middles, (feat_h * feat_w, 2) x y in pixels, of the cells of a grid stretched over an image."""
-    rows, columns = np.divmod(np.arange(feat[0] * feat[1]), feat[1])
-    return np.stack([(columns + 0.5) * image_size[0] / feat[1], (rows + 0.5) * image_size[1] / feat[0]], axis=1)
 
 
 def agreement(masks: torch.Tensor, attention_map: np.ndarray) -> torch.Tensor:

@@ -47,13 +47,13 @@ def segment_image(image: np.ndarray, settings: Mapping[str, Any] = SETTINGS) -> 
             masks += [mask for mask in regions if settings["min_area"] <= mask.mean() <= settings["max_area"]]
     edges = edge_strength(lab)
     scores = [boundary_score(mask, edges) for mask in masks]
-    boxes = np.array([tight_box(mask) for mask in masks], dtype=np.float64).reshape(-1, 4)
-    kept = distinct(boxes, np.array(scores), settings["max_masks"])
+    boxes = torch.tensor([tight_box(mask) for mask in masks], dtype=torch.float64).reshape(-1, 4)
+    distinct = nms(box_convert(boxes, "xywh", "xyxy"), torch.tensor(scores, dtype=torch.float64), SAME_IOU)
     return [
         mask_record(
             masks[row], predicted_iou=scores[row], stability_score=scores[row], point_coords=[middle(masks[row])]
         )
-        for row in kept
+        for row in distinct[: settings["max_masks"]].tolist()
     ]
 
 
@@ -145,12 +145,6 @@ def boundary_score(mask: np.ndarray, edges: np.ndarray) -> float:
     boundary[:, 1:] |= right
     boundary[:, :-1] |= right
     return float(edges[boundary].mean() * np.sqrt(mask.mean())) if boundary.any() else 0.0
-
-
-def distinct(boxes: np.ndarray, scores: np.ndarray, most: int) -> list[int]:
-    """Return the rows of at most ``most`` boxes (N, 4) x y width height, best score first, none like an earlier one."""
-    xyxy = box_convert(torch.from_numpy(boxes), "xywh", "xyxy")
-    return nms(xyxy, torch.from_numpy(scores), SAME_IOU)[:most].tolist()
 
 
 def middle(mask: np.ndarray) -> list[float]:

@@ -6,7 +6,7 @@ import torch
 from segment_anything import SamPredictor
 
 from mask_speed import build_small_sam
-from masks.sam_prompts import PromptedMasks, agreement, cell_middles, prompt_from_map
+from masks.sam_prompts import PromptedMasks, agreement, prompt_from_map
 from measuring import build_images
 
 PROMPT = {"box": True, "points": 3, "background": 2, "threshold": 0.5}
@@ -21,11 +21,6 @@ def bump():
     cells[1:3, 5:7] = [[0.8, 1.0], [0.7, 0.9]]
     cells[4, 0] = -0.5  # the weakest
     return cells
-
-
-def test_middles_of_cells():
-    middles = cell_middles(FEAT, SIZE)
-    assert middles[0].tolist() == [5, 5] and middles[8 * 1 + 6].tolist() == [65, 15]
 
 
 def test_a_prompt_asks_with_the_strongest_and_the_weakest_cells():

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from torchvision.ops import masks_to_boxes
+from torchvision.ops import box_convert, box_iou, masks_to_boxes
 
 from masks.mask_files import info_entry
-from masks.segments import SETTINGS, boundary_score, distinct, segment_image, touching
+from masks.segments import SAME_IOU, SETTINGS, boundary_score, segment_image, touching
 
 HEIGHT, WIDTH = 37, 53
 
@@ -84,6 +84,6 @@ def test_a_score_looks_at_the_boundary_only():
 
 
 def test_repeated_boxes_are_left_out():
-    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 5], [20, 0, 4, 4]], float)
-    assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 9) == [1, 3, 2]
-    assert distinct(boxes, np.array([0.1, 0.9, 0.5, 0.7]), 2) == [1, 3]
+    records = segment_image(drawing()[0], SETTINGS | {"min_size": 10})
+    xyxy = box_convert(torch.tensor([record["bbox"] for record in records]), "xywh", "xyxy")
+    assert len(records) > 2 and box_iou(xyxy, xyxy).fill_diagonal_(0).max() <= SAME_IOU
