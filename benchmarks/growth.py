@@ -24,7 +24,6 @@ from datasets import read_dataset
 from jobs.loader import build_loader
 from readers.data_set import DataSet
 from readers.image_cache import cached_images
-from readers.images import read_image
 from training.batches import EpochBatches, TrainImages
 from training.epoch_crops import BoxCrops
 from transforms import TrainTransform
@@ -65,12 +64,11 @@ def measure(root: str, times: int) -> dict[str, float]:
     data = repeated(read_dataset("cub", root), times)
     found = {"first batch of a loader process, s": start_up(train_images(data, None))}
     with tempfile.TemporaryDirectory() as folder:
-        about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
         start = time.perf_counter()
-        decoded = cached_images(Path(folder), *about, read_image)
+        decoded = cached_images(Path(folder), data)
         found["building the cache, ms per image"] = 1e3 * (time.perf_counter() - start) / len(data.ids)
         start = time.perf_counter()
-        cached_images(Path(folder), *about, read_image)
+        cached_images(Path(folder), data)
         found["opening the cache, ms per image"] = 1e3 * (time.perf_counter() - start) / len(data.ids)
         for name, images in (("files", None), ("cache", decoded)):
             loaded = train_images(data, images)

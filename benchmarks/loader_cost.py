@@ -42,8 +42,7 @@ def main(root: str, size: str = "224", cache_folder: str = "runs/loader_cost") -
     torch.set_num_threads(1)
     data = read_dataset("cub", root)
     rows = data.rows("train")[:IMAGES]
-    about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    kinds = {"files": None, "cache=disk": cached_images(Path(cache_folder), *about, read_image)}
+    kinds = {"files": None, "cache=disk": cached_images(Path(cache_folder), data)}
     files = [data.paths[row] for row in rows]
     ways = {"torchvision's usual pipeline": usual(files, int(size))}
     if importlib.util.find_spec("webdataset"):

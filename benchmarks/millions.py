@@ -32,7 +32,7 @@ from jobs.shared_work import Result, SharedWork
 from localized_crops.box_file import load_boxes, save_boxes
 from localized_crops.map_file import MapCache, save_map_cache
 from readers.data_set import DataSet
-from readers.image_cache import ImageCache, Rows, content_key, ids_to_keys
+from readers.image_cache import ImageCache, content_key
 from training.batches import EpochBatches, TrainImages
 from training.epoch_crops import BoxCrops, MapCrops
 from transforms import TrainTransform
@@ -183,8 +183,8 @@ def density_crops(large: Large) -> Found:
 def caches(large: Large) -> Found:
     """Open the cache of decoded images: its index, and a look at each file."""
     clock, data = Clock(), large.data
-    key = content_key(data.fingerprint(), data.paths, None)
-    cache = ImageCache(large.folder / "none.bin", key, Rows(ids_to_keys(data.ids)), data.image_sizes, data.image_sizes)
+    key, sizes = content_key(data, None), data.image_sizes
+    cache = ImageCache(large.folder / "none.bin", key, data.ids.tolist(), sizes, sizes)
     yield "cache of decoded images, opening", clock.look(), "CPU s"
     yield "its size", cache.offsets[-1] / 1e6, "MB"
 

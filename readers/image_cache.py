@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,7 +25,8 @@ from tqdm import tqdm
 
 from localized_crops.files import UserError, remove_scratch, whole_file
 from localized_crops.image_ids import Rows, ids_to_keys
-from readers.data_set import ImagePaths
+from readers.data_set import DataSet
+from readers.images import read_image
 from utils import file_stats, lock_file
 
 MAGIC, HEAD_BYTES = b"lc-imgs2", 64
@@ -37,17 +39,19 @@ class ImageCache:
 
     used: IO | None = None  # the file, locked while this process uses it, so that no other process removes it
 
-    def __init__(self, path: Path, key: str, rows: Rows, sizes: np.ndarray, image_sizes: np.ndarray) -> None:
+    def __init__(
+        self, path: Path, key: str, ids: Sequence[int | str], sizes: np.ndarray, image_sizes: np.ndarray
+    ) -> None:
         """Use `cached_images`.
 
         Args:
             path: the data file.
             key: hash of what its images are made from.
-            rows: of the N images, in the order of the file.
+            ids: of the N images, in the order of the file.
             sizes: (N, 2) width height as stored, pixels.
             image_sizes: (N, 2) of the images themselves.
         """
-        self.path, self.key, self.rows, self.sizes = path, key, rows, sizes
+        self.path, self.key, self.rows, self.sizes = path, key, Rows(ids_to_keys(ids)), sizes
         self.scales = sizes / image_sizes if (sizes != image_sizes).any() else None
         ends = HEAD_BYTES + np.cumsum(3 * sizes.prod(1, dtype=np.int64))
         self.offsets = np.concatenate([[HEAD_BYTES], ends])  # (N + 1,) bytes; the last one is the size of the file
@@ -91,15 +95,7 @@ class ImageCache:
         return self.__dict__ | {"_pixels": None, "used": None}
 
 
-def cached_images(
-    folder: Path,
-    fingerprint: str,
-    ids: Sequence[int | str],
-    paths: Sequence[Path],
-    image_sizes: np.ndarray,
-    read: Callable[[Path], PIL.Image.Image],
-    side: int | None = None,
-) -> ImageCache:
+def cached_images(folder: Path, data: DataSet, side: int | None = None) -> ImageCache:
     """Return the cache of a data set's images; it is built on first use, and again when an image file changed.
 
     Several processes may ask at once: one builds, the others wait. A build that is killed leaves nothing under the
@@ -107,47 +103,39 @@ def cached_images(
 
     Args:
         folder: of the cache; cache files of other images in it are removed unless a process uses them.
-        fingerprint: of the data set.
-        ids: (N,) image ids.
-        paths: of the image files.
-        image_sizes: (N, 2) width height in pixels.
-        read: decodes an image file as RGB.
+        data: whose images are decoded.
         side: largest short side in pixels: larger images are stored reduced to it; None: no limit.
 
     Raises:
         UserError: if there is no room, or an image cannot be read.
     """
-    key, image_sizes = content_key(fingerprint, paths, side), np.asarray(image_sizes)
-    stored_sizes = shortened(image_sizes, side)
-    cache = ImageCache(
-        folder / f"decoded_images_{key[:16]}.bin", key, Rows(ids_to_keys(ids)), stored_sizes, image_sizes
-    )
-    with building(folder):
+    key, sizes = content_key(data, side), data.image_sizes
+    if side is not None:
+        sizes = np.round(sizes * np.minimum(1.0, side / sizes.min(1, keepdims=True))).astype(np.int64)
+    path = folder / f"decoded_images_{key[:16]}.bin"
+    cache = ImageCache(path, key, data.ids.tolist(), sizes, data.image_sizes)
+    lock = lock_file(folder / LOCK, wait=False)
+    if lock is None:
+        print(f"another process decodes the images to {folder}: waiting for it", flush=True)
+        lock = lock_file(folder / LOCK)
+    with lock:
+        remove_scratch(folder)
         if not cache.is_whole():
-            remove_unused(folder)
-            build(cache, paths, image_sizes, read)
-        cache.used = open(cache.path, "rb")  # noqa: SIM115 - for as long as the cache lives
+            _remove_unused(folder)
+            _build(cache, data)
+        cache.used = open(path, "rb")  # noqa: SIM115 - for as long as the cache lives
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(cache.used, fcntl.LOCK_SH)
     return cache
 
 
-def shortened(image_sizes: np.ndarray, side: int | None) -> np.ndarray:
-    """Return the sizes (N, 2), width height, with the short sides brought down to ``side`` pixels, ratios kept."""
-    sizes = np.asarray(image_sizes)
-    if side is None:
-        return sizes
-    return np.round(sizes * np.minimum(1.0, side / sizes.min(1, keepdims=True))).astype(np.int64)
-
-
-def content_key(fingerprint: str, paths: Sequence[Path], side: int | None) -> str:
+def content_key(data: DataSet, side: int | None) -> str:
     """Return a hash of the data set, of each file's size and times of change, and of the longest short side."""
-    files = paths.files() if isinstance(paths, ImagePaths) else paths
-    stats = hashlib.sha256(file_stats(files).tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps([fingerprint, stats, side]).encode()).hexdigest()
+    stats = hashlib.sha256(file_stats(data.paths.files()).tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([data.fingerprint(), stats, side]).encode()).hexdigest()
 
 
-def remove_unused(folder: Path) -> None:
+def _remove_unused(folder: Path) -> None:
     """Remove the files of decoded images that no process uses."""
     for path in folder.glob("decoded_images*.bin"):
         with contextlib.suppress(OSError), open(path, "rb") as file:
@@ -155,11 +143,9 @@ def remove_unused(folder: Path) -> None:
             path.unlink()
 
 
-def build(
-    cache: ImageCache, paths: Sequence[Path], image_sizes: np.ndarray, read: Callable[[Path], PIL.Image.Image]
-) -> None:
+def _build(cache: ImageCache, data: DataSet) -> None:
     """Decode all images with all cores and write the file of ``cache``, whole or not at all."""
-    size, count, folder = int(cache.offsets[-1]), len(cache.rows), cache.path.parent
+    size, count, folder = int(cache.offsets[-1]), len(data.paths), cache.path.parent
     free = shutil.disk_usage(folder).free
     print(f"decoding {count} images once: {size / 1e9:.2f} GB to {cache.path}")
     if size > free:
@@ -170,20 +156,19 @@ def build(
     with whole_file(cache.path) as scratch, open(scratch, "wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, in one line
         os.pwrite(file.fileno(), _head(cache.key), 0)
-        work = zip(paths, cache.offsets.tolist(), cache.sizes.tolist(), image_sizes.tolist())  # noqa: B905 - an offset more
+        columns = cache.offsets[:-1].tolist(), cache.sizes.tolist(), data.image_sizes.tolist()
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow's decoders let go of the interpreter's lock
-            jobs = pool.map(lambda job: _decode(file.fileno(), *job, read), work)
+            jobs = pool.map(partial(_decode, file.fileno()), data.paths, *columns)
             for _ in tqdm(jobs, total=count, desc="decoding", unit=" images", mininterval=1.0):
                 pass
 
 
-def _decode(
-    file: int, path: Path, offset: int, stored: list[int], size: list[int], read: Callable[[Path], PIL.Image.Image]
-) -> None:
-    image = read(path)
+def _decode(file: int, path: Path, offset: int, stored: list[int], size: list[int]) -> None:
+    """Write an image of ``size``, width height, to its place in the file, resized to ``stored``."""
+    image = read_image(path)
     if image.size != tuple(size):
         raise UserError(f"{path}: is {' x '.join(map(str, image.size))} pixels, {size[0]} x {size[1]} were expected")
-    if image.size != tuple(stored):
+    if stored != size:
         image = image.resize(tuple(stored), PIL.Image.Resampling.LANCZOS)
     content = memoryview(np.ascontiguousarray(image)).cast("B")
     while content:
@@ -193,18 +178,3 @@ def _decode(
 
 def _head(key: str) -> bytes:
     return (MAGIC + bytes.fromhex(key)).ljust(HEAD_BYTES, b"\0")
-
-
-# --- processes ----------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def building(folder: Path) -> Iterator[None]:
-    """Hold the lock under which the cache is looked for and built; print a line if another process holds it."""
-    lock = lock_file(folder / LOCK, wait=False)
-    if lock is None:
-        print(f"another process decodes the images to {folder}: waiting for it", flush=True)
-        lock = lock_file(folder / LOCK)
-    with lock:
-        remove_scratch(folder)
-        yield

@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ import train
 from datasets import read_dataset
 from localized_crops.files import UserError, load_json
 from readers import image_cache
+from readers.data_set import DataSet, ImagePaths, no_boxes
 from readers.image_cache import cached_images
 from readers.images import read_image
 from training.log import load_log
@@ -31,18 +33,18 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def photos(tmp_path):
-    """Return ids, paths and sizes of smooth JPEGs of odd sizes, as large as photographs or one pixel."""
+    """Return a data set of smooth JPEGs of odd sizes, as large as photographs or one pixel."""
     rng, sizes = np.random.default_rng(0), [(53, 37), (37, 53), (500, 333), (1, 1), (7, 300)]
-    paths = []
     for number, size in enumerate(sizes):
         coarse = PIL.Image.fromarray(rng.integers(0, 256, (9, 11, 3), dtype=np.uint8))
-        paths.append(tmp_path / f"{number}.jpg")
-        coarse.resize(size, PIL.Image.Resampling.BICUBIC).save(paths[-1], quality=92)
-    return [3, 11, 4, 99, 12], paths, np.array(sizes)
+        coarse.resize(size, PIL.Image.Resampling.BICUBIC).save(tmp_path / f"{number}.jpg", quality=92)
+    return data_set([3, 11, 4, 99, 12], tmp_path, [f"{number}.jpg" for number in range(5)], sizes)
 
 
-def build(folder, photos, fingerprint="f", **about):
-    return cached_images(folder, fingerprint, *photos, read_image, **about)
+def data_set(ids, folder, names, sizes):
+    count, paths = len(ids), ImagePaths(folder, names)
+    columns = np.array(ids), paths, np.zeros(count, np.int64), ["bird"], no_boxes(count), np.full(count, "train")
+    return DataSet("cub", folder, *columns, image_sizes=np.array(sizes))
 
 
 def data_file(folder):
@@ -51,17 +53,17 @@ def data_file(folder):
 
 
 def test_every_image_comes_back(tmp_path, photos):
-    cache = build(tmp_path / "cache", photos)
-    for image_id, path in zip(photos[0], photos[1], strict=True):
+    cache = cached_images(tmp_path / "cache", photos)
+    for image_id, path in zip(photos.ids.tolist(), photos.paths, strict=True):
         assert np.array_equal(cache[image_id].permute(1, 2, 0).numpy(), np.asarray(read_image(path)))
-    assert data_file(tmp_path / "cache").stat().st_size == 64 + 3 * photos[2].prod(1).sum()
+    assert data_file(tmp_path / "cache").stat().st_size == 64 + 3 * photos.image_sizes.prod(1).sum()
 
 
 def test_crops_are_those_of_the_files(tmp_path, photos):
-    cache = build(tmp_path / "cache", photos)
+    cache = cached_images(tmp_path / "cache", photos)
     transform = TrainTransform(24, "bilinear", augment=False, augment_p=1.0, use_augment_mix=False)
     rng = np.random.default_rng(1)
-    for image_id, path, (width, height) in zip(*photos, strict=True):
+    for image_id, path, (width, height) in zip(photos.ids.tolist(), photos.paths, photos.image_sizes, strict=True):
         for _ in range(10):
             left, top = rng.integers(0, width), rng.integers(0, height)
             crop = (top, left, rng.integers(1, height - top + 1), rng.integers(1, width - left + 1))
@@ -71,22 +73,22 @@ def test_crops_are_those_of_the_files(tmp_path, photos):
 
 
 def test_views_are_those_of_the_files(tmp_path, photos):
-    cache = build(tmp_path / "cache", photos)
+    cache = cached_images(tmp_path / "cache", photos)
     for view in build_views(["full", "center@30", "whole", "box"], 28, 0.875, 0.1).values():
-        from_file = view(pil_to_tensor(read_image(photos[1][2])), (9, 5, 70, 90))
+        from_file = view(pil_to_tensor(read_image(photos.paths[2])), (9, 5, 70, 90))
         assert torch.equal(from_file, view(cache[4], (9, 5, 70, 90)))
 
 
 def test_it_is_built_once_and_again_when_an_image_changes(tmp_path, photos, capsys):
     folder = tmp_path / "cache"
-    build(folder, photos)
+    cached_images(folder, photos)
     assert "decoding 5 images once: 0.00 GB" in capsys.readouterr().out
     first = data_file(folder).stat().st_mtime_ns
-    build(folder, photos)
+    cached_images(folder, photos)
     assert data_file(folder).stat().st_mtime_ns == first and capsys.readouterr().out == ""
-    PIL.Image.new("RGB", (53, 37), (9, 8, 7)).save(photos[1][0])
-    assert build(folder, photos)[3][:, 5, 5].tolist() == pytest.approx([9, 8, 7], abs=2)
-    build(folder, photos, fingerprint="another")
+    PIL.Image.new("RGB", (53, 37), (9, 8, 7)).save(photos.paths[0])
+    assert cached_images(folder, photos)[3][:, 5, 5].tolist() == pytest.approx([9, 8, 7], abs=2)
+    cached_images(folder, replace(photos, ids=photos.ids + 1))
     assert "decoding" in capsys.readouterr().out
 
 
@@ -98,14 +100,16 @@ def test_an_image_that_was_replaced_by_one_of_equal_size_and_time_is_noticed(tmp
         if before:
             os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
             assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-        found.append(build(tmp_path / "cache", ([1], [path], np.array([[5, 3]])))[1][:, 0, 0].tolist())
+        found.append(
+            cached_images(tmp_path / "cache", data_set([1], tmp_path, ["one.bmp"], [(5, 3)]))[1][:, 0, 0].tolist()
+        )
     assert found == [[255, 0, 0], [0, 0, 255]]
 
 
 @pytest.mark.parametrize("damage", ["short", "head", "missing"])
 def test_a_damaged_cache_is_built_again(tmp_path, photos, damage):
     folder = tmp_path / "cache"
-    build(folder, photos)
+    cached_images(folder, photos)
     data = data_file(folder)
     if damage == "short":
         data.write_bytes(data.read_bytes()[:-1])
@@ -113,12 +117,12 @@ def test_a_damaged_cache_is_built_again(tmp_path, photos, damage):
         data.write_bytes(b"x" + data.read_bytes()[1:])
     else:
         data.unlink()
-    cache = build(folder, photos)
-    assert np.array_equal(cache[3].permute(1, 2, 0).numpy(), np.asarray(read_image(photos[1][0])))
+    cache = cached_images(folder, photos)
+    assert np.array_equal(cache[3].permute(1, 2, 0).numpy(), np.asarray(read_image(photos.paths[0])))
 
 
 def test_a_worker_maps_it_anew(tmp_path, photos):
-    cache = build(tmp_path / "cache", photos)
+    cache = cached_images(tmp_path / "cache", photos)
     expected = cache[4].sum().item()
     assert len(pickle.dumps(cache)) < 3000
     queue = stages.FORKS.Queue()
@@ -132,16 +136,16 @@ def _put_sum(cache, image_id, queue):
 
 
 def test_a_corrupt_image_is_named_and_nothing_is_left(tmp_path, photos):
-    photos[1][2].write_bytes(photos[1][2].read_bytes()[:400])
+    photos.paths[2].write_bytes(photos.paths[2].read_bytes()[:400])
     with pytest.raises(UserError, match=r"2\.jpg"):
-        build(tmp_path / "cache", photos)
+        cached_images(tmp_path / "cache", photos)
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
 
 
 def test_a_disk_that_is_too_small_is_said_before(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(UserError, match=r"take 0\.00 GB, only 0\.00 are free; make room or set cache=none"):
-        build(tmp_path / "cache", photos)
+        cached_images(tmp_path / "cache", photos)
     assert not list((tmp_path / "cache").glob("decoded_*.bin"))
 
 
@@ -149,7 +153,7 @@ def _build_on_a_full_disk(folder, photos, queue):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # bytes: writing further fails as on a full disk
     try:
-        build(folder, photos)
+        cached_images(folder, photos)
     except UserError as error:
         queue.put(str(error))
 
@@ -189,18 +193,18 @@ def test_a_cache_side_under_what_the_crops_need_is_refused_with_the_least_one(bi
 def test_a_build_leaves_the_file_that_another_run_uses(tmp_path, photos):
     """Another stored side, while the first run is on its way: its workers start after the second build."""
     folder = tmp_path / "cache"
-    first, expected = build(folder, photos), np.asarray(read_image(photos[1][2]))
-    build(folder, photos, side=8)
+    first, expected = cached_images(folder, photos), np.asarray(read_image(photos.paths[2]))
+    cached_images(folder, photos, side=8)
     worker = pickle.loads(pickle.dumps(first))
     assert np.array_equal(worker[4].permute(1, 2, 0), expected) and len(list(folder.glob("decoded_*.bin"))) == 2
     del first
-    build(folder, photos, side=9)
+    cached_images(folder, photos, side=9)
     assert len(list(folder.glob("decoded_*.bin"))) == 1  # what nobody uses goes
 
 
 def test_a_worker_refuses_another_file_under_the_name_it_was_given(tmp_path, photos):
-    first = build(tmp_path / "cache", photos)
-    other = build(tmp_path / "other", photos, fingerprint="another")
+    first = cached_images(tmp_path / "cache", photos)
+    other = cached_images(tmp_path / "other", replace(photos, ids=photos.ids + 1))
     os.replace(other.path, first.path)
     with pytest.raises(UserError, match="decoded_images"):
         pickle.loads(pickle.dumps(first))[4]
@@ -211,8 +215,8 @@ def _build_slowly(root):
         time.sleep(0.05)
         return read_image(path)
 
-    data = read_dataset("cub", root)
-    cached_images(root, data.fingerprint(), data.ids, data.paths, data.image_sizes, slow)
+    image_cache.read_image = slow  # in this process alone
+    cached_images(root, read_dataset("cub", root))
 
 
 def test_a_killed_build_is_made_again(birds_copy):
@@ -223,8 +227,7 @@ def test_a_killed_build_is_made_again(birds_copy):
     process.join()
     data = read_dataset("cub", birds_copy)
     assert not list(birds_copy.glob("decoded_*.bin"))
-    about = data.ids.tolist(), data.paths, data.image_sizes
-    cache = cached_images(birds_copy, data.fingerprint(), *about, read_image)
+    cache = cached_images(birds_copy, data)
     expected = np.asarray(read_image(data.paths[0]))
     assert np.array_equal(cache[int(data.ids[0])].permute(1, 2, 0).numpy(), expected)
 
@@ -238,9 +241,9 @@ def test_an_unknown_mode_is_refused():
 
 
 def test_large_images_are_stored_smaller_and_crops_follow(tmp_path, photos):
-    ids, paths, sizes = photos[:3]
+    ids, sizes = photos.ids.tolist(), photos.image_sizes
     side = int(np.median(sizes.min(1)))
-    cache = cached_images(tmp_path / "cache", "f", ids, paths, sizes, read_image, side=side)
+    cache = cached_images(tmp_path / "cache", photos, side)
     for row, image_id in enumerate(ids):
         width, height = sizes[row]
         stored = cache[image_id]

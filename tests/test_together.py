@@ -14,6 +14,7 @@ import utils
 from datasets import read_dataset
 from localized_crops import files
 from localized_crops.files import load_json
+from readers import image_cache
 from readers.image_cache import LOCK, cached_images
 from readers.images import read_image
 
@@ -47,18 +48,15 @@ def test_two_sweeps_share_the_work(birds, tmp_path):
     assert len(trained) == len(set(trained)) == 3
 
 
-def test_of_two_that_wait_for_a_failed_build_one_builds(birds, tmp_path):
+def test_of_two_that_wait_for_a_failed_build_one_builds(birds, tmp_path, monkeypatch):
     data, decoded, caches = read_dataset("cub", birds), [], []
 
     def read(path):
         decoded.append(path)
         return read_image(path)
 
-    def ask():
-        about = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-        caches.append(cached_images(tmp_path, *about, read))
-
-    threads = [threading.Thread(target=ask) for _ in range(2)]
+    monkeypatch.setattr(image_cache, "read_image", read)
+    threads = [threading.Thread(target=lambda: caches.append(cached_images(tmp_path, data))) for _ in range(2)]
     with utils.lock_file(tmp_path / LOCK):  # a builder that ends without a cache
         for thread in threads:
             thread.start()

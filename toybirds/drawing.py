@@ -54,7 +54,7 @@ class ToyBird(NamedTuple):
     """One drawing, with the truth about where the bird is."""
 
     image: Image.Image  # RGB
-    mask: np.ndarray  # (H, W) bool, True is a visible pixel of the bird
+    mask: np.ndarray  # (H, W) bool, True is a visible pixel of the bird: without the leaves in front of it
     box_xywh: tuple[float, float, float, float]  # pixels, tight around the mask
 
 
@@ -129,8 +129,7 @@ def _near(rng: np.random.Generator, color: Color, spread: float = 14) -> Color:
 
 
 def _scaled(color: Color, factor: float, shift: np.ndarray | float = 0.0) -> Color:
-    red, green, blue = np.clip(np.asarray(color) * factor + shift, 0, 255).astype(int).tolist()
-    return red, green, blue
+    return tuple(np.clip(np.asarray(color) * factor + shift, 0, 255).astype(int).tolist())
 
 
 def _pick(rng: np.random.Generator, colors: tuple[Color, ...]) -> Color:
@@ -312,13 +311,6 @@ def _paint(image: Image.Image, shapes: list[_Shape]) -> None:
         draw.polygon((points * SUPERSAMPLE).ravel().tolist(), fill=color)
 
 
-def _stencil(size: np.ndarray, bird: list[_Shape], front: list[_Shape]) -> np.ndarray:
-    """Return the (H, W) bool mask of pixels that show the bird in at least half of their area."""
-    stencil = Image.new("L", tuple((size * SUPERSAMPLE).tolist()))
-    _paint(stencil, [_Shape(points, 255) for points, _ in bird] + [_Shape(points, 0) for points, _ in front])
-    return np.asarray(stencil.reduce(SUPERSAMPLE)) >= 128
-
-
 def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PALETTE) -> ToyBird:
     """Return one drawing of a bird of class ``label``.
 
@@ -328,10 +320,7 @@ def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PAL
     Args:
         rng: all that is not the class comes from it.
         label: 0 to 7, index into ``CLASS_NAMES``.
-
-    Returns:
-        Image, mask and box. The mask holds the *visible* pixels of the bird (leaves in front are left out, as
-        a person who outlines a photographed bird would), the box is tight around it.
+        palette: the colours.
     """
     size = rng.choice(np.arange(SIDES[0], SIDES[1] + 1), 2, replace=False)
     image = _ground(rng, size, palette).resize(tuple((size * SUPERSAMPLE).tolist()), Image.Resampling.NEAREST)
@@ -344,6 +333,8 @@ def draw_toybird(rng: np.random.Generator, label: int, *, palette: Palette = PAL
     zones = np.column_stack([place.points(bird.zones[:, :2]), bird.zones[:, 2] * scale])
     front = _foliage(rng, size, np.stack([plain.min(axis=0), plain.max(axis=0)]), zones, palette)
     _paint(image, shapes + front)
-    mask = _stencil(size, shapes, front)
+    stencil = Image.new("L", image.size)
+    _paint(stencil, [_Shape(points, 255) for points, _ in shapes] + [_Shape(points, 0) for points, _ in front])
+    mask = np.asarray(stencil.reduce(SUPERSAMPLE)) >= 128  # at least half of the pixel's area shows the bird
     left, top, right, bottom = map(float, Image.fromarray(mask).getbbox())
     return ToyBird(_lit(rng, image.reduce(SUPERSAMPLE)), mask, (left, top, right - left, bottom - top))

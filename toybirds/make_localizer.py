@@ -42,19 +42,30 @@ COLOR_RANGE = (50, 230)  # of the random palettes, RGB
 
 def main(config: dict) -> None:
     """Draw, train, save."""
-    out = Path(config["out"] or "toybirds/toy_localizer.pt")
+    out, seed = Path(config["out"] or "toybirds/toy_localizer.pt"), config["seed"]
     check_output(out, OURS)
     set_up_cpu(config["num_threads"])
-    seed_everything(config["seed"], config["deterministic"])
-    images, masks = draw_images(NUM_IMAGES, ARCHITECTURE["image_size"], config["seed"])
+    seed_everything(seed, config["deterministic"])
+    images, masks = draw_images(NUM_IMAGES, ARCHITECTURE["image_size"], seed)
     start = time.perf_counter()
     model = build_toy_vit(**ARCHITECTURE)
     loss = train(model, images, mask_to_density(masks, ARCHITECTURE["stride"]), epochs=EPOCHS)
-    save_localizer(out, model, describe(config["seed"], loss, time.perf_counter() - start))
+    about = {
+        "architecture": ARCHITECTURE,
+        "made_by": "python -m toybirds.make_localizer",
+        "supervision": "drawn masks: the mean CLS attention learnt to match the bird's mask; a stand-in for DINO",
+        "data": f"{NUM_IMAGES} drawings of toybirds.py version {drawing.VERSION}, random palettes, seeds of their own",
+        "toybirds_version": drawing.VERSION,
+        "seed": seed,
+        "epochs": EPOCHS,
+        "batch_size": BATCH_SIZE,
+        "lr": LR,
+        "divergence": loss,
+        "training_seconds": time.perf_counter() - start,
+        "torch": environment()["torch"],
+    }
+    save_localizer(out, model, about)
     print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, divergence {loss:.3f} nats at the end")
-
-
-# --- drawings -----------------------------------------------------------------------------------------------------
 
 
 def draw_images(count: int, side: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,12 +87,8 @@ def draw_images(count: int, side: int, seed: int) -> tuple[torch.Tensor, torch.T
 
 def random_palette(rng: np.random.Generator) -> drawing.Palette:
     """Return a palette of random colours, as many of each kind as the data set's own has."""
-
-    def colors(like: tuple) -> tuple:
-        drawn = rng.integers(*COLOR_RANGE, np.shape(like)).tolist()
-        return tuple(drawn) if np.ndim(like) == 1 else tuple(map(tuple, drawn))
-
-    return drawing.Palette(*map(colors, drawing.PALETTE))
+    colors = (rng.integers(*COLOR_RANGE, np.shape(own)).tolist() for own in drawing.PALETTE)
+    return drawing.Palette(*colors)
 
 
 def mask_to_density(masks: torch.Tensor, stride: int) -> torch.Tensor:
@@ -91,9 +98,6 @@ def mask_to_density(masks: torch.Tensor, stride: int) -> torch.Tensor:
     """
     shares = nn.functional.avg_pool2d(masks[:, None], stride)[:, 0].sqrt()
     return shares / shares.sum((1, 2), keepdim=True)
-
-
-# --- training -----------------------------------------------------------------------------------------------------
 
 
 def train(model: nn.Module, images: torch.Tensor, densities: torch.Tensor, *, epochs: int) -> float:
@@ -135,27 +139,6 @@ def divergence(attention: torch.Tensor, densities: torch.Tensor) -> torch.Tensor
     """Return the mean KL(density || attention) in nats; what CLS gives itself is lost mass and counts against it."""
     expected = densities.flatten(1)
     return (torch.xlogy(expected, expected) - expected * (attention + 1e-8).log()).sum(1).mean()
-
-
-# --- the file -----------------------------------------------------------------------------------------------------
-
-
-def describe(seed: int, loss: float, seconds: float) -> dict[str, Any]:
-    """Return what the weights file says of itself."""
-    return {
-        "architecture": ARCHITECTURE,
-        "made_by": "python -m toybirds.make_localizer",
-        "supervision": "drawn masks: the mean CLS attention learnt to match the bird's mask; a stand-in for DINO",
-        "data": f"{NUM_IMAGES} drawings of toybirds.py version {drawing.VERSION}, random palettes, seeds of their own",
-        "toybirds_version": drawing.VERSION,
-        "seed": seed,
-        "epochs": EPOCHS,
-        "batch_size": BATCH_SIZE,
-        "lr": LR,
-        "divergence": loss,
-        "training_seconds": seconds,
-        "torch": str(environment()["torch"]),  # a plain str: the file is read with weights_only
-    }
 
 
 def save_localizer(path: Path, model: nn.Module, description: dict[str, Any]) -> None:

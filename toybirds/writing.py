@@ -2,23 +2,13 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import defaultdict
 
 import numpy as np
 from tqdm import tqdm
 
 from localized_crops.files import scratch_folder
 from toybirds.drawing import CLASS_NAMES, VERSION, draw_toybird
-
-
-class _Row(NamedTuple):
-    """One image to write; ``image_id`` and ``class_id`` start at 1 as CUB's do."""
-
-    image_id: int
-    class_id: int
-    name: str
-    is_train: bool
 
 
 def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_class: int = 60, seed: int = 0) -> None:
@@ -40,7 +30,7 @@ def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_cl
     if _is_written(root, header):
         return
     with scratch_folder(root) as scratch:
-        _write_into(scratch, list(_rows(train_per_class, test_per_class)), seed)
+        _write_into(scratch, train_per_class, test_per_class, seed)
         (scratch / "README.txt").write_text(header, encoding="utf-8")
         try:
             os.replace(scratch, root)
@@ -62,55 +52,49 @@ def _header(train_per_class: int, test_per_class: int, seed: int) -> str:
     )
 
 
+def _readme(root: pathlib.Path) -> str:
+    """Return what README.txt says; nothing where there is none."""
+    path = root / "README.txt"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
 def has_toybirds(root: pathlib.Path) -> bool:
     """Return whether ``root`` says that it was drawn by this program, by whatever version."""
-    readme = root / "README.txt"
-    return readme.is_file() and readme.read_text(encoding="utf-8", errors="replace").startswith("ToyBirds version ")
+    return _readme(root).startswith("ToyBirds version ")
 
 
 def _is_written(root: pathlib.Path, header: str) -> bool:
     """Return whether ``root`` holds this very data set; False where it is absent or empty."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
-    readme = root / "README.txt"
-    if not readme.is_file() or (found := readme.read_text(encoding="utf-8", errors="replace")) != header:
-        found = found.partition("\n")[0] if has_toybirds(root) else "something else"
+    readme = _readme(root)
+    if readme != header:
+        found = readme.partition("\n")[0] if has_toybirds(root) else "something else"
         raise FileExistsError(f"{root} holds {found!r}, not {header.partition(chr(10))[0]!r}: choose another folder")
     return True
 
 
-def _rows(train_per_class: int, test_per_class: int) -> Iterator[_Row]:
-    """Yield the images in file order: by class, training and test images evenly mixed within each."""
+def _write_into(folder: pathlib.Path, train_per_class: int, test_per_class: int, seed: int) -> None:
+    """Draw all images, class by class, and write them and CUB's five lists into ``folder``; ids start at 1.
+
+    Training and test images of a class are evenly mixed.
+    """
+    class_folders = [f"{class_id:03d}.{name}" for class_id, name in enumerate(CLASS_NAMES, start=1)]
+    for class_folder in class_folders:
+        (folder / "images" / class_folder).mkdir(parents=True)
+    lists = defaultdict(list)
+    lists["classes.txt"] = [f"{class_id} {name}" for class_id, name in enumerate(class_folders, start=1)]
     total = train_per_class + test_per_class
-    for class_id, class_name in enumerate(CLASS_NAMES, start=1):
-        for index in range(total):
-            is_train = (index + 1) * train_per_class // total > index * train_per_class // total
-            name = f"{class_id:03d}.{class_name}/{class_name}_{index + 1:04d}.jpg"
-            yield _Row((class_id - 1) * total + index + 1, class_id, name, is_train)
-
-
-def _write_into(folder: pathlib.Path, rows: list[_Row], seed: int) -> None:
-    """Draw all images and write them and CUB's five lists into ``folder``."""
-    for class_id, class_name in enumerate(CLASS_NAMES, start=1):
-        (folder / "images" / f"{class_id:03d}.{class_name}").mkdir(parents=True)
-    boxes = [_write_image(folder, row, seed) for row in tqdm(rows, desc="drawing ToyBirds", disable=None)]
-    lists = {
-        "images.txt": [f"{row.image_id} {row.name}" for row in rows],
-        "image_class_labels.txt": [f"{row.image_id} {row.class_id}" for row in rows],
-        "train_test_split.txt": [f"{row.image_id} {int(row.is_train)}" for row in rows],
-        "bounding_boxes.txt": [
-            " ".join([str(row.image_id), *(f"{side:.1f}" for side in box)])
-            for row, box in zip(rows, boxes, strict=True)
-        ],
-        "classes.txt": [f"{class_id} {class_id:03d}.{name}" for class_id, name in enumerate(CLASS_NAMES, start=1)],
-    }
+    for image_id in tqdm(range(1, len(CLASS_NAMES) * total + 1), desc="drawing ToyBirds", disable=None):
+        label, index = divmod(image_id - 1, total)
+        name = f"{class_folders[label]}/{CLASS_NAMES[label]}_{index + 1:04d}.jpg"
+        rng = np.random.default_rng([seed, image_id])  # its own stream: no image depends on those before it
+        bird = draw_toybird(rng, label)
+        bird.image.save(folder / "images" / name, quality=int(rng.integers(80, 96)))
+        is_train = (index + 1) * train_per_class // total > index * train_per_class // total
+        lists["images.txt"].append(f"{image_id} {name}")
+        lists["image_class_labels.txt"].append(f"{image_id} {label + 1}")
+        lists["train_test_split.txt"].append(f"{image_id} {int(is_train)}")
+        lists["bounding_boxes.txt"].append(" ".join([str(image_id), *(f"{side:.1f}" for side in bird.box_xywh)]))
     for name, lines in lists.items():
         (folder / name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def _write_image(folder: pathlib.Path, row: _Row, seed: int) -> tuple[float, float, float, float]:
-    """Draw one image, save it as JPEG, return its box x, y, width, height in pixels."""
-    rng = np.random.default_rng([seed, row.image_id])  # its own stream: no image depends on those before it
-    drawing = draw_toybird(rng, row.class_id - 1)
-    drawing.image.save(folder / "images" / row.name, quality=int(rng.integers(80, 96)))
-    return drawing.box_xywh

@@ -15,7 +15,6 @@ from localized_crops.files import UserError
 from localized_crops.map_file import MapCache, remake_command
 from readers.data_set import DataSet
 from readers.image_cache import ImageCache, cached_images
-from readers.images import read_image
 from readers.splits import class_notes
 from training.batches import EpochBatches, TrainImages, ViewImages
 from training.distributed import my_rows, rank, world_size
@@ -88,9 +87,7 @@ def decoded_images(config: dict, data: DataSet) -> ImageCache | None:
             f"cache_side={config['cache_side']}: the smallest crops and views need a short side of {needed} pixels; "
             "set that, or none"
         )
-    folder = Path(config["cache_folder"] or data.root)
-    images = data.fingerprint(), data.ids.tolist(), data.paths, data.image_sizes
-    return cached_images(folder, *images, read_image, side=config["cache_side"])
+    return cached_images(Path(config["cache_folder"] or data.root), data, config["cache_side"])
 
 
 def needed_side(config: dict, data: DataSet) -> int:
