@@ -36,7 +36,7 @@ def read_cub_tables(root: Path) -> Listing:
     is_train = _read_numbers(
         root / "train_test_split.txt", ids, np.int64, 1, "1 (train) or 0 (test)", lambda n: np.isin(n, (0, 1))
     )
-    labels = _labels(root, np.array(list(classes), dtype=np.int64), ids, class_of[:, 0])
+    labels = _labels(root, classes, ids, class_of[:, 0])
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
     paths = ImagePaths(folder, _image_names(root, str(folder), names))
     split = np.where(is_train[:, 0] == 1, "train", "test").astype("<U5")
@@ -83,20 +83,19 @@ def _read_numbers(
     """
     lines, row_type = _lines(path), np.dtype([("id", np.int64), ("numbers", kind, (count,))])
 
-    def parse(lines: list[str]) -> np.ndarray:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # NumPy reads 1.5 as 1, with a warning
-            rows = np.loadtxt(lines, row_type, comments=None, ndmin=1)
-        if (rows["id"] < 0).any() or not are_good(rows["numbers"]).all():
-            raise ValueError
-        return rows
+    def parse(lines: list[str]) -> np.ndarray | None:
+        """Return the rows of lines; None if one is not as expected."""
+        try:
+            with warnings.catch_warnings(action="error"):  # NumPy warns of no data, and where it reads 1.5 as 1
+                rows = np.loadtxt(lines, row_type, comments=None, ndmin=1)
+        except (ValueError, UserWarning):
+            return None
+        return rows if (rows["id"] >= 0).all() and are_good(rows["numbers"]).all() else None
 
-    try:
-        rows = parse(lines)
-    except (ValueError, UserWarning):  # a warning where NumPy sees no data in a line
-        number = _first_fault(lines, parse)
-        line = lines[number - 1][:80]
-        raise UserError(f"{path}:{number}: {line!r}: a whole number, the id, and {expected} were expected") from None
+    rows = parse(lines)
+    if rows is None:
+        number, line = next((n, line) for n, line in enumerate(lines, 1) if line.strip() and parse([line]) is None)
+        raise UserError(f"{path}:{number}: {line[:80]!r}: a whole number, the id, and {expected} were expected")
     rows = rows[rows["id"].argsort()]
     in_order = np.sort(ids)
     if not np.array_equal(rows["id"], in_order):
@@ -111,29 +110,17 @@ def _read_numbers(
     return rows["numbers"][in_order.searchsorted(ids)]
 
 
-def _first_fault(lines: list[str], parse: Callable[[list[str]], np.ndarray]) -> int:
-    """Return the number of the first line that ``parse`` refuses, from 1."""
-    for number, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                parse([line])
-        except (ValueError, UserWarning):
-            return number
-    raise AssertionError("all lines are parsed one by one")
-
-
 def _are_boxes(boxes: np.ndarray) -> np.ndarray:
     """Return which boxes (N, 4) are finite, not beyond any image, and have an area; NaN fails each comparison."""
     return (np.abs(boxes) <= LARGEST_PIXEL).all(1) & (boxes[:, 2:] > 0).all(1)
 
 
-def _labels(root: Path, class_ids: np.ndarray, ids: np.ndarray, class_of: np.ndarray) -> np.ndarray:
+def _labels(root: Path, classes: dict[int, str], ids: np.ndarray, class_of: np.ndarray) -> np.ndarray:
     """Return the place of each image's class in classes.txt, (N,)."""
-    order = class_ids.argsort()
-    labels = order[np.minimum(class_ids.searchsorted(class_of, sorter=order), len(order) - 1)]
-    unknown = class_ids[labels] != class_of
-    if unknown.any():
-        row = int(unknown.argmax())
+    places = {class_id: place for place, class_id in enumerate(classes)}
+    labels = np.array([places.get(class_id, -1) for class_id in class_of.tolist()], dtype=np.int64)
+    if labels.min() < 0:
+        row = int(labels.argmin())
         raise UserError(
             f"{root / 'image_class_labels.txt'}: image id {ids[row]} has class {class_of[row]}, which classes.txt does "
             "not name"
@@ -155,10 +142,10 @@ def _image_names(root: Path, folder: str, names: dict[int, str]) -> list[str]:
 
 
 def download_cub(root: Path) -> None:
-    """Fetch, check and unpack CUB-200-2011 to ``root``; an archive that lies beside it is used.
+    """Fetch, check and unpack CUB-200-2011 to ``root``, whole or not at all; an archive that lies beside it is used.
 
     Raises:
-        UserError: if it cannot be fetched or is not the official archive.
+        UserError: if it cannot be fetched or unpacked, or is not the official archive.
     """
     archive = root.parent / CUB_ARCHIVE
     remove_scratch(root.parent)  # what a killed process had fetched
@@ -173,15 +160,6 @@ def download_cub(root: Path) -> None:
     sha256 = file_sha256(archive)
     if sha256 != CUB_SHA256:
         raise UserError(f"{archive}: not the official archive, its sha256 is {sha256}; remove it and try again")
-    unpack(archive, root)
-
-
-def unpack(archive: Path, root: Path) -> None:
-    """Unpack the folder CUB_200_2011 of the archive as ``root``, whole or not at all.
-
-    Raises:
-        UserError: if a member would leave the folder, or the archive is damaged or has no such folder.
-    """
     try:
         with scratch_folder(root) as scratch, tarfile.open(archive) as tar:
             members = tqdm(tar, desc="unpacking", unit=" files", mininterval=1.0)
