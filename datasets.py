@@ -191,8 +191,7 @@ def convert_source(path: Path, data: DataSet, boxes_xywh: np.ndarray, *, made_by
     if path.suffix == ".json" and not path.name.endswith(".coco.json"):
         save_source(path, data, boxes_xywh, made_by=made_by, settings=settings)
     else:
-        names = [name.decode(errors="replace") for name in data.paths.names.tolist()]
-        write_foreign(path, names, data.image_sizes, boxes_xywh, made_by)
+        write_foreign(path, data, boxes_xywh, made_by)
 
 
 def box_file_of(source: str, data: DataSet) -> Path | None:

@@ -22,7 +22,7 @@ from localized_crops.box_file import FILE_KIND
 from localized_crops.boxes import clip_boxes, fill_missing
 from localized_crops.files import UserError, load_json, read_text, refuse_special, save_json, save_text
 from readers.data_set import DataSet
-from readers.table import boxes_of, read_columns
+from readers.table import BOX_COLUMNS, boxes_of, read_columns
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def read_foreign(path: Path | str, data: DataSet, allow_missing: float = 0.0) ->
     """
     path = Path(path)
     file = _read_any(path)
-    rows, unknown = match_names(file.names, [name.decode(errors="replace") for name in data.paths.names.tolist()])
+    rows, unknown = match_names(file.names, data.paths.texts())
     _check_sizes(path, file, rows, data)
     has_box = (rows >= 0) & ~np.isnan(file.boxes[:, 0])
     rows, boxes = rows[has_box], file.boxes[has_box]
@@ -126,7 +126,7 @@ def _read_any(path: Path) -> _ForeignFile:
         return _read_voc(xml) if xml else _read_yolo(path, txt)
     if read_text(path).lstrip("\ufeff \t\r\n").startswith(("{", "[")):
         return _read_coco(path)
-    columns, lines = read_columns(path, ("path", "x", "y", "width", "height"), ())
+    columns, lines = read_columns(path, "path", *BOX_COLUMNS)
     return _ForeignFile(columns["path"], boxes_of(path, columns, lines), np.full((len(lines), 2), np.nan))
 
 
@@ -222,7 +222,6 @@ def _spellings(name: str) -> list[str]:
 
 
 def _check_sizes(path: Path, file: _ForeignFile, rows: np.ndarray, data: DataSet) -> None:
-    """Raise UserError if an image has another size in a file than in the data set."""
     here = data.image_sizes[rows]
     differs = (rows >= 0) & ~np.isnan(file.sizes).any(1) & (file.sizes != here).any(1)
     if differs.any():
@@ -267,31 +266,26 @@ def _report_missing(
 # --- writing ------------------------------------------------------------------------------------------------------
 
 
-def write_foreign(path: Path, names: list[str], image_sizes: np.ndarray, boxes: np.ndarray, made_by: str) -> None:
-    """Write boxes as COCO (NAME.json), CSV (NAME.csv) or YOLO (a folder of text files).
-
-    Args:
-        path: its suffix chooses the format.
-        names: (N,) image files.
-        image_sizes: (N, 2) width height.
-        boxes: (N, 4) xywh in pixels; NaN where there is none.
+def write_foreign(path: Path, data: DataSet, boxes: np.ndarray, made_by: str) -> None:
+    """Write the boxes (N, 4) of a data set, NaN for none, as COCO (NAME.json), CSV (NAME.csv) or YOLO (a folder).
 
     Raises:
         UserError: if it cannot be written, or a YOLO folder is not empty.
     """
+    names = data.paths.texts()
     if path.suffix == ".json":
-        save_json(path, _coco(names, image_sizes, boxes, made_by))
+        save_json(path, _coco(names, data.image_sizes, boxes, made_by))
     elif path.suffix == ".csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("path", "x", "y", "width", "height"))
+        writer.writerow(("path", *BOX_COLUMNS))
         for name, box in zip(names, boxes.tolist(), strict=True):
             writer.writerow((name, *("" if np.isnan(n) else n for n in box)))
         save_text(path, text.getvalue())
     elif path.suffix:
         raise UserError(f"{path}: name FILE.json (COCO), FILE.csv, or a folder (YOLO)")
     else:
-        _write_yolo(path, names, image_sizes, boxes)
+        _write_yolo(path, names, data.image_sizes, boxes)
 
 
 def _coco(names: list[str], image_sizes: np.ndarray, boxes: np.ndarray, made_by: str) -> dict[str, Any]:

@@ -37,6 +37,10 @@ class ImagePaths(Sequence):
         folder = os.fsencode(self.folder + os.sep)
         return (folder + name for name in self.names.tolist())
 
+    def texts(self) -> list[str]:
+        """Return the names as text."""
+        return [name.decode(errors="replace") for name in self.names.tolist()]
+
     def __iter__(self) -> Iterator[Path]:
         return (self.kind(self.folder, os.fsdecode(name)) for name in self.names.tolist())
 

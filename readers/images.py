@@ -33,20 +33,16 @@ def _open_image(path: Path) -> PIL.Image.Image:
     refuse_special(path)
     try:
         image = PIL.Image.open(path, formats=FORMATS)
+        if math.prod(image.size) > PIL.Image.MAX_IMAGE_PIXELS:  # up to twice as many, Pillow only warns
+            image.close()
+            raise PIL.Image.DecompressionBombError
     except FileNotFoundError:
         raise UserError(f"{path}: the image is missing; restore it or remove its rows from the text files") from None
     except (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning):
-        raise _bomb(path) from None
+        raise UserError(f"{path}: declares more pixels than {PIL.Image.MAX_IMAGE_PIXELS:,}; refused") from None
     except Exception as error:  # Pillow's readers raise errors of many unrelated kinds
         raise UserError(f"{path}: not an image that can be read ({_reason(error, path)}); restore it") from None
-    if math.prod(image.size) > PIL.Image.MAX_IMAGE_PIXELS:  # up to twice as many, Pillow only warns
-        image.close()
-        raise _bomb(path)
     return image
-
-
-def _bomb(path: Path) -> UserError:
-    return UserError(f"{path}: declares more pixels than {PIL.Image.MAX_IMAGE_PIXELS:,}; refused")
 
 
 def _reason(error: Exception, path: Path) -> str:
@@ -92,9 +88,12 @@ def image_sizes(
     Raises:
         UserError: if an image cannot be read.
     """
-    faults, in_file = {}, isinstance(paths, ImagePaths) and len(paths) > MOST_HEADERS
-    stats = file_stats(paths.files()) if in_file else None
-    headers = _kept_headers(paths, stats) if in_file else np.zeros((len(paths), 3), dtype=np.int64)
+    faults, headers = {}, np.zeros((len(paths), 3), dtype=np.int64)  # width, height, whether it is turned
+    kept = None
+    if isinstance(paths, ImagePaths) and len(paths) > MOST_HEADERS:
+        kept = Path(paths.folder) / f".image_sizes_{'upright' if paths.kind is UprightPath else 'stored'}.npy"
+        stats = file_stats(paths.files())
+        _read_kept(kept, paths.names, stats, headers)
     todo = np.flatnonzero(headers[:, 0] == 0).tolist()
 
     def read(rows: tuple[int, ...]) -> None:
@@ -113,32 +112,25 @@ def image_sizes(
         parts = list(batched(todo, 64))
         for part, _ in zip(parts, pool.map(read, parts), strict=True):
             bar.update(len(part))
-    if in_file and len(todo) > len(faults):
-        _keep_headers(paths, stats, headers)
+    if kept is not None and len(todo) > len(faults):
+        _keep(kept, paths.names, stats, headers)
     return headers[:, :2], headers[:, 2].astype(bool), dict(sorted(faults.items()))
 
 
-def _headers_file(paths: ImagePaths) -> Path:
-    return Path(paths.folder) / f".image_sizes_{'upright' if paths.kind is UprightPath else 'stored'}.npy"
-
-
-def _kept_headers(paths: ImagePaths, stats: np.ndarray) -> np.ndarray:
-    """Return width, height and whether it is turned, (N, 3) int64, of files that did not change; 0 of the others."""
-    headers = np.zeros((len(paths), 3), dtype=np.int64)
+def _read_kept(file: Path, names: np.ndarray, stats: np.ndarray, headers: np.ndarray) -> None:
+    """Fill in the headers (N, 3) of the images that did not change since they were kept."""
     with contextlib.suppress(OSError, ValueError, EOFError, IndexError):  # there is none, or it is damaged
-        rows = np.load(_headers_file(paths), allow_pickle=False)
-        places = Rows(rows["name"]).of(paths.names)
-        kept = (places >= 0) & (rows["stats"][places] == stats).all(1) & (stats[:, 0] >= 0)
-        headers[kept] = rows["found"][places[kept]]
-    return headers
+        rows = np.load(file, allow_pickle=False)
+        places = Rows(rows["name"]).of(names)
+        same = (places >= 0) & (rows["stats"][places] == stats).all(1) & (stats[:, 0] >= 0)
+        headers[same] = rows["found"][places[same]]
 
 
-def _keep_headers(paths: ImagePaths, stats: np.ndarray, headers: np.ndarray) -> None:
+def _keep(file: Path, names: np.ndarray, stats: np.ndarray, headers: np.ndarray) -> None:
     known = headers[:, 0] > 0
-    names = paths.names[known]
-    rows = np.zeros(len(names), [("name", names.dtype), ("stats", np.int64, 3), ("found", np.int32, 3)])
-    rows["name"], rows["stats"], rows["found"] = names, stats[known], headers[known]
-    with contextlib.suppress(DiskError), whole_file(_headers_file(paths), new_folder=False) as scratch:  # read-only
+    rows = np.zeros(known.sum(), [("name", names.dtype), ("stats", np.int64, 3), ("found", np.int32, 3)])
+    rows["name"], rows["stats"], rows["found"] = names[known], stats[known], headers[known]
+    with contextlib.suppress(DiskError), whole_file(file, new_folder=False) as scratch:  # read-only
         np.save(scratch, rows)
 
 

@@ -20,15 +20,11 @@ def fill_train(data: DataSet) -> DataSet:
     return _with_split(data, moved, "train")
 
 
-def hold_out(data: DataSet, fraction: float, split: str = "val", seed: int | None = None) -> DataSet:
-    """Return the data set with a share of each class's training images moved to another split.
+def hold_out(data: DataSet, fraction: float, split: str, seed: int | None) -> DataSet:
+    """Return the data set with a share of each class's training images moved to ``split``; one at least is kept.
 
-    Args:
-        data: the data set; each class keeps one training image at least.
-        fraction: the share.
-        split: "val" or "test".
-        seed: of the draw, which depends on the ids alone: the same on every run, and nearly the same when images are
-            added; None: the last images in file order are moved.
+    The draw depends on ``seed`` and the ids alone: it is the same on every run, and nearly the same when images are
+    added. Without a seed the last images in file order are moved.
     """
     train = data.rows("train")
     if seed is not None:

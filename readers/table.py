@@ -31,9 +31,9 @@ def read_table(root: Path, table: str | Path | None) -> Listing:
     if len(tables) != 1:
         raise UserError(f"{root}: holds {len(tables)} CSV files; name the table: dataset.table=FILE.csv")
     path = tables[0]
-    columns, lines = read_columns(path, ("path", "label"), ("split", *BOX_COLUMNS))
-    _refuse_lines(path, lines, columns["path"], [not field for field in columns["path"]], "has no path")
-    _refuse_lines(path, lines, columns["label"], [not field for field in columns["label"]], "has no label")
+    columns, lines = read_columns(path, "path", "label")
+    for name in ("path", "label"):
+        _refuse_lines(path, lines, columns[name], [not field for field in columns[name]], f"has no {name}")
     first_line = dict(zip(reversed(columns["path"]), reversed(lines), strict=True))
     twice = [first_line[image] < line for image, line in zip(columns["path"], lines, strict=True)]
     _refuse_lines(path, lines, columns["path"], twice, "stands in an earlier line already; remove one")
@@ -47,11 +47,12 @@ def read_table(root: Path, table: str | Path | None) -> Listing:
     return list_names(root, columns["path"], labels, class_names, splits, boxes=boxes, boxes_file=path)
 
 
-def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...]) -> tuple[dict[str, list[str]], list]:
+def read_columns(path: Path, *needed: str) -> tuple[dict[str, list[str]], list[int]]:
     """Return the columns of a CSV file with a header by lower-case name, and the line number of each row.
 
     Raises:
-        UserError: if it has no such columns or no rows, or a line has another number of fields than the header.
+        UserError: if a needed column is not there, it has no rows, or a line has another number of fields than the
+            header.
     """
     text = read_text(path).lstrip("\ufeff")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
@@ -69,8 +70,8 @@ def read_columns(path: Path, needed: tuple[str, ...], optional: tuple[str, ...])
         raise UserError(f"{path}:{bad}: has another number of fields than the header, {len(header)}")
     if not rows:
         raise UserError(f"{path}: has no rows")
-    columns = dict(zip(header, map(list, zip(*(row for _, row in rows), strict=True)), strict=True))
-    return {name: columns[name] for name in (*needed, *optional) if name in columns}, [line for line, _ in rows]
+    columns = zip(*(row for _, row in rows), strict=True)
+    return dict(zip(header, map(list, columns), strict=True)), [line for line, _ in rows]
 
 
 def boxes_of(path: Path, columns: dict[str, list[str]], lines: list[int]) -> np.ndarray:
