@@ -38,13 +38,12 @@ def load_request(arguments: list[str]) -> dict | None:
 def main(request: dict) -> None:
     """Read the boxes and write them in the other format."""
     config, out = request["config"], Path(request["out"])
-    source = config["source"]
     if out.suffix:
         check_output(out)
     data = read_dataset(**config["dataset"])
-    boxes = known_boxes(source, data, **config["boxes"])
+    boxes = known_boxes(config["source"], data, **config["boxes"])
     settings = {key: config[key] for key in ("dataset", "boxes", "source")}
-    convert_source(out, data, boxes, made_by=f"boxes.py convert {source}", settings=settings)
+    convert_source(out, data, boxes, made_by=f"boxes.py convert {config['source']}", settings=settings)
     missing = np.isnan(boxes[:, 0]).sum()
     print(f"{out}: {len(boxes) - missing} boxes, none for {missing} images")
 

@@ -10,7 +10,6 @@ import jobs.early  # noqa: F401 - Ctrl-C during the other imports
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,8 +36,7 @@ def main(config: dict) -> None:
     if not len(data.ids):
         raise UserError(f"{data.root}: none of {total} images can be read: {next(iter(data.unreadable.values()))}")
     print(report(data))
-    key, what = (file_sha256, "equal images") if config["find_duplicates"] else (_place, "one file")
-    same = same_files(data, key, what)
+    same = same_files(data, config["find_duplicates"])
     faults = [*data.unreadable.values(), *unreadable_images(data.paths)]
     for lines in (data.notes, class_notes(data), faults, same):
         for line in lines[:SHOWN]:
@@ -64,27 +62,23 @@ def report(data: DataSet) -> str:
     ]
     if data.rotated:
         lines.append(f"{data.rotated} images are rotated by EXIF: boxes and crops are in the {data.pixel_grid} pixels")
-    return "\n".join([*lines, *box_lines(data)])
-
-
-def box_lines(data: DataSet) -> list[str]:
-    """Return the lines on true boxes."""
-    rows = np.flatnonzero(data.has_box)
-    if not len(rows):
-        return ["no true boxes"]
-    boxes, sizes = data.boxes[rows], data.image_sizes[rows]
+    boxes, sizes = data.boxes[data.has_box], data.image_sizes[data.has_box]
+    if not len(boxes):
+        return "\n".join([*lines, "no true boxes"])
+    if len(boxes) < len(data.ids):
+        lines.append(f"images without a box: {len(data.ids) - len(boxes)}")
     low, median, high = np.quantile(boxes[:, 2:].prod(1) / sizes.prod(1), (0.05, 0.5, 0.95))
-    lines = [
+    lines += [
         f"box area / image area: median {median:.2f}, 90% between {low:.2f} and {high:.2f}",
         f"boxes that reached past their image, clipped: {data.clipped}",
         f"IoU of a constant centred box with the true one: {iou(center_boxes(sizes), boxes).mean():.3f}",
     ]
-    without = len(data.ids) - len(rows)
-    return [f"images without a box: {without}", *lines] if without else lines
+    return "\n".join(lines)
 
 
-def same_files(data: DataSet, key: Callable[[Path], Hashable], what: str) -> list[str]:
-    """Return a line for each group of images whose files have the same ``key``."""
+def same_files(data: DataSet, by_content: bool) -> list[str]:
+    """Return a line for each group of images whose files hold the same bytes, or are links to one file."""
+    key, what = (file_sha256, "equal images") if by_content else (_place, "one file")
     groups = defaultdict(list)
     with ThreadPoolExecutor(16) as pool:
         keys = tqdm(pool.map(key, data.paths), total=len(data.ids), desc="comparing files", unit=" images", delay=5)

@@ -13,15 +13,14 @@ from typing import Any
 import numpy as np
 
 from localized_crops.box_file import boxes_for_images, save_boxes
-from localized_crops.boxes import center_boxes, fill_missing, whole_image_boxes
+from localized_crops.boxes import center_boxes, clip_boxes, fill_missing, whole_image_boxes
 from localized_crops.files import UserError, user_errors
 from localized_crops.image_ids import ImageId
 from readers.box_sources import BoxSet, is_foreign, read_foreign, write_foreign
-from readers.build import Listing, build_data_set
 from readers.cub import download_cub, read_cub_tables
-from readers.data_set import DataSet as DataSet  # for users
+from readers.data_set import DataSet, Listing, UprightPath, no_boxes
 from readers.folder import read_folder
-from readers.images import unreadable_images
+from readers.images import image_sizes, unreadable_images
 from readers.splits import fill_train, hold_out
 from readers.table import read_table
 from readers.torchvision_sets import SETS, read_torchvision
@@ -69,7 +68,7 @@ def read_dataset(
     folder = Path(root or DEFAULT_ROOTS[name])
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; dataset.root must be a folder")
-    data = build_data_set(name, folder, _list_images(name, folder, table, download), keep_going)
+    data = _build_data_set(name, folder, _list_images(name, folder, table, download), keep_going)
     faults = unreadable_images(data.paths) if check else []
     if faults:
         raise UserError(f"{len(faults)} images cannot be read, the first: {faults[0]} (check_dataset.py lists all)")
@@ -83,31 +82,62 @@ def read_dataset(
 
 
 def _list_images(name: str, folder: Path, table: Path | str | None, download: bool) -> Listing:
-    if name == "toybirds":
-        return _list_toybirds(folder)
+    """Read what a folder holds; of ToyBirds only the default folder is drawn into."""
     if name in SETS:
         return read_torchvision(name, folder, download)
+    if name == "toybirds" and (folder == Path(DEFAULT_ROOTS[name]) or writing.has_toybirds(folder)):
+        with user_errors(FileExistsError):  # something else, or another version of the drawings, lies there
+            writing.write_toybirds(folder)
+        return read_cub_tables(folder)
     if name == "cub" and download and not folder.exists():
         download_cub(folder)
     if not folder.exists():
         fetched = "; dataset.download=true fetches CUB-200-2011 (1.1 GB, non-commercial research use)"
-        raise UserError(f"{folder}: there is no such folder; give dataset.root{fetched if name == 'cub' else ''}")
+        remedies = {"toybirds": " (for the drawn birds leave dataset.root out)", "cub": f"; give dataset.root{fetched}"}
+        raise UserError(f"{folder}: there is no such folder{remedies.get(name, '; give dataset.root')}")
+    if name == "toybirds":
+        raise UserError(
+            f"{folder}: holds no ToyBirds; for photographs in class folders give dataset.name=folder, for a table "
+            "dataset.name=csv, for CUB's file format dataset.name=cub"
+        )
     if name == "cub":
         return read_cub_tables(folder)
     return read_folder(folder) if name == "folder" else read_table(folder, table)
 
 
-def _list_toybirds(folder: Path) -> Listing:
-    """Read ToyBirds; only the default folder is drawn into."""
-    if folder == Path(DEFAULT_ROOTS["toybirds"]) or writing.has_toybirds(folder):
-        with user_errors(FileExistsError):  # something else, or another version of the drawings, lies there
-            writing.write_toybirds(folder)
-        return read_cub_tables(folder)
-    if not folder.exists():
-        raise UserError(f"{folder}: there is no such folder (for the drawn birds leave dataset.root out)")
-    raise UserError(
-        f"{folder}: holds no ToyBirds; for photographs in class folders give dataset.name=folder, for a table "
-        "dataset.name=csv, for CUB's file format dataset.name=cub"
+def _build_data_set(name: str, root: Path, listing: Listing, keep_going: bool) -> DataSet:
+    """Return the listed images with their sizes, unreadable ones left out and boxes clipped.
+
+    Raises:
+        UserError: if an image cannot be read (with ``keep_going`` it is left out, into ``unreadable``), or a box lies
+            outside its image.
+    """
+    paths, ids = listing.paths, listing.ids
+    sizes, rotated, faults = image_sizes(paths, keep_going=keep_going)
+    kept = np.ones(len(paths), dtype=bool)
+    kept[list(faults)] = False
+    raw_boxes = no_boxes(len(paths)) if listing.boxes is None else listing.boxes
+    boxes = clip_boxes(raw_boxes, sizes)
+    outside = kept & (boxes[:, 2:] <= 0).any(1)
+    if outside.any():
+        row = int(outside.argmax())
+        box, size = tuple(raw_boxes[row].tolist()), tuple(sizes[row].tolist())
+        raise UserError(f"{listing.boxes_file}: image {ids[row]}: box {box} lies outside the image, {size}")
+    return DataSet(
+        name=name,
+        root=root,
+        ids=ids[kept],
+        paths=paths[kept],
+        labels=listing.labels[kept],
+        class_names=listing.class_names,
+        boxes=boxes[kept],
+        split=listing.split[kept],
+        image_sizes=sizes[kept],
+        pixel_grid="upright" if paths.kind is UprightPath else "stored",
+        clipped=int((np.abs(boxes - raw_boxes) > 1e-6).any(1)[kept].sum()),
+        rotated=int(rotated.sum()),
+        notes=tuple(listing.notes),
+        unreadable={ids[row].item(): fault for row, fault in faults.items()},
     )
 
 
@@ -124,11 +154,9 @@ def dino_boxes_path(name: str, root: Path | str | None) -> Path:
 # --- boxes of a source --------------------------------------------------------------------------------------------
 
 
-def source_boxes(
-    source: str, data: DataSet, *, several: str = "largest", allow_missing: float = 0.0
-) -> tuple[np.ndarray, int]:
+def source_boxes(source: str, data: DataSet, **options: Any) -> tuple[np.ndarray, int]:
     """Return `known_boxes` with the whole image in place of missing boxes, and the number of missing boxes."""
-    boxes = known_boxes(source, data, several=several, allow_missing=allow_missing)
+    boxes = known_boxes(source, data, **options)
     return fill_missing(boxes, data.image_sizes), int(np.isnan(boxes[:, 0]).sum())
 
 
@@ -152,8 +180,10 @@ def known_boxes(source: str, data: DataSet, *, several: str = "largest", allow_m
         )
     if source == "gt":
         return data.boxes
-    if source in ("center", "image"):
-        return (center_boxes if source == "center" else whole_image_boxes)(data.image_sizes)
+    if source == "center":
+        return center_boxes(data.image_sizes)
+    if source == "image":
+        return whole_image_boxes(data.image_sizes)
     box_file = box_file_of(source, data)
     if box_file is None:
         return read_foreign(source, data, allow_missing).one_each("union" if several == "union" else "largest")

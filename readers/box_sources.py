@@ -120,7 +120,7 @@ class _ForeignFile(NamedTuple):
 
 def _read_any(path: Path) -> _ForeignFile:
     if path.is_dir():
-        xml, txt = (sorted(path.rglob(f"*.{suffix}")) for suffix in ("xml", "txt"))
+        xml, txt = sorted(path.rglob("*.xml")), sorted(path.rglob("*.txt"))
         if bool(xml) == bool(txt):
             raise UserError(f"{path}: holds {'both' if xml else 'none of'} Pascal VOC's .xml and YOLO's .txt files")
         return _read_voc(xml) if xml else _read_yolo(path, txt)
@@ -167,19 +167,19 @@ def _read_yolo(folder: Path, files: list[Path]) -> _ForeignFile:
 
 
 def _read_voc(files: list[Path]) -> _ForeignFile:
-    names, corners, sizes = [], [], []
+    names, boxes, sizes = [], [], []
     for file in files:
         try:
             root = ElementTree.fromstring(read_text(file).encode())  # expat refuses entity bombs since 2.4.1
             size = [float(root.findtext(f"size/{side}", "0")) or np.nan for side in ("width", "height")]
             for box in root.iter("bndbox"):
-                corners.append([float(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax")])
+                left, top, right, bottom = (float(box.findtext(key)) for key in ("xmin", "ymin", "xmax", "ymax"))
+                boxes.append([left, top, right - left, bottom - top])
                 names.append(root.findtext("filename") or file.stem)
                 sizes.append(size)
         except (ElementTree.ParseError, TypeError, ValueError) as error:
             raise UserError(f"{file}: no Pascal VOC annotation ({error})") from None
-    xyxy = torch.tensor(corners, dtype=torch.float64).reshape(-1, 4)
-    return _ForeignFile(names, box_convert(xyxy, "xyxy", "xywh").numpy(), np.array(sizes).reshape(-1, 2))
+    return _ForeignFile(names, np.array(boxes).reshape(-1, 4), np.array(sizes).reshape(-1, 2))
 
 
 # --- matching and checking ----------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from localized_crops.files import UserError, read_text, refuse_special, remove_scratch, scratch_folder, whole_file
 from localized_crops.image_ids import MOST_DIGITS
-from readers.build import Listing
-from readers.data_set import ImagePaths
+from readers.data_set import ImagePaths, Listing
 from utils import file_sha256
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"

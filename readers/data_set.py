@@ -2,12 +2,15 @@
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from localized_crops.files import UserError
 
 
 class UprightPath(type(Path())):
@@ -85,3 +88,31 @@ class DataSet:
 def no_boxes(count: int) -> np.ndarray:
     """Return the boxes (N, 4) of images that have none."""
     return np.full((count, 4), np.nan)
+
+
+# --- what readers find ---------------------------------------------------------------------------------------------
+
+
+class Listing(NamedTuple):
+    """The images that a reader found, and what it knows of them; the fields are those of `DataSet`."""
+
+    paths: ImagePaths
+    ids: np.ndarray
+    labels: np.ndarray
+    class_names: list[str]
+    split: np.ndarray
+    boxes: np.ndarray | None = None  # (N, 4), not clipped; None: no image has one
+    boxes_file: Path | None = None  # the file that holds them, for errors
+    notes: Sequence[str] = ()
+
+
+def list_names(
+    root: Path, names: list[str], labels: list[int], class_names: list[str], splits: list[str], **more: Any
+) -> Listing:
+    """Return the listing of N images whose ids are their paths below ``root``; UserError if a name cannot be an id."""
+    for image in names:
+        # control characters, ends of lines, and what is no UTF-8; other invisible ones are in many files' names
+        if image.isdigit() or any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in image):
+            raise UserError(f"{root}: {image!r}: a file name of digits alone, or with control characters; rename it")
+    columns = np.array(labels, dtype=np.int64), class_names, np.array(splits, dtype="<U5")
+    return Listing(ImagePaths(root, names, upright=True), np.array(names, dtype=np.str_), *columns, **more)

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from localized_crops.files import UserError
-from readers.build import Listing, list_names
+from readers.data_set import Listing, list_names
 from readers.images import SUFFIXES
 from readers.splits import SPLIT_NAMES
 

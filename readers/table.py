@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from localized_crops.files import UserError, read_text
-from readers.build import Listing, list_names
-from readers.data_set import no_boxes
+from readers.data_set import Listing, list_names, no_boxes
 from readers.splits import SPLIT_NAMES
 
 BOX_COLUMNS = ("x", "y", "width", "height")

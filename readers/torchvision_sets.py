@@ -6,7 +6,7 @@ from pathlib import Path
 import torchvision.datasets
 
 from localized_crops.files import UserError
-from readers.build import Listing, list_names
+from readers.data_set import Listing, list_names
 
 SETS = {  # name of the class -> torchvision's split -> ours
     "FGVCAircraft": {"train": "train", "val": "val", "test": "test"},
