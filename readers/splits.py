@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -16,8 +15,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "va
 def fill_train(data: DataSet) -> DataSet:
     """Return the data set with the first test images, in file order, moved to train until it holds 70%."""
     count = math.ceil(TRAIN_SHARE * len(data.ids)) - len(data.rows("train"))
-    moved = data.rows("test")[: max(0, count)]
-    return _with_split(data, moved, "train")
+    return _with_split(data, data.rows("test")[: max(0, count)], "train")
 
 
 def hold_out(data: DataSet, fraction: float, split: str, seed: int | None) -> DataSet:
@@ -38,9 +36,9 @@ def hold_out(data: DataSet, fraction: float, split: str, seed: int | None) -> Da
     return _with_split(data, train[is_moved], split)
 
 
-def _with_split(data: DataSet, rows: Iterable[int], name: str) -> DataSet:
+def _with_split(data: DataSet, rows: np.ndarray, name: str) -> DataSet:
     split = data.split.copy()
-    split[np.asarray(rows, dtype=np.int64)] = name
+    split[rows] = name
     return replace(data, split=split)
 
 

@@ -33,8 +33,8 @@ def read_table(root: Path, table: str | Path | None) -> Listing:
     columns, lines = read_columns(path, "path", "label")
     for name in ("path", "label"):
         _refuse_lines(path, lines, columns[name], [not field for field in columns[name]], f"has no {name}")
-    first_line = dict(zip(reversed(columns["path"]), reversed(lines), strict=True))
-    twice = [first_line[image] < line for image, line in zip(columns["path"], lines, strict=True)]
+    first_row = {}
+    twice = [first_row.setdefault(image, row) < row for row, image in enumerate(columns["path"])]
     _refuse_lines(path, lines, columns["path"], twice, "stands in an earlier line already; remove one")
     boxes = boxes_of(path, columns, lines)
     split_names = columns.get("split", ["train"] * len(lines))

@@ -26,7 +26,15 @@ def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_cl
     Raises:
         FileExistsError: if ``root`` holds something else already.
     """
-    header = _header(train_per_class, test_per_class, seed)
+    counts = f"{train_per_class} training and {test_per_class} test images a class"
+    header = (  # equal text means equal data
+        f"ToyBirds version {VERSION}, seed {seed}, {counts}\n"
+        "\n"
+        "Birds drawn by toybirds.py, in the file format of CUB-200-2011. The classes are all combinations\n"
+        "of crown colour, wing bars and beak; nothing else in an image depends on the class. A box (x y\n"
+        "width height, pixels) is tight around the visible pixels of the bird. To make the folder again,\n"
+        "delete it and run the program that asked for it.\n"
+    )
     if _is_written(root, header):
         return
     with scratch_folder(root) as scratch:
@@ -37,19 +45,6 @@ def write_toybirds(root: pathlib.Path, *, train_per_class: int = 75, test_per_cl
         except OSError:
             if not _is_written(root, header):  # by another process since
                 raise
-
-
-def _header(train_per_class: int, test_per_class: int, seed: int) -> str:
-    """Return README.txt: what the folder is and what it was made with. Equal text means equal data."""
-    counts = f"{train_per_class} training and {test_per_class} test images a class"
-    return (
-        f"ToyBirds version {VERSION}, seed {seed}, {counts}\n"
-        "\n"
-        "Birds drawn by toybirds.py, in the file format of CUB-200-2011. The classes are all combinations\n"
-        "of crown colour, wing bars and beak; nothing else in an image depends on the class. A box (x y\n"
-        "width height, pixels) is tight around the visible pixels of the bird. To make the folder again,\n"
-        "delete it and run the program that asked for it.\n"
-    )
 
 
 def _readme(root: pathlib.Path) -> str:
