@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from localized_crops.files import UserError, read_text, refuse_special, remove_scratch, scratch_folder, whole_file
 from localized_crops.image_ids import MOST_DIGITS
-from readers.data_set import ImagePaths, Listing
+from readers.data_set import ImagePaths, Listing, labels_of
 from utils import file_sha256
 
 CUB_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz?download=1"
@@ -23,11 +23,7 @@ LARGEST_PIXEL = 1e9  # coordinate; farther than any image reaches
 
 
 def read_cub_tables(root: Path) -> Listing:
-    """Read a folder in CUB's file format.
-
-    Raises:
-        UserError: on any fault of the files, naming file, line or image.
-    """
+    """Read a folder in CUB's file format; raise UserError on any fault of the files, naming file, line or image."""
     classes, names = _read_names(root / "classes.txt"), _read_names(root / "images.txt")
     ids = np.array(list(names), dtype=np.int64)
     class_of = _read_numbers(root / "image_class_labels.txt", ids, np.int64, 1, "a whole number", lambda n: n >= 0)
@@ -35,7 +31,13 @@ def read_cub_tables(root: Path) -> Listing:
     is_train = _read_numbers(
         root / "train_test_split.txt", ids, np.int64, 1, "1 (train) or 0 (test)", lambda n: np.isin(n, (0, 1))
     )
-    labels = _labels(root, classes, ids, class_of[:, 0])
+    labels = labels_of(class_of[:, 0].tolist(), classes)
+    if labels.min() < 0:
+        row = int(labels.argmin())
+        raise UserError(
+            f"{root / 'image_class_labels.txt'}: image id {ids[row]} has class {class_of[row, 0]}, which classes.txt "
+            "does not name"
+        )
     folder = Path(os.path.realpath(root / "images"))  # resolve() raises an error of its own on a loop of links
     paths = ImagePaths(folder, _image_names(root, str(folder), names))
     split = np.where(is_train[:, 0] == 1, "train", "test").astype("<U5")
@@ -72,13 +74,8 @@ def _read_numbers(
 ) -> np.ndarray:
     """Return the numbers of a table with one line for each image, (N, count), in the order of ``ids`` (N,).
 
-    Args:
-        path: the table.
-        ids: of the images.
-        kind: dtype of the numbers.
-        count: numbers of a line, after the id.
-        expected: what they must be, for the error.
-        are_good: returns a bool for each row or number.
+    A line holds an id and then ``count`` numbers of dtype ``kind``. They must be ``expected``, as errors say, which
+    ``are_good`` returns for each row or number.
     """
     lines, row_type = _lines(path), np.dtype([("id", np.int64), ("numbers", kind, (count,))])
 
@@ -112,19 +109,6 @@ def _read_numbers(
 def _are_boxes(boxes: np.ndarray) -> np.ndarray:
     """Return which boxes (N, 4) are finite, not beyond any image, and have an area; NaN fails each comparison."""
     return (np.abs(boxes) <= LARGEST_PIXEL).all(1) & (boxes[:, 2:] > 0).all(1)
-
-
-def _labels(root: Path, classes: dict[int, str], ids: np.ndarray, class_of: np.ndarray) -> np.ndarray:
-    """Return the place of each image's class in classes.txt, (N,)."""
-    places = {class_id: place for place, class_id in enumerate(classes)}
-    labels = np.array([places.get(class_id, -1) for class_id in class_of.tolist()], dtype=np.int64)
-    if labels.min() < 0:
-        row = int(labels.argmin())
-        raise UserError(
-            f"{root / 'image_class_labels.txt'}: image id {ids[row]} has class {class_of[row]}, which classes.txt does "
-            "not name"
-        )
-    return labels
 
 
 def _image_names(root: Path, folder: str, names: dict[int, str]) -> list[str]:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def no_boxes(count: int) -> np.ndarray:
     return np.full((count, 4), np.nan)
 
 
-# --- what readers find ---------------------------------------------------------------------------------------------
+# --- what readers find --------------------------------------------------------------------------------------------
 
 
 class Listing(NamedTuple):
@@ -106,8 +106,14 @@ class Listing(NamedTuple):
     notes: Sequence[str] = ()
 
 
+def labels_of(classes: list[Any], class_names: Iterable[Any]) -> np.ndarray:
+    """Return the place of each image's class (N,) among all classes; -1 where it is none of them."""
+    places = {name: place for place, name in enumerate(class_names)}
+    return np.array([places.get(name, -1) for name in classes], dtype=np.int64)
+
+
 def list_names(
-    root: Path, names: list[str], labels: list[int], class_names: list[str], splits: list[str], **more: Any
+    root: Path, names: list[str], labels: Sequence[int], class_names: list[str], splits: list[str], **more: Any
 ) -> Listing:
     """Return the listing of N images whose ids are their paths below ``root``; UserError if a name cannot be an id."""
     for image in names:

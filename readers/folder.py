@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from localized_crops.files import UserError
-from readers.data_set import Listing, list_names
+from readers.data_set import Listing, labels_of, list_names
 from readers.images import SUFFIXES
 from readers.splits import SPLIT_NAMES
 
@@ -49,9 +49,7 @@ def read_folder(root: Path) -> Listing:
     counts = Counter(plain.values())
     if alike := [repr(name) for name in class_names if counts[plain[name]] > 1]:
         notes.append(f"classes whose names differ in case or spaces alone: {', '.join(alike)}")
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    labels = [label_of[class_name] for class_name in classes]
-    return list_names(root, names, labels, class_names, splits, notes=notes)
+    return list_names(root, names, labels_of(classes, class_names), class_names, splits, notes=notes)
 
 
 def _folders(root: Path) -> list[Path]:

@@ -42,14 +42,10 @@ class ImageCache:
     def __init__(
         self, path: Path, key: str, ids: Sequence[int | str], sizes: np.ndarray, image_sizes: np.ndarray
     ) -> None:
-        """Use `cached_images`.
+        """Open a file of `cached_images`, whose images are made from what ``key`` is a hash of.
 
-        Args:
-            path: the data file.
-            key: hash of what its images are made from.
-            ids: of the N images, in the order of the file.
-            sizes: (N, 2) width height as stored, pixels.
-            image_sizes: (N, 2) of the images themselves.
+        ``ids`` (N,) are in the order of the file; ``sizes`` (N, 2) are width height as stored, ``image_sizes`` those of
+        the images themselves.
         """
         self.path, self.key, self.rows, self.sizes = path, key, Rows(ids_to_keys(ids)), sizes
         self.scales = sizes / image_sizes if (sizes != image_sizes).any() else None

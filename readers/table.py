@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from localized_crops.files import UserError, read_text
-from readers.data_set import Listing, list_names, no_boxes
+from readers.data_set import Listing, labels_of, list_names, no_boxes
 from readers.splits import SPLIT_NAMES
 
 BOX_COLUMNS = ("x", "y", "width", "height")
@@ -41,8 +41,7 @@ def read_table(root: Path, table: str | Path | None) -> Listing:
     splits = [SPLIT_NAMES.get(field.lower()) for field in split_names]
     _refuse_lines(path, lines, split_names, [split is None for split in splits], "is no split: train, val, test")
     class_names = sorted(set(columns["label"]), key=lambda label: label.zfill(18) if label.isdigit() else label)
-    label_of = {class_name: label for label, class_name in enumerate(class_names)}
-    labels = [label_of[class_name] for class_name in columns["label"]]
+    labels = labels_of(columns["label"], class_names)
     return list_names(root, columns["path"], labels, class_names, splits, boxes=boxes, boxes_file=path)
 
 

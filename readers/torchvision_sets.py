@@ -20,12 +20,8 @@ SETS = {  # name of the class -> torchvision's split -> ours
 def read_torchvision(name: str, root: Path, download: bool) -> Listing:
     """Read one of SETS; ids are the paths below ``root``, the classes' own folder names included; there are no boxes.
 
-    Args:
-        name: of the class in torchvision.datasets.
-        download: let torchvision fetch and unpack what is missing.
-
-    Raises:
-        UserError: if it is not there or cannot be fetched.
+    With ``download`` torchvision fetches and unpacks what is missing. Raises UserError if it is not there or cannot be
+    fetched.
     """
     names, labels, splits = [], [], []
     for theirs, ours in SETS[name].items():
