@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import load_config
 from datasets import read_dataset
 from figures.box_report import score_boxes
-from localized_crops.attention import cls_attention, last_attention
+from localized_crops.attention import cls_attention
 from localized_crops.boxes import center_boxes
 from localizer.attention_maps import BatchImages, clean, map_to_box, plan_batches
 from localizer.networks import build_localizer
@@ -47,10 +47,10 @@ def main(words: list[str]) -> None:
             BatchImages([batch], [[]], localizer.patch, False).read(data.paths[row], batch).copy()
         )
         images = localizer.normalize(pixels.permute(2, 0, 1)[None])
-        attn = cls_attention(localizer.model, images)
+        attn, keys = cls_attention(localizer.model, images, return_keys=True)
         box = map_to_box(clean(attn[0].numpy(), config["dino"]), tuple(size.tolist()), config["dino"])
         found.setdefault("attention, component", []).append(box.xywh)
-        flat = last_keys(localizer.model, images, attn.shape[2:])
+        flat = keys[0].permute(1, 2, 0, 3).flatten(2).numpy()  # (feat_h, feat_w, heads * head_dim)
         for name, vectors in (("keys", flat), ("centred keys", flat - flat.mean((0, 1)))):
             for tau in TAUS:
                 found.setdefault(f"TokenCut, {name}, tau {tau}", []).append(tokencut_box(vectors, size, tau))
@@ -59,17 +59,6 @@ def main(words: list[str]) -> None:
         score = score_boxes(np.array(boxes), data.boxes[rows], data.image_sizes[rows])
         print(f"{name}: mean IoU {score['mean_iou']:.3f}, coverage {score['coverage']:.3f}, IoU >= .5 for "
               f"{score['iou_at']['0.5']:.2f}, {len(rows)} training images")  # fmt: skip
-
-
-@torch.no_grad()
-def last_keys(model: torch.nn.Module, images: torch.Tensor, feat: tuple[int, int]) -> np.ndarray:
-    """Return the last block's keys of the patches of one image, (feat_h, feat_w, heads * head_dim)."""
-    seen = []
-    handle = last_attention(model).qkv.register_forward_hook(lambda module, args, output: seen.append(output))
-    model.forward_features(images)
-    handle.remove()
-    keys = seen[0].chunk(3, dim=-1)[1]
-    return keys[0, model.num_prefix_tokens :].unflatten(0, feat).numpy()
 
 
 def tokencut_box(keys: np.ndarray, image_size: np.ndarray, tau: float) -> tuple[float, float, float, float]:

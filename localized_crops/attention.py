@@ -1,4 +1,4 @@
-"""CLS attention of the last block of a timm Vision Transformer, without the full attention matrix.
+"""CLS attention (and keys) of the last block of a timm Vision Transformer, without the full attention matrix.
 
 Fused attention keeps no matrix that could be read, and switching it off costs O(N^2) memory in every block. Only one
 row is wanted, so a pre-hook on the last block's attention recomputes just that: the query of the CLS token against
@@ -22,7 +22,9 @@ class _LastAttentionReachedError(Exception):
 
 
 @torch.no_grad()
-def cls_attention(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def cls_attention(
+    model: nn.Module, images: torch.Tensor, *, return_keys: bool = False
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Return how much the CLS token of the last block attends to each patch, per head.
 
     The rows are softmaxed over all tokens and the CLS and register tokens are then dropped, so a map's sum is under 1.
@@ -31,24 +33,30 @@ def cls_attention(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     Args:
         model: a timm Vision Transformer with a CLS token (DINO, DINOv2, DINOv3, DeiT, EVA, plain ViT).
         images: (B, 3, H, W), normalised as the model wants them; H and W whole numbers of patches.
+        return_keys: also return the keys of the patch tokens, from the same pass.
 
     Returns:
-        (B, heads, feat_h, feat_w) float32.
+        (B, heads, feat_h, feat_w) float32; with ``return_keys`` also the keys, (B, heads, feat_h, feat_w, head_dim) in
+        the model's dtype, after key normalisation and before rotary embedding (which would turn equal patches
+        at different places into different keys).
 
     Raises:
         ValueError: for a model without CLS attention of a known kind, and for images that are not whole patches.
     """
-    with _last_attention_hook(model, images, stop=True) as maps, suppress(_LastAttentionReachedError):
+    feat_h, feat_w = feature_size(model, images.shape)
+    with _last_attention_hook(model, keep_keys=return_keys, stop=True) as record, suppress(_LastAttentionReachedError):
         model.forward_features(images)
-    return maps[0]
+    attn = _patch_cells(model, record["row"][..., None], feat_h, feat_w)[..., 0]
+    return (attn, _patch_cells(model, record["keys"], feat_h, feat_w)) if return_keys else attn
 
 
 @torch.no_grad()
 def cls_attention_and_logits(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (attention as `cls_attention`, the model's output) from one pass, as self-distillation needs both."""
-    with _last_attention_hook(model, images, stop=False) as maps:
+    feat_h, feat_w = feature_size(model, images.shape)
+    with _last_attention_hook(model, keep_keys=False, stop=False) as record:
         logits = model(images)
-    return maps[0], logits
+    return _patch_cells(model, record["row"][..., None], feat_h, feat_w)[..., 0], logits
 
 
 def feature_size(model: nn.Module, image_shape: tuple[int, ...]) -> tuple[int, int]:
@@ -98,28 +106,29 @@ def last_attention(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _last_attention_hook(model: nn.Module, images: torch.Tensor, *, stop: bool) -> Iterator[list[torch.Tensor]]:
-    """Yield a list to which the pass of ``images`` adds its attention, (B, heads, feat_h, feat_w) float32.
+def _last_attention_hook(model: nn.Module, *, keep_keys: bool, stop: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Record the CLS row of the next pass; the hook is gone afterwards, whatever happened in between.
 
-    With ``stop`` the pass ends there, by _LastAttentionReachedError. The hook is gone afterwards, whatever happened.
+    With ``stop`` the pass ends there, by _LastAttentionReachedError.
+
+    Yields:
+        A dict that the pass fills: ``row`` (B, heads, N) float32 softmaxed, with ``keep_keys`` also ``keys`` (B, kv
+        heads, N, head_dim).
     """
-    feat_h, feat_w = feature_size(model, images.shape)
-    maps = []
+    record = {}
 
     def hook(attn: nn.Module, args: tuple, kwargs: dict) -> None:
+        query, keys = _cls_query_and_keys(attn, args[0])
         # computed here, not after the pass: kept tokens would raise the peak memory of the block's MLP
-        row = _cls_row(attn, *_cls_query_and_keys(attn, args[0]), kwargs.get("rope"))
-        patches = row[:, :, model.num_prefix_tokens :]
-        if patches.shape[2] != feat_h * feat_w:  # patch dropout of a model in training mode
-            found = f"{patches.shape[2]} patch tokens for a grid of {feat_h} x {feat_w}"
-            raise ValueError(f"{found}: call model.eval() first")
-        maps.append(patches.unflatten(2, (feat_h, feat_w)))
+        record["row"] = _cls_row(attn, query, keys, kwargs.get("rope"))
+        if keep_keys:
+            record["keys"] = keys
         if stop:
             raise _LastAttentionReachedError
 
     handle = last_attention(model).register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield maps
+        yield record
     finally:
         handle.remove()
 
@@ -152,3 +161,11 @@ def _cls_row(attn: nn.Module, query: torch.Tensor, keys: torch.Tensor, rope: tor
         keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     scores = (query * attn.scale) @ keys.transpose(-2, -1)
     return scores.squeeze(2).float().softmax(dim=-1)
+
+
+def _patch_cells(model: nn.Module, tokens: torch.Tensor, feat_h: int, feat_w: int) -> torch.Tensor:
+    """Drop the prefix tokens of (B, heads, N, D) and lay the others out as (B, heads, feat_h, feat_w, D)."""
+    patches = tokens[:, :, model.num_prefix_tokens :]
+    if patches.shape[2] != feat_h * feat_w:  # patch dropout of a model in training mode
+        raise ValueError(f"{patches.shape[2]} patch tokens for a grid of {feat_h} x {feat_w}: call model.eval() first")
+    return patches.unflatten(2, (feat_h, feat_w))

@@ -84,9 +84,10 @@ def maiou_curve(
     mode: str = "exact",
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    draws: int | None = None,
     seed: int = 0,
 ) -> np.ndarray:
-    """Return the mean asymmetric IoU, (len(thresholds),), of `MAIOU_CROPS` crops in all and at least 5 of each box.
+    """Return the mean asymmetric IoU of crops, ``draws`` per box, (len(thresholds),).
 
     Every threshold sees the same random numbers, so that the curve is smooth in the threshold.
 
@@ -95,8 +96,9 @@ def maiou_curve(
         image_sizes: (N, 2), width height.
         thresholds: values of THR; negative: RandomResizedCrop.
         mode, scale, ratio: of the crop, see ``crops.sample_crops``.
+        draws: crops per box; None: as many as make MAIOU_CROPS, at least 5.
     """
-    draws = max(5, math.ceil(MAIOU_CROPS / len(boxes_xywh)))
+    draws = draws or max(5, math.ceil(MAIOU_CROPS / len(boxes_xywh)))
     boxes, sizes = np.tile(boxes_xywh, (draws, 1)), np.tile(image_sizes, (draws, 1))
     means = []
     for thr in thresholds:
@@ -110,7 +112,7 @@ def maiou_to_thr(target: float, boxes_xywh: np.ndarray, image_sizes: np.ndarray,
 
     Args:
         boxes_xywh, image_sizes: the data set's boxes (N, 4) and sizes (N, 2).
-        **crop: mode, scale, ratio, seed of ``maiou_curve``.
+        **crop: mode, scale, ratio, draws, seed of ``maiou_curve``.
 
     Raises:
         UserError: if no threshold reaches it.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from localized_crops.crops import Range, random_shapes
+from localized_crops.crops import random_shapes
 
 FLAT = 1e-8  # a map whose values differ by less, relative to their size, says nothing about where the object is
 
@@ -16,8 +16,17 @@ def is_blank(attention_map: np.ndarray) -> bool:
     return not np.isfinite(values).all() or np.ptp(values) <= FLAT * np.abs(values).max(initial=0)
 
 
+def softmax_density(maps: np.ndarray, temperature: float) -> np.ndarray:
+    """Return exp(map / temperature) / sum over its cells, a density that sums to 1 for each map."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    scaled = np.asarray(maps, dtype=np.float64) / temperature
+    weights = np.exp(scaled - scaled.max(axis=(-2, -1), keepdims=True))  # at most 1: no overflow at low temperature
+    return weights / weights.sum(axis=(-2, -1), keepdims=True)
+
+
 def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
-    """Return exp(map / temperature) divided by its sum; a constant map, or one with NaN, gives the uniform density.
+    """Return the softmax with ``temperature`` of a map; a constant map, or one with NaN, gives the uniform density.
 
     Args:
         attention_map: (feat_h, feat_w) float, cleaned (`map_boxes.clean_map`).
@@ -25,25 +34,23 @@ def map_to_density(attention_map: np.ndarray, temperature: float) -> np.ndarray:
     """
     if is_blank(attention_map):
         return np.full(attention_map.shape, 1 / attention_map.size)
-    scaled = np.asarray(attention_map, dtype=np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())  # at most 1: no overflow at low temperature
-    return weights / weights.sum()
+    return softmax_density(attention_map, temperature)
 
 
 def sample_density_crops(
     density: np.ndarray,
     image_size: tuple[int, int],
     num_crops: int,
-    scale: Range,
-    ratio: Range,
-    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    rng: np.random.Generator | None = None,
 ) -> np.ndarray:
     """Draw crops of one image: shape as RandomResizedCrop, centre from ``density``, then moved inside the image.
 
     Args:
         density: (feat_h, feat_w), non-negative, with a sum above 0 (1 or not); stretched over the whole image.
         image_size: (width, height) in pixels.
-        scale, ratio, rng: as of `sample_crops`.
+        scale, ratio: as of `sample_crops`.
 
     Returns:
         (num_crops, 4) int64, top left height width in pixels, inside the image.
@@ -57,6 +64,7 @@ def sample_density_crops(
             f"a density must be (feat_h, feat_w) numbers from 0 on, not all 0; got a shape of {density.shape} and "
             f"values from {density.min(initial=0)} to {density.max(initial=0)}"
         )
+    rng = rng if rng is not None else np.random.default_rng()
     image_sizes = np.tile(image_size, (num_crops, 1))
     shapes, _ = random_shapes(image_sizes, scale, ratio, rng)
     sums = running_sums(torch.from_numpy(np.array(density, order="C"))[None])

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import ndimage
 
-from localized_crops.density import is_blank
+from localized_crops.density import is_blank, softmax_density
+
+DEFAULT_STEPS = ("heads", "outlier", "filter", "min_max")  # the published order
 
 
 class MapBox(NamedTuple):
@@ -31,26 +33,34 @@ class MapBox(NamedTuple):
 # --- cleaning -----------------------------------------------------------------------------------------------------
 
 
-def clean_map(attn_heads: np.ndarray, *, heads: str | int, steps: Sequence[str], filter_size: int) -> np.ndarray:
+def clean_map(
+    attn_heads: np.ndarray,
+    *,
+    heads: str | int = "mean",
+    steps: Sequence[str] = DEFAULT_STEPS,
+    filter_size: int = 3,
+    temperature: float = 2.0,
+) -> np.ndarray:
     """Run the cleaning steps in the given order.
 
     Args:
         attn_heads: (heads, feat_h, feat_w), an image's attention per head.
-        heads: see `reduce_heads`.
-        steps: names out of "heads", "outlier", "filter", "min_max" in any order, "heads" among them.
+        heads: how the step "heads" reduces: "mean", "sparsity", or the number of one head.
+        steps: names out of "heads", "outlier", "filter", "min_max", "softmax" in any order, "heads" among them.
         filter_size: side of the box filter in cells.
 
     Returns:
         (feat_h, feat_w) float64; NaN in the input stays NaN (`is_blank` is then true).
 
     Raises:
-        ValueError: on an unknown step, steps without "heads", or an unknown ``heads``.
+        ValueError: on an unknown step, or steps without "heads".
     """
     known: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "heads": lambda maps: reduce_heads(maps, heads),
         "outlier": replace_maximum,
         "filter": lambda maps: box_filter(maps, filter_size),
         "min_max": min_max,
+        "softmax": lambda maps: softmax_density(maps, temperature),
     }
     unknown = [step for step in steps if step not in known]
     if unknown or "heads" not in steps:
@@ -122,6 +132,8 @@ def resolve_threshold(attention_map: np.ndarray, threshold: float | str) -> floa
     Otsu's is the upper edge of one of 256 equal bins between the least and the largest value.
     """
     if threshold != "otsu":
+        if isinstance(threshold, str):
+            raise ValueError(f"threshold={threshold!r} must be a number or 'otsu'")
         return float(threshold)
     from skimage.filters import threshold_otsu  # here: it takes half a second, and few need it
 

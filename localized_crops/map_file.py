@@ -27,6 +27,7 @@ from localized_crops.files import UserError, whole_file
 from localized_crops.image_ids import ImageId, id_to_key, key_to_id
 
 KIND, VERSION, SUFFIX = "localized-crops attention maps", 2, ".maps.safetensors"
+OLD_SUFFIXES = (".maps.json", ".maps.bin")  # of the format before
 MOST_BYTES_HASHED = 2**28  # larger files are not hashed when they are opened: that would take over a second
 DTYPES = {"ids": np.uint8, "shapes": np.int32, "starts": np.int64, "cells": np.float16}
 
@@ -34,7 +35,8 @@ DTYPES = {"ids": np.uint8, "shapes": np.int32, "starts": np.int64, "cells": np.f
 def maps_path(path: Path | str) -> Path:
     """Return the map file that ``path`` names: the file itself, or the box JSON beside it."""
     path = Path(path)
-    return path if path.name.endswith(SUFFIX) else path.with_name(path.stem + SUFFIX)
+    ending = next((suffix for suffix in (SUFFIX, *OLD_SUFFIXES) if path.name.endswith(suffix)), path.suffix)
+    return path.with_name(path.name.removesuffix(ending) + SUFFIX)
 
 
 def save_map_cache(path: Path | str, maps: Iterable[tuple[ImageId, np.ndarray]], header: dict[str, Any]) -> None:
@@ -96,10 +98,9 @@ class MapCache(Mapping):
     same file. The file is mapped into memory, so a process that has opened it can read on after it was replaced.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Use `open`."""
-        self.path = path
-        self._sha256: str | None = None  # of the content that the file must have
+    def __init__(self, path: Path, sha256: str | None = None) -> None:
+        """Use `open`; ``sha256``: of the content that the file must have."""
+        self.path, self._sha256 = path, sha256
 
     @classmethod
     def open(cls, path: Path | str, *, dataset: str | None = None) -> "MapCache":
@@ -157,7 +158,8 @@ class MapCache(Mapping):
 def _open(path: Path, known: str | None) -> _Opened:
     """Open a map file and check it, by errors of many kinds; ``known``: its hash, if its content was checked before."""
     if not path.is_file():
-        raise ValueError("there is no such file")
+        old = [path.with_name(path.name.removesuffix(SUFFIX) + suffix) for suffix in OLD_SUFFIXES]
+        raise ValueError("the maps beside it are of an earlier version" if old[0].exists() else "there is no such file")
     file = safe_open(path, framework="numpy")
     header = json.loads((file.metadata() or {})["header"])
     if (header["kind"], header["version"]) != (KIND, VERSION):

@@ -29,11 +29,7 @@ class AttentionMap(tv_tensors.Mask):
 
 
 class _RandomCrop(v2.Transform):
-    """Draws one crop for all inputs of a sample and resizes it to ``size``.
-
-    train.py draws the crops of a whole epoch at once, by the same functions and so by the same law; these classes draw
-    one image's crop when they are called, for other programs' data loading. Randomness is torch's.
-    """
+    """Draws one crop for all inputs of a sample and resizes it to ``size``."""
 
     def __init__(self, size: int | Sequence[int], interpolation: v2.InterpolationMode) -> None:
         super().__init__()
@@ -65,6 +61,9 @@ class LocalizedRandomResizedCrop(_RandomCrop):
     A v2 transform: ``crop(image, boxes)`` with a ``tv_tensors.BoundingBoxes`` of one box; further inputs (masks,
     keypoints, labels) go along. Or ``crop(image, box=(x, y, width, height))``, without the box in the output.
     Images are PIL images or tensors. A box that reaches past its image is cut there. Randomness is torch's.
+
+    train.py draws the crops of a whole epoch at once, by the same `sample_crops` and so by the same law; this class
+    draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: of the output in pixels, a side or (height, width).
@@ -156,6 +155,9 @@ class DinoRandomResizedCrop(_RandomCrop):
     size. Boxes, masks, keypoints and labels go along. Or ``crop(image, attention_map=map)``, or ``crop(image, map)``
     with a NumPy array or plain tensor: then the map is not in the output. ``crop(image, None)`` is a plain
     RandomResizedCrop, for an image without a map. Randomness is torch's.
+
+    train.py draws the crops of a whole epoch at once (`training.epoch_crops.MapCrops`), by the same functions and so by
+    the same law; this class draws one image's crop when it is called, for other programs' data loading.
 
     Args:
         size: of the output in pixels, a side or (height, width).

@@ -51,11 +51,11 @@ class MaskGenerator:
         compile_encoder: compile the image encoder (minutes at the first batch).
 
     Raises:
-        ValueError: for an unknown precision.
+        ValueError: for settings that cannot be met.
     """
 
     sam: Sam
-    points_per_side: int = 32
+    points_per_side: int | None = 32
     points_per_batch: int = 64
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
@@ -65,6 +65,7 @@ class MaskGenerator:
     crop_nms_thresh: float = 0.7
     crop_overlap_ratio: float = 512 / 1500
     crop_n_points_downscale_factor: int = 1
+    point_grids: list[np.ndarray] | None = None
     min_mask_region_area: int = 0
     _: KW_ONLY
     image_batch: int = 1
@@ -73,16 +74,21 @@ class MaskGenerator:
     compile_encoder: bool = False
 
     def __post_init__(self) -> None:
-        """Lay the grids of points."""
+        """Check the settings and lay the grids of points."""
+        if (self.points_per_side is None) == (self.point_grids is None):
+            raise ValueError("exactly one of points_per_side and point_grids must be given")
+        if self.point_grids is None:
+            self.point_grids = build_all_layer_point_grids(
+                self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
+            )
+        if len(self.point_grids) <= self.crop_n_layers:
+            raise ValueError(f"crop_n_layers={self.crop_n_layers}: one more of point_grids is needed")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: known are {', '.join(PRECISIONS)}")
         if self.sam.device.type == "cpu":
             self.points_per_batch = min(self.points_per_batch, CPU_POINTS)
         self._encode = torch.compile(encode, dynamic=False) if self.compile_encoder else encode
         self._transform = ResizeLongestSide(self.sam.image_encoder.img_size)
-        self._grids = build_all_layer_point_grids(
-            self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor
-        )
 
     @torch.no_grad()
     def generate(self, images: Sequence[np.ndarray], *, with_masks: bool = True) -> list[list[dict[str, Any]]]:
@@ -121,7 +127,7 @@ class MaskGenerator:
             boxes = generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio)
             for box, layer in zip(*boxes, strict=True):
                 crops[layer].append((index, box))
-        for crops_of_layer, grid in zip(crops, self._grids, strict=True):
+        for crops_of_layer, grid in zip(crops, self.point_grids, strict=False):
             for batch in batched(crops_of_layer, self.image_batch):
                 pixels = [images[index][y0:y1, x0:x1] for index, (x0, y0, x1, y1) in batch]
                 frames = [_Frame.build(crop.shape[:2], self.sam) for crop in pixels]

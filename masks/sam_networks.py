@@ -17,9 +17,13 @@ from torch import nn
 UPSCALING = 4  # pixels of a low-resolution mask along one side of an image token
 
 
-def encode(encoder: ImageEncoderViT, images: torch.Tensor) -> torch.Tensor:
-    """Return embeddings (B, C, grid, grid) of images (B, 3, side, side)."""
-    tokens = encoder.patch_embed(images) + encoder.pos_embed
+def encode(encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Return embeddings (B, C, grid, grid) of images (B, 3, side, side); other encoders than SAM's ViT are called."""
+    if type(encoder) is not ImageEncoderViT:
+        return encoder(images)
+    tokens = encoder.patch_embed(images)
+    if encoder.pos_embed is not None:
+        tokens = tokens + encoder.pos_embed
     for block in encoder.blocks:
         tokens = _encoder_block(block, tokens)
     return encoder.neck(tokens.permute(0, 3, 1, 2))
@@ -49,14 +53,15 @@ def _encoder_attention(attn: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     qkv = attn.qkv(tokens).reshape(batch, height * width, 3, attn.num_heads, -1)
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, head_dim)
     head_dim, scaled = query.shape[-1], query * attn.scale
-    places = query.unflatten(2, (height, width))
-    rows = torch.einsum("bnhwc,hkc->bnhwk", places, get_rel_pos(height, height, attn.rel_pos_h))
-    cols = torch.einsum("bnhwc,wkc->bnhwk", places, get_rel_pos(width, width, attn.rel_pos_w))
-    scaled = torch.cat([scaled, rows.flatten(2, 3), cols.flatten(2, 3)], dim=-1)
-    at_row, at_col = (torch.eye(count, dtype=key.dtype, device=key.device) for count in (height, width))
-    one_hot = torch.cat([at_row.repeat_interleave(width, dim=0), at_col.repeat(height, 1)], dim=-1)
-    key = torch.cat([key, one_hot.expand(*key.shape[:3], -1)], dim=-1)
-    value = F.pad(value, (0, height + width))  # the fused kernels need one head size
+    if attn.use_rel_pos:
+        places = query.unflatten(2, (height, width))
+        rows = torch.einsum("bnhwc,hkc->bnhwk", places, get_rel_pos(height, height, attn.rel_pos_h))
+        cols = torch.einsum("bnhwc,wkc->bnhwk", places, get_rel_pos(width, width, attn.rel_pos_w))
+        scaled = torch.cat([scaled, rows.flatten(2, 3), cols.flatten(2, 3)], dim=-1)
+        at_row, at_col = (torch.eye(count, dtype=key.dtype, device=key.device) for count in (height, width))
+        one_hot = torch.cat([at_row.repeat_interleave(width, dim=0), at_col.repeat(height, 1)], dim=-1)
+        key = torch.cat([key, one_hot.expand(*key.shape[:3], -1)], dim=-1)
+        value = F.pad(value, (0, height + width))  # the fused kernels need one head size
     attended = F.scaled_dot_product_attention(scaled, key, value, scale=1.0)[..., :head_dim]
     return attn.proj(attended.transpose(1, 2).reshape(batch, height, width, -1))
 

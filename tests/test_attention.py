@@ -96,6 +96,19 @@ def test_the_hook_goes_when_the_pass_fails():
     assert not model.blocks[-1].attn._forward_pre_hooks
 
 
+def test_keys_of_the_same_pass():
+    model = build_vit("dinov2_registers")
+    images = build_images(model)
+    seen = {}
+    handle = model.blocks[-1].attn.qkv.register_forward_hook(lambda module, args, output: seen.update(qkv=output))
+    model(images)
+    handle.remove()
+    attn, keys = cls_attention(model, images, return_keys=True)
+    expected = seen["qkv"].reshape(2, -1, 3, 3, 16)[:, 5:, 1].reshape(2, 3, 5, 3, 16).permute(0, 3, 1, 2, 4)
+    assert torch.allclose(keys, expected, atol=1e-5)
+    assert torch.equal(attn, cls_attention(model, images))
+
+
 def test_logits_of_the_same_pass():
     model = build_vit()
     images = build_images(model)

@@ -45,6 +45,21 @@ def test_min_max():
     assert (map_boxes.min_max(np.full(FEAT, 3.0)) == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-4, 0.1, 2.0, 1e6])
+def test_softmax_density_sums_to_one(temperature):
+    density = map_boxes.softmax_density(random_heads(), temperature)
+    assert np.allclose(density.sum((1, 2)), 1) and np.isfinite(density).all()
+
+
+def test_softmax_density_by_its_formula():
+    cells = random_heads(1)[0]
+    assert np.allclose(map_boxes.softmax_density(cells, 2.0), np.exp(cells / 2) / np.exp(cells / 2).sum())
+    assert map_boxes.softmax_density(cells, 1e-4).max() == pytest.approx(1)  # cold: all on the largest cell
+    assert np.ptp(map_boxes.softmax_density(cells, 1e6)) < 1e-6  # hot: uniform
+    with pytest.raises(ValueError, match="above 0"):
+        map_boxes.softmax_density(cells, 0)
+
+
 def test_reduce_heads():
     heads = random_heads()
     assert np.allclose(map_boxes.reduce_heads(heads, "mean"), heads.mean(0))
@@ -65,16 +80,16 @@ def test_sparsity_weights_prefer_the_peaked_head():
 def test_clean_map_runs_the_steps_in_order():
     heads = random_heads()
     expected = map_boxes.min_max(map_boxes.box_filter(map_boxes.replace_maximum(heads.mean(0)), 3))
-    published = ["heads", "outlier", "filter", "min_max"]
-    assert np.allclose(clean_map(heads, heads="mean", steps=published, filter_size=3), expected)
-    other = map_boxes.replace_maximum(map_boxes.box_filter(heads, 5)).mean(0)
-    assert np.allclose(clean_map(heads, heads="mean", steps=["filter", "outlier", "heads"], filter_size=5), other)
+    assert np.allclose(clean_map(heads), expected)
+    other = map_boxes.softmax_density(map_boxes.replace_maximum(map_boxes.box_filter(heads, 5)).mean(0), 0.5)
+    steps = ["filter", "outlier", "heads", "softmax"]
+    assert np.allclose(clean_map(heads, steps=steps, filter_size=5, temperature=0.5), other)
 
 
 @pytest.mark.parametrize("steps", [["filter"], ["heads", "blur"]])
 def test_clean_map_refuses_other_steps(steps):
     with pytest.raises(ValueError, match="steps="):
-        clean_map(random_heads(), heads="mean", steps=steps, filter_size=3)
+        clean_map(random_heads(), steps=steps)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -103,6 +118,9 @@ def test_otsu_separates_best():
 
     found = map_boxes.resolve_threshold(values, "otsu")
     assert variance_between(found) == pytest.approx(max(map(variance_between, np.linspace(0.01, 4, 500))))
+    for word in ("mean", "0.5"):
+        with pytest.raises(ValueError, match=f"^threshold='{word}' must be a number or 'otsu'"):
+            map_boxes.resolve_threshold(values, word)
 
 
 def test_boxes_of_a_block():

@@ -137,9 +137,12 @@ def test_a_large_file_is_not_hashed(path, monkeypatch):
     assert len(MapCache.open(path)) == 5
 
 
-def test_a_missing_file_is_refused(path):
+def test_a_missing_file_and_maps_of_the_format_before_are_refused(path):
     maps_path(path).unlink()
     assert_refused(path)
+    path.with_name("boxes.maps.json").write_text("{}")
+    with pytest.raises(UserError, match="earlier version"):
+        MapCache.open(path)
 
 
 def test_a_broken_off_writer_leaves_the_old_file(path):
@@ -153,7 +156,7 @@ def test_a_broken_off_writer_leaves_the_old_file(path):
     assert len(list(path.parent.iterdir())) == 1
 
 
-@pytest.mark.parametrize("name", ["a.maps.safetensors", "a.json"])
+@pytest.mark.parametrize("name", ["a.maps.json", "a.maps.bin", "a.maps.safetensors", "a.json"])
 def test_every_name_leads_to_the_file_and_the_command(name):
     assert maps_path(Path("runs") / name) == Path("runs/a.maps.safetensors")
     assert "out=runs/a.json " in map_file.remake_command(Path("runs") / name)

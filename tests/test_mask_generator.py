@@ -111,6 +111,7 @@ def test_crop_edges_cut_masks_off(sam):
         {"stability_score_thresh": 0.0, "points_per_side": 4},
         {"stability_score_offset": 2.0, "stability_score_thresh": 0.1},
         {"box_nms_thresh": 0.2, "points_per_batch": 5},
+        {"points_per_side": None, "point_grids": [np.random.default_rng(0).random((11, 2))]},
     ],
 )
 def test_same_masks_with_other_settings(sam, images, settings):
@@ -121,6 +122,13 @@ def test_same_masks_at_the_published_size():
     assert same_as_official(random_sam(1024), build_images(1), **(LOOSE | {"points_per_side": 2})) >= 1
 
 
+def test_same_masks_without_relative_positions(images):
+    sam = random_sam(256)
+    for block in sam.image_encoder.blocks:
+        block.attn.use_rel_pos = False
+    assert same_as_official(sam, images[:1], **(LOOSE | {"points_per_side": 4})) >= 3
+
+
 def test_embeddings_are_the_encoder_s(sam, images):
     embeddings = MaskGenerator(sam).embed(images)
     assert embeddings.shape == (3, 256, 16, 16)
@@ -129,6 +137,14 @@ def test_embeddings_are_the_encoder_s(sam, images):
         with torch.no_grad():
             expected = sam.image_encoder(sam.preprocess(resized)[None])
         torch.testing.assert_close(own[None], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_an_encoder_of_another_kind_is_called(images):
+    sam = random_sam(256)
+    expected = MaskGenerator(sam, **LOOSE).generate(images[:1])[0]
+    sam.image_encoder = type("OtherEncoder", (type(sam.image_encoder),), {})(img_size=256, out_chans=256, depth=0)
+    own = MaskGenerator(sam, **LOOSE).embed(images[:1])
+    assert own.shape == (1, 256, 16, 16) and len(expected) >= 3
 
 
 # --- batches, outputs ---------------------------------------------------------------------------------------------
@@ -287,9 +303,18 @@ def test_wrong_images_are_refused(sam, images, message):
     assert "\n" not in str(error.value)
 
 
-def test_an_unknown_precision_is_refused(sam):
-    with pytest.raises(ValueError, match="float32, bf16, fp16"):
-        MaskGenerator(sam, precision="int8")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"points_per_side": None}, "exactly one of points_per_side"),
+        ({"point_grids": [np.zeros((1, 2))]}, "exactly one of points_per_side"),
+        ({"points_per_side": None, "point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "point_grids"),
+        ({"precision": "int8"}, "float32, bf16, fp16"),
+    ],
+)
+def test_wrong_settings_are_refused(sam, settings, message):
+    with pytest.raises(ValueError, match=message):
+        MaskGenerator(sam, **settings)
 
 
 # --- CUDA ---------------------------------------------------------------------------------------------------------
