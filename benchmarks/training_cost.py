@@ -21,14 +21,12 @@ from measuring import alternated, ratio, timed_on
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import models
 from config import load_config
 from jobs.machine import choose_device
 from training import train_data, train_run
 from training.batches import Batch
 from training.epoch_crops import MapCrops
 from training.loop import train_one_epoch
-from training.optimization import build_optimizer
 from training.run import Run, build_run
 from utils import environment
 
@@ -148,9 +146,8 @@ def use_maps(run: Run, steps: Steps) -> None:
 
 def use_foreach_kernels(run: Run) -> None:
     """Step with torch's optimizer kernels for lists of weights in place of the fused one."""
-    opt = run.config["opt"]
-    groups = models.parameter_groups(run.model, lr=opt["lr"], weight_decay=opt["weight_decay"])
-    run.optimizer = build_optimizer(groups, opt, fused=False)
+    for group in run.optimizer.param_groups:
+        group["fused"] = None  # not False, which leaves out these kernels too
 
 
 def peak_memory(device: torch.device) -> str:

@@ -178,7 +178,8 @@ class Classifier:
         """
         as_trained = partial(normalize, mean=self.mean, std=self.std)
         amp, names = self.config["amp"], list(self.views)
-        (log_probs,), labels = predict([self.model], batches, names, self.device, amp, as_trained)
+        answers, labels = predict({"model": self.model}, batches, names, self.device, amp, as_trained)
+        log_probs = answers["model"]
         for view, values in log_probs.items():
             if values.isnan().any():
                 raise UserError(f"{self.path}: its answers in view {view} are no numbers; try amp=none")

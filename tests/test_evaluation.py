@@ -21,7 +21,8 @@ def batches():
 
 
 def test_predictions_count_images_and_average_probabilities():
-    (log_probs, again), labels = predict([Net(), Net()], batches(), ["a", "b"], torch.device("cpu"))
+    answers, labels = predict({"one": Net(), "two": Net()}, batches(), ["a", "b"], torch.device("cpu"))
+    log_probs, again = answers["one"], answers["two"]
     assert all(torch.equal(log_probs[view], again[view]) for view in log_probs)
     assert labels.tolist() == [0, 1, 2, 0, 0, 1, 2]
     expected = [torch.cat([normalize(views[n]).mean((2, 3)).softmax(1) for views, _ in batches()]) for n in (0, 1)]
@@ -34,5 +35,5 @@ def test_predictions_count_images_and_average_probabilities():
 
 def test_a_single_view_has_no_average():
     black = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    (log_probs,), _ = predict([Net()], [((black,), torch.zeros(2).long())], ["a"], torch.device("cpu"))
-    assert list(log_probs) == ["a"]
+    answers, _ = predict({"one": Net()}, [((black,), torch.zeros(2).long())], ["a"], torch.device("cpu"))
+    assert list(answers["one"]) == ["a"]

@@ -26,7 +26,6 @@ from readers.images import read_image
 from training import train_run
 from training.log import load_log
 from training.loop import out_of_patience
-from training.summary import last_epochs
 from transforms import View, normalize
 from utils import load_tensors, locked
 
@@ -349,7 +348,7 @@ def test_patience_ends_after_validations_without_a_gain(top1, patience, ends):
 
 def test_the_published_measure_is_of_the_last_hundred_epochs():
     records = [{"epoch": n, "top1": n / 1000, "ema_top1": 0.5} for n in range(5, 205, 5)]
-    late = last_epochs(records, 200)
+    late = train_run.last_epochs(records, 200)
     assert late["model"] == {"mean": pytest.approx(0.1525), "first": 0.105, "last": 0.2} and late["ema"]["mean"] == 0.5
 
 

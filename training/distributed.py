@@ -12,7 +12,6 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import distributed as dist
-from torch import nn
 
 from jobs.guard import DeadWorkerError
 from jobs.torchrun import process_numbers
@@ -22,10 +21,6 @@ JOIN_SECONDS = 300  # until all processes of a run must have joined
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 makes attention maps of all training images
 
 Result = TypeVar("Result")
-
-
-class LostProcessError(DeadWorkerError):
-    """Another process of the run is gone."""
 
 
 def rank() -> int:
@@ -44,7 +39,7 @@ def process_group(device: torch.device) -> Iterator[None]:
 
     Raises:
         UserError: if the processes do not come together.
-        LostProcessError: if another process dies.
+        DeadWorkerError: if another process dies.
     """
     rank, count = process_numbers()
     if count == 1:
@@ -81,13 +76,13 @@ def meet() -> dist.Store:
 
 @contextlib.contextmanager
 def lost_process() -> Iterator[None]:
-    """Raise LostProcessError where the with block fails because another process is gone."""
+    """Raise DeadWorkerError where the with block fails because another process is gone."""
     try:
         yield
     except RuntimeError as error:
         # gloo raises a plain RuntimeError that begins with a place in gloo's source
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
-            raise LostProcessError(
+            raise DeadWorkerError(
                 f"another process of this run is gone (seen by rank {process_numbers()[0]}: {_brief(error)}); "
                 "its own message says why"
             ) from error
@@ -102,60 +97,30 @@ def on_rank_0(function: Callable[[], Result]) -> Result:
     """Call ``function`` on rank 0 and return its result on every process; if it raises UserError, all processes end."""
     if world_size() == 1:
         return function()
-    if rank():
-        received = [None]
-        dist.broadcast_object_list(received)
-        if received[0] is None:
-            raise SystemExit(2)  # rank 0 has the message
-        return received[0][0]
+    outcome = [None]  # the result in a tuple; None: rank 0 failed
     try:
-        result = function()
+        if rank() == 0:
+            outcome = [(function(),)]
     except UserError:
-        dist.broadcast_object_list([None])
+        dist.broadcast_object_list(outcome)
         raise
-    dist.broadcast_object_list([(result,)])
-    return result
-
-
-def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum of ``values`` over all processes, on each."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is None:
+        raise SystemExit(2)  # rank 0 has the message
+    return outcome[0][0]
 
 
 def my_rows(rows: np.ndarray) -> np.ndarray:
-    """Return this process's shard of rows (N,): every world_size-th one; UserError if there are too few for all."""
+    """Return this process's shard of rows (N,), a contiguous part; UserError if there are too few for all."""
     if len(rows) < world_size():
         raise UserError(f"{len(rows)} images for {world_size()} processes: start fewer")
-    return rows[rank() :: world_size()]
-
-
-def shares_of_all(mine: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors of all processes, in the order of their ranks, on every process."""
-    shares: list[torch.Tensor] = [mine] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(shares, mine)
-    return shares
+    return np.array_split(rows, world_size())[rank()]
 
 
 def all_rows(mine: torch.Tensor) -> torch.Tensor:
-    """Return the rows (N, ...) whose shards of `my_rows` the processes hold (n, ...), in order, on every process."""
-    shares = shares_of_all(mine)
-    whole = mine.new_empty(sum(map(len, shares)), *mine.shape[1:])
-    for number, share in enumerate(shares):
-        whole[number :: world_size()] = share
-    return whole
-
-
-def copy_buffers_of_rank_0(*models: nn.Module) -> None:
-    """Broadcast rank 0's buffers: BatchNorm's statistics, which differ between processes without model.sync_bn."""
-    if world_size() > 1:
-        for buffer in (buffer for model in models for buffer in model.buffers()):
-            dist.broadcast(buffer, 0)
-
-
-def seed_rank(seed: int, epoch: int) -> None:
-    """Seed torch's generators of several processes differently, by the epoch so that a resumed run draws the same."""
-    if world_size() > 1:
-        torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank()]).generate_state(1)[0]))
+    """Return the rows (n, ...) that each process holds, on the CPU, as one tensor (N, ...) in the order of ranks."""
+    if world_size() == 1:
+        return mine
+    shares = [None] * world_size()
+    dist.all_gather_object(shares, mine)
+    return torch.cat(shares)

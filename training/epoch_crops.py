@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,27 +16,22 @@ MAPS_AT_ONCE = 64  # are summed in one go
 KEPT_BYTES = 2**27  # of running sums that a process keeps for the next epochs: 12,000 maps of 37 x 37 cells
 
 
+@dataclass(eq=False)
 class BoxCrops:
     """Crops that are held to the boxes of a data set, drawn for whole epochs."""
 
-    def __init__(
-        self,
-        boxes_xywh: np.ndarray,
-        image_sizes: np.ndarray,
-        *,
-        redraw: Callable[[np.random.Generator], np.ndarray] | None = None,
-        **settings: Any,
-    ) -> None:
-        """Keep boxes (N, 4) and sizes (N, 2) of the images; ``settings``: thr, mode, scale, ratio of `sample_crops`.
-
-        ``redraw`` returns the boxes of one epoch, for images that have several.
-        """
-        self.boxes, self.image_sizes, self.redraw, self.settings = boxes_xywh, image_sizes, redraw, settings
+    boxes: np.ndarray  # (N, 4) x y width height in pixels
+    image_sizes: np.ndarray  # (N, 2) width height in pixels
+    thr: float  # this and the next three: see `sample_crops`
+    mode: str = "exact"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    redraw: Callable[[np.random.Generator], np.ndarray] | None = None  # draws the boxes of an epoch, where several are
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Draw the crops of one epoch, (N, 4) int64 top left height width."""
         boxes = self.boxes if self.redraw is None else self.redraw(rng)
-        return sample_crops(boxes, self.image_sizes, rng=rng, **self.settings)
+        return sample_crops(boxes, self.image_sizes, self.thr, self.mode, self.scale, self.ratio, rng)
 
 
 @dataclass(eq=False)

@@ -1,7 +1,7 @@
 """Accuracy of a classifier: log-probabilities in several test views and their average."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,44 +16,42 @@ AVERAGE = "average"  # of the softmax over all views
 
 @torch.inference_mode()
 def predict(
-    models: Sequence[nn.Module],
+    networks: Mapping[str, nn.Module],
     loader: DataLoader,
     view_names: Sequence[str],
     device: torch.device,
     amp: str = "none",
     normalize: Callable[[torch.Tensor], torch.Tensor] = normalize,
-) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
-    """Return for each model the log-probabilities by view, each (N, K) on the CPU, and the labels (N,).
+) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
+    """Return the log-probabilities by network and view, each (N, K) on the CPU, and the labels (N,).
 
     With several views the mean of their probabilities is added as ``average``. Each of several processes evaluates
     its own shard and gets the results of all.
 
     Args:
-        models: map (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
+        networks: map (B, 3, H, W) normalised images to (B, K) logits; left in eval mode.
         loader: yields a tuple of views, each (B, 3, H, W) uint8, and labels (B,).
         amp: precision of the forward passes on CUDA: none | bf16 | fp16.
     """
-    for model in models:
-        model.eval()
-    log_probs, labels = [[[] for _ in view_names] for _ in models], []
+    for network in networks.values():
+        network.eval()
+    log_probs, labels = {name: {view: [] for view in view_names} for name in networks}, []
     for batch, batch_labels in loader:
-        for number, images in enumerate(batch):
-            what = f"view {view_names[number]}, {len(images)} images of {images.shape[-1]} pixels"
+        for view, images in zip(view_names, batch, strict=True):
+            what = f"view {view}, {len(images)} images of {images.shape[-1]} pixels"
             with memory_errors(what, "lower eval.batch_size or eval.size"):
                 pixels = normalize(images.to(device, non_blocking=True))
-                for model, views in zip(models, log_probs, strict=True):
+                for name, network in networks.items():
                     with autocast(device, amp):
-                        logits = model(pixels)
-                    views[number].append(logits.float().log_softmax(1))
+                        logits = network(pixels)
+                    log_probs[name][view].append(logits.float().log_softmax(1))
         labels.append(batch_labels)
-    return [_by_view(views, view_names) for views in log_probs], all_rows(torch.cat(labels))
-
-
-def _by_view(views: list[list[torch.Tensor]], names: Sequence[str]) -> dict[str, torch.Tensor]:
-    log_probs = {name: all_rows(torch.cat(parts).cpu()) for name, parts in zip(names, views, strict=True)}
-    if len(log_probs) > 1:
-        log_probs[AVERAGE] = average(log_probs.values())
-    return log_probs
+    for by_view in log_probs.values():
+        for view, parts in by_view.items():
+            by_view[view] = all_rows(torch.cat(parts).cpu())
+        if len(by_view) > 1:
+            by_view[AVERAGE] = average(by_view.values())
+    return log_probs, all_rows(torch.cat(labels))
 
 
 def average(log_probs: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -6,12 +6,11 @@ import torch
 from torch.optim import lr_scheduler
 
 
-def build_optimizer(groups: list[dict], opt: dict, *, fused: bool = True) -> torch.optim.Optimizer:
-    """Build sgd, adam or adamw over parameter groups that carry their own weight decay; ``fused``: in one kernel."""
-    shared = {"lr": opt["lr"], "fused": fused or None}  # None, not False, leaves torch its foreach kernels
+def build_optimizer(groups: list[dict], opt: dict) -> torch.optim.Optimizer:
+    """Build sgd, adam or adamw over parameter groups that carry their own weight decay."""
     if opt["type"] == "sgd":
-        return torch.optim.SGD(groups, momentum=opt["momentum"], **shared)
-    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, **shared)
+        return torch.optim.SGD(groups, lr=opt["lr"], momentum=opt["momentum"], fused=True)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[opt["type"]](groups, lr=opt["lr"], fused=True)
 
 
 def build_scheduler(

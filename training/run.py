@@ -59,6 +59,11 @@ class Run:
     chosen: str = "ema"  # which of the two had the higher top-1 at the last validation: model | ema
     records: list[dict] = field(default_factory=list)  # log.jsonl
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The model and its EMA, by the names that checkpoints, predictions.json and summary.json give them."""
+        return {"model": self.model, "ema": self.ema.module}
+
     def begin(self) -> None:
         """Write config.json, once: after the first step, so that a start that fails leaves nothing behind."""
         if not self.is_begun and rank() == 0:
@@ -69,13 +74,9 @@ class Run:
         """Return images (B, 3, H, W) uint8 as the network takes them."""
         return normalize(images, self.config["model"]["mean"], self.config["model"]["std"])
 
-    def predict(
-        self, loader: DataLoader, view_names: Sequence[str]
-    ) -> tuple[dict[str, dict[str, torch.Tensor]], torch.Tensor]:
+    def predict(self, loader: DataLoader, view_names: Sequence[str]) -> tuple[dict, torch.Tensor]:
         """Return the log-probabilities (N, K) of "model" and "ema" by view, and the labels (N,)."""
-        networks = [self.model, self.ema]
-        both, labels = predict(networks, loader, view_names, self.device, self.config["amp"], self.normalize)
-        return dict(zip(("model", "ema"), both, strict=True)), labels
+        return predict(self.networks, loader, view_names, self.device, self.config["amp"], self.normalize)
 
 
 def build_run(
@@ -130,7 +131,7 @@ def save_run(run: Run, is_best: bool) -> None:
 
     Both hold all that prediction needs. What timm loads of them, ``state_dict``, are the weights with the higher top-1.
     """
-    weights = {"model": run.model.state_dict(), "ema": run.ema.module.state_dict()}
+    weights = {name: network.state_dict() for name, network in run.networks.items()}
     checkpoint = {
         **weights,
         "state_dict": weights[run.chosen],  # the same tensors, stored once
@@ -171,8 +172,8 @@ def load_run(run: Run) -> None:
         if not isinstance(state, dict):
             raise TypeError("it holds no dict")
         check_origin(run, state)
-        run.model.load_state_dict(state["model"])
-        run.ema.module.load_state_dict(state["ema"])
+        for name, network in run.networks.items():
+            network.load_state_dict(state[name])
         run.ema.n_averaged.copy_(state["ema_updates"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
@@ -200,11 +201,8 @@ def check_origin(run: Run, state: dict) -> None:
     changed = first_difference(before, {key: value for key, value in now.items() if key not in free})
     if changed:
         raise ValueError(f"it was trained with {changed}={before.get(changed)}, now {now[changed]}")
-    expected = {
-        "model": run.model.state_dict(),
-        "ema": run.ema.module.state_dict(),
-        "optimizer": optimizer_state(run.optimizer, run.config["opt"]),
-    }
+    expected = {name: network.state_dict() for name, network in run.networks.items()}
+    expected["optimizer"] = optimizer_state(run.optimizer, run.config["opt"])
     before, now = structure({key: state[key] for key in expected}), structure(expected)
     changed = first_difference(before, now)
     if changed:

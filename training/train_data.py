@@ -52,8 +52,8 @@ def localizer_settings(config: dict, data: DataSet) -> dict | None:
         ``dino``, that section of the config, and ``object_head``, the classifier of cells (None: its method has none);
         None where ``eval_box`` is no file of generate_dino_boxes.py.
     """
-    path = box_file_of(config["eval_box"], data) if config["eval_box"] is not None else None
-    settings = load_boxes(path).settings if path is not None else {}
+    path = box_file_of(config["eval_box"] or "image", data)
+    settings = {} if path is None else load_boxes(path).settings
     if not isinstance(settings.get("dino"), dict) or "maps" not in settings:
         return None
     return {"dino": settings["dino"], "object_head": settings.get("object_head")}
@@ -106,26 +106,18 @@ def build_train_loader(
     config: dict, data: DataSet, crops: Crops, device: torch.device, decoded: ImageCache | None
 ) -> DataLoader:
     """Build the loader of training crops."""
-    transform = TrainTransform(
-        config["image_size"],
-        config["crop"]["interpolation"],
-        **{key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")},
-    )
+    colours = {key: config[key] for key in ("augment", "augment_p", "augment_strength", "use_augment_mix")}
+    transform = TrainTransform(config["image_size"], config["crop"]["interpolation"], **colours)
     rows, source, seed = data.rows("train"), reference(config, data), config["seed"]
-    measured = (data.boxes if source == "gt" else source_boxes(source, data, **config["boxes"])[0])[rows]
-    if isinstance(crops, BoxCrops) and np.array_equal(measured, crops.boxes):
-        measured = crops.boxes  # one array for a loader process, not two
-    images = TrainImages(
-        data, rows, crops, transform, flip=config["flip"], seed=seed, decoded=decoded, reference=measured
+    boxes = (data.boxes if source == "gt" else source_boxes(source, data, **config["boxes"])[0])[rows]
+    if isinstance(crops, BoxCrops) and np.array_equal(boxes, crops.boxes):
+        boxes = crops.boxes  # one array for a loader process, not two
+    images = TrainImages(data, rows, crops, transform, flip=config["flip"], seed=seed, decoded=decoded, reference=boxes)
+    batches = EpochBatches(
+        len(rows), config["batch_size"], seed, config["opt"]["accumulate"], rank=rank(), world_size=world_size()
     )
-    shares = {"parts": config["opt"]["accumulate"], "rank": rank(), "world_size": world_size()}
-    return build_loader(
-        images,
-        batch_size=None,
-        sampler=EpochBatches(len(images), config["batch_size"], seed, **shares),
-        num_workers=config["num_workers"],
-        pin_memory=device.type == "cuda",
-    )
+    pin, workers = device.type == "cuda", config["num_workers"]
+    return build_loader(images, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin)
 
 
 def build_view_loaders(
@@ -148,22 +140,18 @@ def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> Crops:
     """Build the crops of the training images: held to boxes, centred by attention maps, or plain."""
     if config["use_dino_maps"]:
         return map_crops(config, data, open_maps(config, data))
-    rows, pool = data.rows("train"), None
+    rows, crop, redraw = data.rows("train"), config["crop"], None
     if config["use_box"] and config["boxes"]["several"] == "random":
         pool = source_set(config["source"], data, config["boxes"]["allow_missing"])
-    return BoxCrops(
-        boxes[rows],
-        data.image_sizes[rows],
-        redraw=None if pool is None else pool.of(rows).drawn,
-        thr=config["THR"] if config["use_box"] else -1.0,
-        **{key: config["crop"][key] for key in ("mode", "scale", "ratio")},
-    )
+        redraw = None if pool is None else pool.of(rows).drawn
+    thr = config["THR"] if config["use_box"] else -1.0
+    return BoxCrops(boxes[rows], data.image_sizes[rows], thr, crop["mode"], crop["scale"], crop["ratio"], redraw)
 
 
 def map_crops(config: dict, data: DataSet, maps: Mapping[int, np.ndarray]) -> MapCrops:
     """Build the density-map crops of the training images; ``maps``: image id -> attention map."""
-    rows, settings = data.rows("train"), {key: config["crop"][key] for key in ("temperature", "scale", "ratio")}
-    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], **settings)
+    rows, crop = data.rows("train"), config["crop"]
+    return MapCrops(maps, data.ids[rows], data.image_sizes[rows], crop["temperature"], crop["scale"], crop["ratio"])
 
 
 def open_maps(config: dict, data: DataSet) -> Mapping[int, np.ndarray]:

@@ -1,4 +1,4 @@
-"""One training, from data to summary: the run folder is claimed, the parts are built, the epochs are trained."""
+"""One training: the run folder is claimed, the parts are built, the epochs are trained, the result is tested."""
 
 import contextlib
 import copy
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader
 
 import models
 from datasets import stem_of
@@ -17,27 +18,17 @@ from jobs.machine import choose_device, seed_everything, set_up_cpu
 from jobs.wandb_runs import start_wandb
 from localized_crops.boxes import maiou_to_thr
 from localized_crops.crops import ratio_gives_way
-from localized_crops.files import UserError, check_output, user_errors
+from localized_crops.files import UserError, check_output, save_json, user_errors
 from readers.data_set import DataSet
+from training import train_data
 from training.batches import TrainImages
 from training.distributed import lost_process, on_rank_0, process_group, rank, world_size
+from training.evaluation import loss_and_top1
 from training.fingerprints import fingerprints
-from training.head_start import start_head_as_probe
-from training.loop import out_of_patience, train_and_log_epoch
+from training.loop import out_of_patience, start_head_as_probe, train_and_log_epoch
 from training.run import Run, build_run, load_run
 from training.self_distillation import with_own_maps
-from training.summary import finish
-from training.train_data import (
-    build_crops,
-    build_train_loader,
-    build_view_loaders,
-    crop_boxes,
-    decoded_images,
-    load_data,
-    localizer_settings,
-    view_boxes,
-)
-from utils import locked, new_folder
+from utils import environment, locked, new_folder
 
 RUN_FILES = ("config.json", "log.jsonl", "last.pt", "best.pt", "predictions.json", "summary.json", "curves.png")
 
@@ -78,16 +69,16 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     start_server(TrainImages, config["num_workers"])
     config["seed"] = on_rank_0(lambda: config["seed"])  # one that was drawn differs from rank to rank
     seed_everything(config["seed"], config["deterministic"])
-    data = on_rank_0(lambda: load_data(config))
-    boxes, notes = crop_boxes(config, data)
+    data = on_rank_0(lambda: train_data.load_data(config))
+    boxes, notes = train_data.crop_boxes(config, data)
     resolve(config, folder, data, boxes)
-    decoded, crops = decoded_images(config, data), build_crops(config, data, boxes)
-    train_loader = build_train_loader(config, data, crops, device, decoded)
-    val_loader, test_loader = build_view_loaders(config, data, device, decoded)
+    decoded, crops = train_data.decoded_images(config, data), train_data.build_crops(config, data, boxes)
+    train_loader = train_data.build_train_loader(config, data, crops, device, decoded)
+    val_loader, test_loader = train_data.build_view_loaders(config, data, device, decoded)
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
-    made_from = fingerprints(data, boxes, view_boxes(config, data), getattr(crops, "maps", None))
+    made_from = fingerprints(data, boxes, train_data.view_boxes(config, data), getattr(crops, "maps", None))
     run = build_run(folder, config, data.class_names, made_from, device)
-    run.localizer = localizer_settings(config, data)
+    run.localizer = train_data.localizer_settings(config, data)
     print(describe(run, data))
     if config["resume"]:
         load_run(run)
@@ -163,3 +154,54 @@ def describe(run: Run, data: DataSet) -> str:
             f"run folder: {run.folder}",
         ]
     )
+
+
+# --- the end ------------------------------------------------------------------------------------------------------
+
+
+def finish(run: Run, data: DataSet, loader: DataLoader, notes: dict) -> dict[str, Any]:
+    """Test the final model and its EMA in every view; write predictions.json and summary.json."""
+    names, rows = list(train_data.test_views(run.config)), data.rows(*train_data.REPORTED)
+    log_probs, labels = run.predict(loader, names)
+    top1, classes = {}, {}  # view -> model, ema
+    for view in log_probs["model"]:  # with several their average too
+        both = {which: by_view[view] for which, by_view in log_probs.items()}
+        top1[view] = {which: loss_and_top1(values, labels)[1] for which, values in both.items()}
+        classes[view] = {which: values.argmax(1).tolist() for which, values in both.items()}
+    predictions = {}
+    for n, (row, image_id) in enumerate(zip(rows, data.ids[rows], strict=True)):
+        answers = {view: {which: found[n] for which, found in both.items()} for view, both in classes.items()}
+        predictions[str(image_id)] = {"label": int(data.labels[row]), **answers[names[0]], "views": answers}
+    has_test = len(data.rows("test")) > 0
+    summary = {
+        "top1": top1,  # fractions of the images tested on
+        "n_test": len(rows),
+        "best_validation_top1": run.best_top1,
+        "validation_of_last_100_epochs": last_epochs(run.records, run.epoch),
+        "epochs": run.epoch,
+        "THR": run.config["THR"] if run.config["use_box"] else -1.0,
+        "maiou": float(np.mean([record["maiou"] for record in run.records])),
+        "training_seconds_of_logged_epochs": sum(record["seconds"] for record in run.records),
+        "images_per_second": float(np.median([record["images_per_second"] for record in run.records])),
+        "environment": environment(),
+        **notes,
+        "tested_on": "test" if has_test else "val",
+    }
+    if rank() == 0:
+        save_json(run.folder / "predictions.json", predictions)
+        save_json(run.folder / "summary.json", summary)
+    split = "test" if has_test else "validation (there is no test part)"
+    for view, both in top1.items():
+        is_oracle = view.startswith("box") and run.config["eval_box"] == "gt"
+        shares = f"model {both['model']:.1%}, EMA {both['ema']:.1%}{' (oracle: true boxes at test)' * is_oracle}"
+        print(f"{split} after epoch {run.epoch}, view {view}: {shares}")
+    return summary
+
+
+def last_epochs(records: list[dict], epoch: int) -> dict[str, dict[str, float]]:
+    """Return the published measure for model and EMA: mean, first and last validated top-1 of the last 100 epochs."""
+    late = [record for record in records if record["epoch"] > epoch - 100]
+    return {
+        which: {"mean": float(np.mean([r[key] for r in late])), "first": late[0][key], "last": late[-1][key]}
+        for which, key in (("model", "top1"), ("ema", "ema_top1"))
+    }
