@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from config import load_config
 from training import train_data, train_run
 from training.loop import train_one_epoch
-from training.run import build_run
+from training.run import Run
 from utils import environment
 
 ROUNDS = 9
@@ -60,7 +60,7 @@ def prepare(config: dict, changes: dict) -> tuple:
     train_run.resolve(config, Path("runs/crop_cost"), data, boxes)
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, CPU, decoded)
-    run = build_run(Path("runs/crop_cost"), config, data.class_names, {}, CPU)
+    run = Run(Path("runs/crop_cost"), config, data.class_names, {}, CPU)
     run.is_begun = True  # config.json is not written
     return run, loader
 

@@ -33,7 +33,7 @@ from localizer.networks import build_localizer
 from toybirds import drawing
 from training.batches import Batch
 from training.loop import backward
-from training.run import build_run
+from training.run import Run
 from utils import autocast, environment
 
 ROOT = Path(__file__).parent.parent
@@ -143,7 +143,7 @@ def _precision_of_step(folder: Path) -> dict[str, Any]:
         )
         about = models.input_config(config["model"]["type"])
         config["model"] |= {"n_classes": 200, "mean": about["mean"], "std": about["std"]}
-        run = build_run(folder, config, [str(n) for n in range(200)], {}, here)
+        run = Run(folder, config, [str(n) for n in range(200)], {}, here)
         run.model.train()
         loss, _ = backward(run, batch, True).tolist()
         found[kind] = loss / count, torch.cat([p.grad.flatten() for p in run.model.parameters()])

@@ -27,7 +27,7 @@ from training import train_data, train_run
 from training.batches import Batch
 from training.epoch_crops import MapCrops
 from training.loop import train_one_epoch
-from training.run import Run, build_run
+from training.run import Run
 from utils import environment
 
 ROUNDS = 21
@@ -131,7 +131,7 @@ def prepare(words: list[str], changes: dict, device: torch.device) -> tuple:
     crops, decoded = train_data.build_crops(config, data, boxes), train_data.decoded_images(config, data)
     loader = train_data.build_train_loader(config, data, crops, device, decoded)
     steps = len(loader) if device.type == "cuda" else CPU_STEPS * config["opt"]["accumulate"]
-    run = build_run(folder, config, data.class_names, {}, device)
+    run = Run(folder, config, data.class_names, {}, device)
     run.is_begun = True  # config.json is not written
     return run, Steps(loader, steps)
 

@@ -4,7 +4,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from training import distributed
 from training.batches import EpochBatches
 from training.log import load_log
 from training.loop import backward, update
-from training.run import Run, build_run
+from training.run import Run
 from utils import load_tensors
 
 TRAIN = str(stages.ROOT / "train.py")
@@ -108,7 +108,8 @@ def test_a_clip_shortens_the_gradient_to_its_norm():
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     off = torch.amp.GradScaler("cpu", enabled=False)
     config = {"opt": {"clip": 0.5}, "model": {"ema_step": 1}}
-    one = Run(Path(), config, torch.device("cpu"), model, model, models.build_ema(model, 0.5), sgd, None, off, [], {})
+    parts = {"model": model, "ema": models.build_ema(model, 0.5), "optimizer": sgd, "scaler": off}
+    one = SimpleNamespace(config=config, step=0, **parts)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     (1000 * model(torch.ones(4, 3)).sum()).backward()
     update(one)
@@ -257,7 +258,7 @@ def test_a_step_waits_for_nothing(birds, tmp_path):
     config = train.load_run_config([*SMALL, "amp=bf16", "deterministic=false", "device=cuda", "opt.clip=1"])
     config["model"] |= {"n_classes": 8, "ema_step": 1} | models.input_config("toyresnet")
     device = torch.device("cuda")
-    one = build_run(tmp_path, config, ["a", "b"], {}, device)
+    one = Run(tmp_path, config, ["a", "b"], {}, device)
     images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8).pin_memory()
     labels, flips = torch.arange(8).pin_memory(), torch.zeros(8, dtype=torch.bool).pin_memory()
     batch = Batch(images, labels, flips, torch.ones(8), 8, 8)

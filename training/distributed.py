@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +19,6 @@ from localized_crops.files import UserError
 
 JOIN_SECONDS = 300  # until all processes of a run must have joined
 TIMEOUT = timedelta(hours=2)  # the others wait while rank 0 makes attention maps of all training images
-
-Result = TypeVar("Result")
 
 
 def rank() -> int:
@@ -93,7 +91,7 @@ def _brief(error: Exception) -> str:
     return str(error).splitlines()[0].rpartition("] ")[2][:100]
 
 
-def on_rank_0(function: Callable[[], Result]) -> Result:
+def on_rank_0(function: Callable[[], Any]) -> Any:
     """Call ``function`` on rank 0 and return its result on every process; if it raises UserError, all processes end."""
     if world_size() == 1:
         return function()

@@ -14,10 +14,8 @@ from training.optimization import build_optimizer
 def fingerprints(data: DataSet, boxes: np.ndarray, views: np.ndarray, maps: Any) -> dict[str, str]:
     """Return hashes of all inputs, besides the settings, that the results of a run depend on.
 
-    Args:
-        boxes: (N, 4), of the training crops.
-        views: (N, 4), of the test views.
-        maps: the attention maps (anything with a ``header``), or None.
+    ``boxes`` (N, 4) are those of the training crops, ``views`` (N, 4) those of the test views; ``maps``: anything with
+    the ``header`` of a map file, or there are none.
     """
     header = getattr(maps, "header", {})
     return {
@@ -26,7 +24,7 @@ def fingerprints(data: DataSet, boxes: np.ndarray, views: np.ndarray, maps: Any)
         "labels": _hash(data.labels),
         "classes": _hash(np.array(data.class_names)),
         "split": _hash(data.split),
-        "boxes": _hash(np.asarray(boxes)),
+        "boxes": _hash(boxes),
         "true boxes": _hash(data.boxes),
         "boxes of the test views": _hash(views),
         "maps": str(header.get("sha256", header.get("weights_sha256", "none"))),
@@ -63,10 +61,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, opt: dict[str, Any]) -> di
     sample = build_optimizer([{"params": [weight]}], opt)
     sample.step()
     tensors = {name: value for name, value in sample.state[weight].items() if torch.is_tensor(value)}
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = [
         {name: torch.empty_like(parameter, device="meta") if value.ndim else value for name, value in tensors.items()}
-        for parameter in parameters
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     ]
     return {"state": dict(enumerate(state)), "param_groups": optimizer.state_dict()["param_groups"]}
 

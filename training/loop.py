@@ -69,9 +69,7 @@ def train_and_log_epoch(run: Run, train_loader: DataLoader, val_loader: DataLoad
 def out_of_patience(records: list[dict], patience: int | None) -> bool:
     """Return whether none of the last ``patience`` validations was better than the best one before; a tie is not.
 
-    Args:
-        records: one per validation, with the top-1 of model and EMA, of which the higher one counts.
-        patience: None: there is no limit.
+    Of model and EMA the higher top-1 counts. ``patience`` None: there is no limit.
     """
     if patience is None or len(records) <= patience:
         return False

@@ -16,10 +16,7 @@ def build_optimizer(groups: list[dict], opt: dict) -> torch.optim.Optimizer:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, opt: dict, num_epochs: int, done: int = 0
 ) -> lr_scheduler.LambdaLR:
-    """Build the schedule of `learning_rate`, which scales the rate of every parameter group.
-
-    ``done``: number of epochs that a resumed optimizer has been trained for.
-    """
+    """Build the schedule of `learning_rate` for every parameter group; ``done``: epochs that it was trained for."""
     return lr_scheduler.LambdaLR(optimizer, lambda epoch: learning_rate(epoch, opt, num_epochs) / opt["lr"], done - 1)
 
 
@@ -28,11 +25,8 @@ def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:
 
     It rises linearly to ``lr`` over ``warmup_epochs``, then falls to ``target_lr`` in the last epoch: along half a
     cosine, or by equal factors every ``step_size`` epochs. If ``gamma`` is given, it is the factor of a step and
-    ``target_lr`` is not used. If the warm-up takes all epochs, the last one has ``lr``.
-
-    Args:
-        epoch: 0 to num_epochs - 1; beyond, the last one's.
-        opt: scheduler, lr, target_lr, warmup_epochs, step_size, gamma.
+    ``target_lr`` is not used. If the warm-up takes all epochs, the last one has ``lr``. Epochs beyond the last one have
+    its rate. ``opt`` is that section of the config.
     """
     warmup = min(opt["warmup_epochs"], num_epochs - 1)
     if epoch < warmup:

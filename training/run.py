@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader
 
 import models
@@ -41,15 +40,9 @@ class Run:
 
     folder: Path
     config: dict  # with all that was to be derived
-    device: torch.device
-    model: nn.Module
-    net: nn.Module  # the model as the training step calls it: compiled, and wrapped for several processes
-    ema: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler
     class_names: list[str]
     made_from: dict[str, str]  # fingerprints of data, boxes and maps
+    device: torch.device
     localizer: dict | None = None  # of `localizer_settings`
     wandb: Any = None  # the wandb run to log to
     is_begun: bool = False  # config.json is written
@@ -58,6 +51,21 @@ class Run:
     best_top1: float = -1.0  # of the model or the EMA on the validation images
     chosen: str = "ema"  # which of the two had the higher top-1 at the last validation: model | ema
     records: list[dict] = field(default_factory=list)  # log.jsonl
+
+    def __post_init__(self) -> None:
+        """Build model, EMA, optimizer, schedule and scaler."""
+        config, opt, device = self.config, self.config["opt"], self.device
+        self.model = self.net = _build_model(config, device)
+        rates = {key: opt[key] for key in ("lr", "weight_decay", "head_lr", "layer_decay")}
+        self.optimizer = build_optimizer(models.parameter_groups(self.model, **rates), opt)
+        self.scheduler = build_scheduler(self.optimizer, opt, config["num_epochs"])
+        self.scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and config["amp"] == "fp16")
+        # ``net`` is the model as the training step calls it: compiled, and wrapped for several processes
+        if config["compile"]:
+            self.net = models.compiled(self.model, device)
+        if world_size() > 1:
+            self.net = DistributedDataParallel(self.net, device_ids=[device] if device.index is not None else None)
+        self.ema = models.build_ema(self.model, config["other"]["ema_decay"])
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -77,31 +85,6 @@ class Run:
     def predict(self, loader: DataLoader, view_names: Sequence[str]) -> tuple[dict, torch.Tensor]:
         """Return the log-probabilities (N, K) of "model" and "ema" by view, and the labels (N,)."""
         return predict(self.networks, loader, view_names, self.device, self.config["amp"], self.normalize)
-
-
-def build_run(
-    folder: Path, config: dict, class_names: list[str], made_from: dict[str, str], device: torch.device
-) -> Run:
-    """Build model, EMA, optimizer, schedule and scaler."""
-    model = _build_model(config, device)
-    rates = {key: config["opt"][key] for key in ("lr", "weight_decay", "head_lr", "layer_decay")}
-    optimizer = build_optimizer(models.parameter_groups(model, **rates), config["opt"])
-    net = models.compiled(model, device) if config["compile"] else model
-    if world_size() > 1:
-        net = DistributedDataParallel(net, device_ids=[device] if device.index is not None else None)
-    return Run(
-        folder=folder,
-        config=config,
-        device=device,
-        model=model,
-        net=net,
-        ema=models.build_ema(model, config["other"]["ema_decay"]),
-        optimizer=optimizer,
-        scheduler=build_scheduler(optimizer, config["opt"], config["num_epochs"]),
-        scaler=torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and config["amp"] == "fp16"),
-        class_names=class_names,
-        made_from=made_from,
-    )
 
 
 def _build_model(config: dict, device: torch.device) -> nn.Module:

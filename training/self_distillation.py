@@ -23,10 +23,7 @@ from training.train_data import build_train_loader, map_crops
 def refresh_epoch(epoch: int, every: int, start: int) -> int | None:
     """Return the epoch (counted from 0) before which the maps that serve ``epoch`` are made; None: plain crops yet.
 
-    Args:
-        epoch: the one about to begin.
-        every: epochs between two refreshes; 0: never.
-        start: epochs before the first.
+    ``every`` and ``start`` are the keys of the config's section self_distillation.
     """
     return None if not every or epoch < start else epoch - (epoch - start) % every
 

@@ -48,9 +48,8 @@ def view_boxes(config: dict, data: DataSet) -> np.ndarray:
 def localizer_settings(config: dict, data: DataSet) -> dict | None:
     """Return how the boxes of ``eval_box`` were made, so that prediction makes those of other images the same way.
 
-    Returns:
-        ``dino``, that section of the config, and ``object_head``, the classifier of cells (None: its method has none);
-        None where ``eval_box`` is no file of generate_dino_boxes.py.
+    That is its section ``dino`` and its ``object_head``, a classifier of cells (None: its method has none). None where
+    ``eval_box`` is no file of generate_dino_boxes.py.
     """
     path = box_file_of(config["eval_box"] or "image", data)
     settings = {} if path is None else load_boxes(path).settings

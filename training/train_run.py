@@ -26,7 +26,7 @@ from training.distributed import lost_process, on_rank_0, process_group, rank, w
 from training.evaluation import loss_and_top1
 from training.fingerprints import fingerprints
 from training.loop import out_of_patience, start_head_as_probe, train_and_log_epoch
-from training.run import Run, build_run, load_run
+from training.run import Run, load_run
 from training.self_distillation import with_own_maps
 from utils import environment, locked, new_folder
 
@@ -77,9 +77,8 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     val_loader, test_loader = train_data.build_view_loaders(config, data, device, decoded)
     notes["images_whose_crop_ratio_gave_way"] = count_ratios_that_gave_way(config, data, boxes)
     made_from = fingerprints(data, boxes, train_data.view_boxes(config, data), getattr(crops, "maps", None))
-    run = build_run(folder, config, data.class_names, made_from, device)
-    run.localizer = train_data.localizer_settings(config, data)
-    print(describe(run, data))
+    run = Run(folder, config, data.class_names, made_from, device, train_data.localizer_settings(config, data))
+    describe(run, data)
     if config["resume"]:
         load_run(run)
     if config["model"]["head_start"] == "probe" and not (run.step or config["model"]["resumed_model"]):
@@ -132,8 +131,8 @@ def resolve(config: dict, folder: Path, data: DataSet, boxes: np.ndarray) -> Non
         config["THR"] = maiou_to_thr(config["maiou"], boxes[rows], data.image_sizes[rows], **crop)
 
 
-def describe(run: Run, data: DataSet) -> str:
-    """Return the lines that a run starts with."""
+def describe(run: Run, data: DataSet) -> None:
+    """Print the lines that a run starts with."""
     config = run.config
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     splits = ", ".join(f"{len(data.rows(name))} {name}" for name in ("train", "val", "test"))
@@ -147,13 +146,9 @@ def describe(run: Run, data: DataSet) -> str:
     validated = "val" if len(data.rows("val")) else "test, as published (choose nothing by it)"
     if not len(data.rows("test")):
         validated += ", and tested on it too: there is no test part"
-    return "\n".join(
-        [
-            f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}",
-            f"{config['model']['type']}: {parameters:,} parameters learn, on {run.device}{processes}; {crop}",
-            f"run folder: {run.folder}",
-        ]
-    )
+    print(f"{data.name}: {splits} images, {len(data.class_names)} classes; validated on {validated}")
+    print(f"{config['model']['type']}: {parameters:,} parameters learn, on {run.device}{processes}; {crop}")
+    print(f"run folder: {run.folder}")
 
 
 # --- the end ------------------------------------------------------------------------------------------------------
