@@ -21,19 +21,6 @@ from utils import torch_seed
 VIEWS = ("full", "center", "whole", "box")
 
 
-def build_colour_augmentation(augment_strength: float) -> v2.Transform:
-    """Return the colour-only augmentation: one of five, drawn per image; ``augment_strength``, 0 to 1: the jitter's."""
-    return v2.RandomChoice(
-        [
-            v2.ColorJitter(*(share * augment_strength for share in (0.5, 0.5, 0.5, 0.1))),
-            v2.RandomChoice([v2.RandomPosterize(bits, p=1.0) for bits in (4, 3, 2)]),
-            v2.RandomChoice([v2.RandomSolarize(threshold, p=1.0) for threshold in (192, 230)]),
-            v2.RandomEqualize(p=1.0),
-            v2.RandomAutocontrast(p=1.0),
-        ]
-    )
-
-
 @dataclass(frozen=True)
 class TrainTransform:
     """Cut a drawn crop out of a training image, resize and recolour it; the last fields are config keys."""
@@ -47,10 +34,17 @@ class TrainTransform:
 
     @cached_property
     def colour(self) -> v2.Transform | None:
-        """The colour augmentation applied after the crop."""
+        """The colour-only augmentation after the crop: AugMix, or one of five, drawn per image."""
         if not (self.augment or self.use_augment_mix):
             return None
-        colour = v2.AugMix() if self.use_augment_mix else build_colour_augmentation(self.augment_strength)
+        kinds = [
+            v2.ColorJitter(*(share * self.augment_strength for share in (0.5, 0.5, 0.5, 0.1))),
+            v2.RandomChoice([v2.RandomPosterize(bits, p=1.0) for bits in (4, 3, 2)]),
+            v2.RandomChoice([v2.RandomSolarize(threshold, p=1.0) for threshold in (192, 230)]),
+            v2.RandomEqualize(p=1.0),
+            v2.RandomAutocontrast(p=1.0),
+        ]
+        colour = v2.AugMix() if self.use_augment_mix else v2.RandomChoice(kinds)
         return v2.RandomApply([colour], self.augment_p) if self.augment_p < 1 else colour
 
     def __call__(

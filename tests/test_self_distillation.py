@@ -17,7 +17,7 @@ from models import build_model, input_config
 from readers.images import read_image
 from training import train_run
 from training.loop import train_and_log_epoch
-from training.self_distillation import maps_path, refresh_epoch
+from training.self_distillation import refresh_epoch
 from utils import load_tensors
 
 OWN = [
@@ -54,7 +54,7 @@ def test_the_last_maps_are_of_the_images_that_the_ema_classified_rightly(birds, 
     run(birds, tmp_path / "short", *OWN, "num_epochs=3", "opt.target_lr=3e-3")  # a constant rate: as far as epoch 3
     run(birds, tmp_path / "long", *OWN, "opt.target_lr=3e-3")
     data = read_dataset("cub", birds, val_fraction=0.3333)
-    maps = MapCache.open(maps_path(tmp_path / "long", 3), dataset=data.fingerprint())
+    maps = MapCache.open(tmp_path / "long" / "own_epoch_3.maps.safetensors", dataset=data.fingerprint())
     model = build_model("test_vit", len(data.class_names), image_size=64, patch_size=16)
     model.load_state_dict(load_tensors(tmp_path / "short" / "last.pt")["ema"])
     statistics = {key: tuple(input_config("test_vit")[key]) for key in ("mean", "std")}

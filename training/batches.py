@@ -66,7 +66,9 @@ class TrainImages(Dataset):
         """Return the batch of a key that ``EpochBatches`` gives."""
         epoch, rows, real, whole = key
         if epoch != self.epoch:
-            self._draw(epoch)
+            of_crops, of_flips = np.random.default_rng([self.seed, epoch]).spawn(2)
+            self.drawn, self.flips = self.crops.draw(of_crops), of_flips.random(len(self)) < self.flip
+            self.epoch = epoch
         crops, images = self.drawn[rows], []
         for row, image_id, crop in zip(rows, listed_ids(self.ids[rows]), crops.tolist(), strict=True):
             seed = partial(draw_seed, self.seed, epoch, image_id)
@@ -84,10 +86,6 @@ class TrainImages(Dataset):
         if reduction == 1:
             return pil_to_tensor(image), crop
         return image, [side / reduction for side in crop]
-
-    def _draw(self, epoch: int) -> None:
-        crops, flips = np.random.default_rng([self.seed, epoch]).spawn(2)
-        self.drawn, self.flips, self.epoch = self.crops.draw(crops), flips.random(len(self)) < self.flip, epoch
 
 
 def reduction_for(crop: Sequence[int], size: int) -> int:

@@ -32,7 +32,7 @@ def fingerprints(data: DataSet, boxes: np.ndarray, views: np.ndarray, maps: Any)
 
 
 def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Return the first key under which two mappings differ, None if they are the same."""
+    """Return the first key of ``now`` that has another value in ``before``, None if there is none."""
     return next((key for key in now if before.get(key) != now[key]), None)
 
 

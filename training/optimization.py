@@ -34,17 +34,9 @@ def learning_rate(epoch: int, opt: dict, num_epochs: int) -> float:
     last = num_epochs - 1 - warmup
     now = min(epoch - warmup, last)
     if opt["scheduler"] == "step":
-        return opt["lr"] * step_gamma(opt, num_epochs) ** (now // opt["step_size"])
+        gamma, steps = opt["gamma"], last // opt["step_size"]
+        if gamma is None:  # the published (target_lr / lr) ** (step_size / num_epochs) would end a step above target_lr
+            gamma = (opt["target_lr"] / opt["lr"]) ** (1 / steps) if steps else 1.0
+        return opt["lr"] * gamma ** (now // opt["step_size"])
     fall = (1 - math.cos(math.pi * now / last)) / 2 if last else 0.0
     return opt["lr"] + fall * (opt["target_lr"] - opt["lr"])
-
-
-def step_gamma(opt: dict, num_epochs: int) -> float:
-    """Return the factor of one step of the schedule: ``gamma``, or the one that reaches target_lr with the last step.
-
-    The published (target_lr / lr) ** (step_size / num_epochs) would end one step above target_lr.
-    """
-    if opt["gamma"] is not None:
-        return opt["gamma"]
-    steps = (num_epochs - 1 - min(opt["warmup_epochs"], num_epochs - 1)) // opt["step_size"]
-    return (opt["target_lr"] / opt["lr"]) ** (1 / steps) if steps else 1.0

@@ -175,8 +175,7 @@ def load_run(run: Run) -> None:
 
 def check_origin(run: Run, state: dict) -> None:
     """Raise ValueError if a checkpoint was made from other things than this run, or its tensors do not fit."""
-    known = {"images", *state["made_from"]}  # an earlier version wrote fewer
-    changed = first_difference(state["made_from"], {key: run.made_from[key] for key in known & run.made_from.keys()})
+    changed = first_difference(run.made_from, {"images": None} | state["made_from"])  # an earlier version wrote fewer
     if changed:
         raise ValueError(f"{changed}: not what they were when it was written; start a new run")
     free = RESUME_MAY_CHANGE | {"num_epochs", "dataset.root"}  # it may be extended; the images are compared themselves

@@ -28,17 +28,12 @@ def refresh_epoch(epoch: int, every: int, start: int) -> int | None:
     return None if not every or epoch < start else epoch - (epoch - start) % every
 
 
-def maps_path(folder: Path, epoch: int) -> Path:
-    """Return the file of the maps that a run makes before ``epoch``."""
-    return folder / f"own_epoch_{epoch}.maps.safetensors"
-
-
 def with_own_maps(loader: DataLoader, run: Run, data: DataSet) -> DataLoader:
     """Return the training loader of the next epoch: a new one where self-distillation asks for other maps."""
     epoch = refresh_epoch(run.epoch, **run.config["self_distillation"])
     if epoch is None:
         return loader
-    path = maps_path(run.folder, epoch)
+    path = run.folder / f"own_epoch_{epoch}.maps.safetensors"
     if getattr(loader.dataset.crops.maps, "path", None) == path:
         return loader
     end_workers(loader)

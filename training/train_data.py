@@ -124,15 +124,11 @@ def build_view_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Build the loaders of validation (first view only) and test (all views)."""
     views, boxes = list(test_views(config).values()), view_boxes(config, data)
-    return tuple(
-        build_loader(
-            ViewImages(data, rows, boxes, shown, decoded),
-            batch_size=config["eval"]["batch_size"],
-            num_workers=workers_for(len(rows), config),
-            pin_memory=device.type == "cuda",
-        )
-        for rows, shown in ((my_rows(data.rows(*VALIDATED)), views[:1]), (my_rows(data.rows(*REPORTED)), views))
-    )
+    size, pin, loaders = config["eval"]["batch_size"], device.type == "cuda", []
+    for rows, shown in ((my_rows(data.rows(*VALIDATED)), views[:1]), (my_rows(data.rows(*REPORTED)), views)):
+        images, workers = ViewImages(data, rows, boxes, shown, decoded), workers_for(len(rows), config)
+        loaders.append(build_loader(images, batch_size=size, num_workers=workers, pin_memory=pin))
+    return tuple(loaders)
 
 
 def build_crops(config: dict, data: DataSet, boxes: np.ndarray) -> Crops:

@@ -104,8 +104,7 @@ def count_ratios_that_gave_way(config: dict, data: DataSet, boxes: np.ndarray) -
     crop, rows = config["crop"], data.rows("train")
     if not config["use_box"] or config["THR"] <= 0 or crop["mode"] != "exact":
         return 0
-    sizes = data.image_sizes[rows]
-    return int(ratio_gives_way(boxes[rows], sizes, config["THR"], scale=crop["scale"], ratio=crop["ratio"]).sum())
+    return int(ratio_gives_way(boxes[rows], data.image_sizes[rows], config["THR"], crop["scale"], crop["ratio"]).sum())
 
 
 def resume_command(folder: Path) -> str | None:
