@@ -95,6 +95,7 @@ CONFIG = [
     override("no-deviation", "model.std=0,1,1", "model.std"),
     override("boxes-name", "out={folder}/new/boxes.maps.safetensors", "boxes.maps", script="generate_dino_boxes"),
     override("unknown-table", "reproduce.table=none", "toybirds_crops", script="reproduce"),
+    row("config-no-root", nothing, ("dataset.name=folder", *TRAIN[2:]), "dataset.name=folder", "dataset.root=FOLDER"),
 ]
 
 
@@ -149,6 +150,7 @@ def at_the_edge(folder: Path) -> None:
 
 BOX_FILES = [
     boxes("missing", remove("boxes.json")),
+    row("boxes-below-a-file", nothing, (*TRAIN, "source={folder}/boxes.json/b.json"), "(Not a directory)"),
     boxes("folder", folder_instead("boxes.json")),
     boxes("cut", cut("boxes.json", 0.5)),
     boxes("nested", put("boxes.json", DEEP)),

@@ -1,6 +1,7 @@
 """Boxes in other tools' formats: read, checked, matched, chosen from, written."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import PIL.Image
@@ -10,9 +11,11 @@ import boxes as convert_script
 from config import load_config
 from datasets import read_dataset, source_boxes
 from localized_crops.box_file import load_boxes
+from localized_crops.boxes import center_boxes, coverage, crops_to_xywh
 from localized_crops.files import UserError
 from readers.box_sources import match_names, read_foreign
 from training.epoch_crops import BoxCrops
+from training.train_data import build_crops, crop_boxes
 
 SIZES = [(40, 30), (25, 50), (61, 33), (20, 20)]
 NAMES = ["ash/a.jpg", "ash/b.jpg", "yew/a.jpg", "yew/c d.jpg"]
@@ -52,6 +55,7 @@ def yolo(folder, boxes=BOXES):
         path = folder / name.replace(".jpg", ".txt")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"0 {(x + bw / 2) / w} {(y + bh / 2) / h} {bw / w} {bh / h}\n")
+    (folder / "classes.txt").write_text("bird\n")  # stands beside YOLO's files and holds no boxes
     return folder
 
 
@@ -121,8 +125,6 @@ def test_what_cannot_be_boxes_is_one_line(data, tmp_path, write):
 def test_a_fault_in_a_yolo_or_voc_file_is_named(data, tmp_path, name, text, told):
     (tmp_path / "boxes").mkdir()
     (tmp_path / "boxes" / name).write_text(text)
-    if name == "a.txt":
-        (tmp_path / "boxes" / "classes.txt").write_text("bird\n")  # stands beside YOLO's files and holds no boxes
     with pytest.raises(UserError, match=told) as error:
         source_boxes(str(tmp_path / "boxes"), data)
     assert "\n" not in str(error.value)
@@ -163,6 +165,27 @@ def test_of_several_boxes_the_largest_their_union_or_one_drawn_for_each_crop(dat
     drawn = {tuple(pool.drawn(np.random.default_rng(seed))[0]) for seed in range(20)}
     assert drawn == {(10, 20, 10, 25), (5, 6, 7, 8)} and crops.draw(np.random.default_rng(0)).shape == (2, 4)
     assert (pool.drawn(np.random.default_rng(0))[1] == BOXES[3]).all()
+
+
+@pytest.mark.parametrize(("words", "has_others"), [((), False), (("boxes.several=random",), True)])
+def test_a_training_draws_one_of_several_boxes_anew_for_each_epoch(data, tmp_path, words, has_others):
+    path, largest = coco(tmp_path / "b.json"), [10, 20, 10, 25]
+    content = json.loads(path.read_text())
+    content["annotations"].append({"id": 9, "image_id": 8, "category_id": 3, "bbox": largest})
+    path.write_text(json.dumps(content))
+    data = replace(data, split=np.full(4, "train"))
+    config = load_config(["dataset.name=folder", f"dataset.root={data.root}", f"source={path}", "THR=1", *words])
+    crops = build_crops(config, data, crop_boxes(config, data)[0])
+    drawn = crops_to_xywh(np.stack([crops.draw(np.random.default_rng(seed))[1] for seed in range(30)]))
+    kept = np.array([coverage(drawn, np.tile(box, (30, 1))) == 1 for box in (largest, BOXES[1])])
+    assert kept.any(0).all() and (~kept[0]).any() == has_others
+
+
+def test_boxes_of_which_there_is_one_an_image_are_not_drawn(data):
+    config = load_config(["dataset.name=folder", f"dataset.root={data.root}", "source=center", "boxes.several=random"])
+    crops = build_crops(config, data, crop_boxes(config, data)[0])
+    rows = data.rows("train")
+    assert crops.redraw is None and np.array_equal(crops.boxes, center_boxes(data.image_sizes[rows]))
 
 
 # --- converting ---------------------------------------------------------------------------------------------------

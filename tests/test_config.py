@@ -357,6 +357,7 @@ def test_a_sweep_goes_over_any_key_with_values_of_its_type():
     [
         (["sweep.parameter=opt.LR"], "opt.lr"),
         (["sweep.parameter=seed"], "sweep.seeds"),
+        (["sweep.values="], "sweep.values is empty"),
         (["sweep.parameter=maiou", "sweep.values=0.3"], "maiou=0.3"),
         (["sweep.parameter=opt.lr", "sweep.values=0.1,1e-9"], "opt.target_lr"),  # with target_lr it is too low
     ],

@@ -185,12 +185,13 @@ def test_a_missing_folder_names_the_way_to_get_it(tmp_path):
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def test_images_of_every_mode_become_rgb(tmp_path):
+def test_images_of_every_mode_become_rgb(tmp_path, recwarn):
     ramp = np.tile(np.linspace(0, 255, 40).astype(np.uint8), (23, 1))  # H 23, W 40
     grey = PIL.Image.fromarray(ramp)
     for name, image in {
         "grey.png": grey,
         "palette.png": grey.convert("P"),
+        "palette_alpha.png": palette_with_alpha(grey),
         "alpha.png": grey.convert("RGBA"),
         "grey_alpha.png": grey.convert("LA"),
         "sixteen.png": PIL.Image.fromarray(ramp.astype(np.uint16) * 257),
@@ -201,6 +202,14 @@ def test_images_of_every_mode_become_rgb(tmp_path):
         read = read_image(tmp_path / name)
         assert read.mode == "RGB" and read.size == (40, 23)
         assert np.abs(np.asarray(read).astype(int) - ramp[..., None]).max() <= 3, name
+    assert not recwarn.list  # Pillow warns of an alpha that is dropped from a palette at once
+
+
+def palette_with_alpha(grey):
+    """Return a palette image whose every colour has an alpha."""
+    image = grey.convert("P")
+    image.info["transparency"] = bytes(range(256))
+    return image
 
 
 def test_an_exif_rotation_is_not_applied(tmp_path):

@@ -17,6 +17,7 @@ from readers.data_set import UprightPath
 from readers.images import FORMATS, image_sizes, read_image
 from readers.splits import class_notes
 from training import train_data
+from training.train_run import train_run
 
 
 def picture(path, size=(23, 17), value=90, exif=None):
@@ -89,12 +90,28 @@ def test_split_folders_are_kept_and_what_is_odd_is_named(parts):
     assert "'d'" in notes and "'c'" in notes and data.class_names == ["a", "b", "c", "d"]
 
 
+def test_classes_whose_names_are_easily_confused_are_told(photos):
+    picture(photos / "Oak  Tree" / "a.jpg")
+    data = read_dataset("folder", photos)
+    assert data.class_names == ["Oak  Tree", "ash", "oak tree", "yew"]
+    (note,) = [note for note in data.notes if "case or spaces" in note]
+    assert "'Oak  Tree', 'oak tree'" in note and "yew" not in note
+
+
 def test_without_a_test_part_the_run_reports_on_val(photos):
     config = load_config(words_of(photos, "dataset.test_fraction=0", "dataset.val_fraction=0.3"))
     data = train_data.load_data(config)
     assert data.rows(*train_data.REPORTED).tolist() == data.rows("val").tolist()
     with pytest.raises(UserError, match=r"dataset\.test_fraction"):
         train_data.load_data(load_config(words_of(photos, "dataset.test_fraction=0", "dataset.val_fraction=0")))
+
+
+def test_a_run_without_a_test_part_says_that_it_is_tested_on_val(photos, tmp_path, capsys):
+    words = words_of(photos, "dataset.test_fraction=0", "dataset.val_fraction=0.3", "use_box=false", "num_epochs=1")
+    summary = train_run(load_config([*words, "image_size=16", "device=cpu", f"run_dir={tmp_path / 'run'}"]))
+    assert summary["n_test"] == 9
+    assert "21 train, 9 val, 0 test images" in (told := capsys.readouterr().out)
+    assert "validated on val, and tested on it too: there is no test part" in told
 
 
 def test_names_may_hold_what_cannot_be_seen_but_no_control_characters(photos):
@@ -107,11 +124,13 @@ def test_names_may_hold_what_cannot_be_seen_but_no_control_characters(photos):
         read_dataset("folder", photos)
 
 
-def test_images_without_class_folders_have_no_labels(photos):
+def test_images_without_class_folders_have_no_labels(photos, capsys):
     data = read_dataset("folder", photos / "yew", test_fraction=0.2, val_fraction=0.3)
     assert (data.labels == -1).all() and len(data.rows("test")) == 10 and data.class_names == []
     with pytest.raises(UserError, match="two classes"):
         train_data.load_data(load_config(words_of(photos / "yew")))
+    check_dataset.main(load_config(words_of(photos / "yew")))
+    assert "10 images without labels: there are no class folders" in capsys.readouterr().out
     (photos / "none").mkdir()
     with pytest.raises(UserError, match="none"):
         read_dataset("folder", photos / "none")
@@ -168,6 +187,14 @@ def test_upright_size_and_pixels_agree_with_each_other(tmp_path, suffix, orienta
         assert sizes[0].tolist() == list(read_image(one).size)
     upright = read_image(UprightPath(path)).size
     assert upright == ((15, 24) if orientation > 4 else (24, 15))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+def test_damaged_exif_data_is_no_orientation(tmp_path, suffix):
+    path = tmp_path / f"one.{suffix}"
+    PIL.Image.new("RGB", (24, 15)).save(path, exif=b"Exif\0\0MM\0*\0\0")
+    sizes, rotated, _ = image_sizes([UprightPath(path)])
+    assert sizes[0].tolist() == [24, 15] == list(read_image(UprightPath(path)).size) and not rotated[0]
 
 
 def test_upright_pixels_are_turned(tmp_path):
@@ -248,12 +275,18 @@ def test_a_table_with_boxes_for_some(photos):
         ("yew/a  1.jpg,yew,train,100,2,10,11", "outside"),
         ("yew/none.jpg,yew,train,1,2,10,11", r"none\.jpg"),
         ("yew/a  1.jpg,yew,train,1,2,10,11\nyew/a  1.jpg,yew,train,1,2,10,11", "csv:3"),
+        (f"yew/a  1.jpg,{'yew' * 50_000},train,,,,", "csv:2: field larger"),  # a quotation mark that is never closed
     ],
 )
 def test_a_fault_in_a_table_is_named_by_its_line(photos, line, told):
     with pytest.raises(UserError, match=told) as error:
         table(photos, line)
     assert "\n" not in str(error.value)
+
+
+def test_a_table_without_columns_of_boxes_has_none(photos):
+    data = table(photos, "yew/a  1.jpg,yew,train", "ash/a  3.jpg,ash,test", header="path,label,split")
+    assert not data.has_box.any() and np.isnan(data.boxes).all() and data.split.tolist() == ["train", "test"]
 
 
 def test_one_of_several_tables_must_be_named(photos):
@@ -289,6 +322,18 @@ def test_unreadable_images_are_listed_and_counted(photos, capsys):
         check_dataset.main(load_config(words_of(photos)))
     told = capsys.readouterr().out
     assert all(name in told for name in ("text.jpg", "more.jpg", "cut.jpg"))
+
+
+def test_of_many_faults_some_are_listed_and_the_rest_is_counted(photos, capsys):
+    for path in photos.rglob("*.jpg"):
+        path.write_text("no image")
+    with pytest.raises(UserError, match=r"none of 30 images can be read: .*not an image"):
+        check_dataset.main(load_config(words_of(photos)))
+    picture(photos / "yew" / "whole.jpg")
+    with pytest.raises(UserError, match="30 of 31 images cannot be read"):
+        check_dataset.main(load_config(words_of(photos)))
+    told = capsys.readouterr().out.splitlines()
+    assert sum("not an image" in line for line in told) == 20 and "... and 10 more like this" in told
 
 
 def test_pillow_knows_every_format_that_is_tried_and_reads_the_first_of_two_pictures(tmp_path):
