@@ -233,6 +233,16 @@ def test_what_does_not_fit_is_one_line(birds, masks, classifier, tmp_path):
         run(birds, masks, classifier, tmp_path / "boxes.json")
 
 
+def test_class_means_need_a_training_image(birds_copy, classifier, tmp_path):
+    split = (birds_copy / "train_test_split.txt").read_text()
+    (birds_copy / "train_test_split.txt").write_text(split.replace(" 1\n", " 0\n"))
+    masks = tmp_path / "masks_0"
+    masks.mkdir()
+    write_candidates(masks, read_dataset("cub", birds_copy))
+    with pytest.raises(UserError, match=r"no training image to make class means of; use bbox\.score=logit"):
+        run(birds_copy, masks, classifier, tmp_path / "boxes.json", "bbox.score=ncm")
+
+
 def test_a_second_folder_serves_images_without_a_candidate_in_the_first(birds, masks, classifier, tmp_path):
     data, (setup, info) = read_dataset("cub", birds), load_masks_info(masks)
     second = tmp_path / "masks_1"

@@ -21,7 +21,7 @@ from localized_crops import map_boxes
 from localized_crops.attention import cls_attention
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
-from localized_crops.map_file import MapCache, maps_path
+from localized_crops.map_file import MapCache, maps_path, save_map_cache
 from localizer import attention_maps, networks
 from localizer.networks import build_localizer
 from toybirds.make_localizer import save_localizer
@@ -250,6 +250,31 @@ def test_maps_of_something_else_are_refused(birds_copy, birds, tiny, unbroken, t
     assert_same_maps(unbroken, out)
 
 
+def test_maps_that_do_not_say_which_images_failed_are_refused(birds, tiny, unbroken, tmp_path):
+    out = Path(shutil.copytree(unbroken.parent, tmp_path / "copy")) / unbroken.name
+    cache = MapCache.open(out)
+    save_map_cache(out, dict(cache).items(), cache.header | {"errors": None})
+    with pytest.raises(UserError, match=r"does not say which images failed; start anew: .*dino\.again=true"):
+        run(birds, tiny, out)
+
+
+def test_what_was_begun_is_done_anew_by_one_process_alone(birds, tiny, tmp_path, monkeypatch):
+    out = tmp_path / "boxes.json"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    run(birds, tiny, out)
+    begun = sorted(tmp_path.rglob("process_1/*.safetensors"))
+    with pytest.raises(UserError, match=r"again=true is for one process: start anew with .*dino\.again=true"):
+        run(birds, tiny, out, "dino.again=true")
+    assert begun and sorted(tmp_path.rglob("process_1/*.safetensors")) == begun
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    mapped = spy_on_batches()
+    monkeypatch.setattr(stage, "mapped_batches", mapped)
+    run(birds, tiny, out, "dino.again=true")
+    assert len(mapped.numbers) > len(begun) and mapped.numbers == set(range(len(mapped.numbers)))
+
+
 def assert_same_maps(a, b):
     one, two = MapCache.open(a), MapCache.open(b)
     assert all(np.array_equal(one[i], two[i]) for i in one)
@@ -375,6 +400,20 @@ def test_attention_teaches_a_classifier_of_another_networks_cells(birds, tiny, t
     data = read_dataset("cub", birds)
     assert set(boxes.boxes) == set(data.ids.tolist())
     assert load_json(out)["settings"]["dino"]["object_rounds"] == 1
+
+
+def test_an_image_that_fails_when_its_map_is_made_into_a_box_is_listed(few_birds, tiny, tmp_path, monkeypatch):
+    """It was whole when the maps were made."""
+    found, data = stage.find_objects, read_dataset("cub", few_birds)
+
+    def fail_once(*arguments):
+        return ((row, box, "truncated" if row == 2 else error) for row, box, error in found(*arguments))
+
+    monkeypatch.setattr(stage, "find_objects", fail_once)
+    more = ["dino.method=object_head", "dino.object_model=test_efficientnet", "dino.object_weights=random"]
+    with pytest.raises(UserError, match="1 images failed"):
+        run(few_birds, tiny, tmp_path / "boxes.json", *more, "dino.object_image_size=64", "dino.object_rounds=1")
+    assert (tmp_path / "errors.txt").read_text() == f"1 images failed\n{data.ids[2]}: truncated\n"
 
 
 def test_a_wrong_object_model_is_told_before_the_maps_are_made(birds, tiny, tmp_path):

@@ -13,6 +13,7 @@ import generate_mask as stage
 from config import load_config
 from datasets import read_dataset
 from figures import box_report
+from jobs.guard import DeadWorkerError
 from localized_crops.box_file import load_boxes
 from localized_crops.files import UserError, load_json
 from localized_crops.map_file import save_map_cache
@@ -233,6 +234,16 @@ def test_images_that_fail_are_listed_and_the_rest_goes_on(root, monkeypatch):
     data.paths[5].write_bytes(kept_5)  # another data set than before, whose size was unknown
     with pytest.raises(UserError, match="made with dataset="):
         run(root, f"mask.folder={root / 'masks_0'}")
+
+
+def test_a_worker_that_dies_while_an_image_is_in_work_is_no_fault_of_the_image(root, monkeypatch):
+    def die(_image):
+        raise DeadWorkerError("processes that load images died")  # from a signal handler
+
+    monkeypatch.setattr(stage, "segment_image", die)
+    with pytest.raises(DeadWorkerError):
+        run(root)
+    assert not list(root.rglob("errors.txt")) and not list(root.rglob("masks_0/**/*.safetensors"))
 
 
 def test_a_mended_image_is_done_by_the_same_command(root):

@@ -126,6 +126,16 @@ def test_files_that_cannot_be_read_are_listed_and_cost_no_other_its_row(site, ph
     assert not (tmp_path / "found.errors.txt").exists() and len(rows_of(tmp_path / "found.csv")) == 2
 
 
+def test_an_image_that_cannot_be_decoded_has_a_reason_in_the_place_of_a_box(site, photos):
+    words = [f"checkpoint={site}/run/best.pt", "images=x", "eval_box=center", TOY]
+    classifier = load_classifier(site / "run" / "best.pt", config=predict.load_prediction_config(words))
+    paths = find_images(str(photos))
+    paths[1].write_bytes(paths[1].read_bytes()[:-300])  # its header is whole
+    boxes, failed = classifier.find_boxes(paths)
+    assert list(failed) == [1] and "damaged" in failed[1] and str(paths[1]) in failed[1]
+    assert (boxes[[0, 2, 3, 4], 2:] > 0).all()
+
+
 def test_a_path_on_stdin_that_is_no_file_is_listed_too(site, photos, tmp_path):
     paths = [*find_images(str(photos))[:2], photos / "gone.jpg"]
     found = load_classifier(site / "run" / "best.pt").predict(paths)
@@ -168,6 +178,21 @@ def without(key):
 
 def renamed(content):
     content["config"]["model"].pop("mean")
+
+
+def test_answers_that_are_no_numbers_are_refused(site, photos, tmp_path):
+    content = load_tensors(site / "run" / "best.pt")
+    for weights in ("model", "ema"):
+        content[weights]["fc.weight"].fill_(3e38)  # finite, but the logits are not
+    torch.save(content, tmp_path / "large.pt")
+    with pytest.raises(UserError, match=r"large\.pt: its answers in view full are no numbers; try amp=none"):
+        load_classifier(tmp_path / "large.pt").predict(find_images(str(photos)))
+
+
+def test_a_checkpoint_without_a_classifier_of_cells_names_what_to_give(site, photos):
+    words = ["eval_box=center", "dino.method=object_head", "dino.object_weights=random"]
+    with pytest.raises(UserError, match=r"best\.pt: holds no classifier for .*; give dino\.method=component, or "):
+        run(site, f"images={photos}", *words)
 
 
 @pytest.mark.parametrize("change", [without("class_names"), without("config"), renamed])
