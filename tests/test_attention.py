@@ -139,6 +139,19 @@ def test_images_that_are_not_whole_patches(height, width, good):
         cls_attention(build_vit(), torch.zeros(1, 3, height, width))
 
 
+def test_images_come_in_batches():
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got a shape of \(3, 42, 70\)"):
+        cls_attention(build_vit(), torch.zeros(3, 42, 70))
+
+
+def test_patches_that_training_drops_have_no_place_on_the_grid():
+    model = build_vit("dino_16", patch_drop_rate=0.5)
+    images = build_images(model)
+    assert cls_attention(model, images).shape == (2, 3, 3, 5)
+    with pytest.raises(ValueError, match=r"patch tokens for a grid of 3 x 5: call model\.eval\(\) first"):
+        cls_attention(model.train(), images, return_keys=True)
+
+
 def test_a_model_of_one_size_says_so():
     model = build_vit("dino_16", dynamic_img_size=False)
     with pytest.raises(ValueError, match="dynamic_img_size=True"):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 import evaluate
 import models
+from config import load_config
 from inference import evaluation, export
 from inference.classifier import load_classifier
 from localized_crops.files import UserError, load_json
@@ -136,6 +139,18 @@ def test_rows_of_trainings_with_other_views_and_boxes_share_the_views_that_all_h
     assert text.split("Top-1 in %, mean")[0].count("| full+box (oracle: true boxes) |") == 1  # of the one training
 
 
+def test_trainings_without_a_common_view_have_no_table_over_seeds():
+    def evaluated(thr, seed, views):
+        trained = load_config([f"THR={thr}", f"seed={seed}"])
+        classifier = SimpleNamespace(path=f"{thr}_{seed}/best.pt", trained=trained, config=trained)
+        answers = dict.fromkeys(views, np.eye(2)), dict.fromkeys(views, np.ones(2, bool))
+        return evaluation.Evaluated(classifier, np.arange(2), *answers, np.full(2, np.nan))
+
+    first = [evaluated(0, seed, ["full", "whole"]) for seed in (0, 1)]
+    assert "| trainings | full |\n" in evaluation.seeds_tables([*first, evaluated(1, 0, ["full"])])
+    assert evaluation.seeds_tables([*first, evaluated(1, 0, ["center"])]) == ""
+
+
 def test_thirds_that_differ_have_tables_of_their_own():
     def figures(bound):
         thirds = {name: {"largest_share": bound, "top1": 0.5, "n": 4} for name in ("small", "large")}
@@ -214,6 +229,16 @@ def test_onnx_gives_the_logits_of_torch_for_any_batch(site, tmp_path):
         with torch.inference_mode():
             torch.testing.assert_close(torch.from_numpy(found), classifier.model(images), rtol=1e-3, atol=1e-4)
     assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("difference", [0.5, float("nan")])
+def test_an_onnx_file_that_answers_otherwise_is_not_written(site, tmp_path, monkeypatch, difference):
+    monkeypatch.setattr(torch.onnx, "export", lambda _model, _images, path, **_: Path(path).touch())
+    monkeypatch.setattr(export, "onnx_difference", lambda *_: difference)
+    classifier = load_classifier(site / "run" / "best.pt", localize=False, device="cpu")
+    with pytest.raises(UserError, match=r"model\.onnx: differs from torch by .*; not written"):
+        export.export_onnx(classifier, tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_network_with_more_outputs_than_classes_answers_with_the_classes(site, tmp_path):

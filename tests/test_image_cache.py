@@ -142,6 +142,20 @@ def test_a_corrupt_image_is_named_and_nothing_is_left(tmp_path, photos):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
 
 
+def test_an_image_of_another_size_than_its_header_said_is_named_and_nothing_is_left(tmp_path, photos):
+    photos.image_sizes[1] += 1
+    with pytest.raises(UserError, match=r"1\.jpg: is 37 x 53 pixels, 38 x 54 were expected"):
+        cached_images(tmp_path / "cache", photos)
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [image_cache.LOCK]
+
+
+def test_an_image_that_is_not_in_it_is_a_key_error(tmp_path, photos):
+    cache = cached_images(tmp_path / "cache", photos)
+    for unknown in (5, 100, "3", "a.jpg"):  # the id 3 is a number
+        with pytest.raises(KeyError):
+            cache[unknown]
+
+
 def test_a_disk_that_is_too_small_is_said_before(tmp_path, photos, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     with pytest.raises(UserError, match=r"take 0\.00 GB, only 0\.00 are free; make room or set cache=none"):

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import localized_crops
+from localized_crops import attention
+
 ROOT = Path(__file__).parent.parent
 USE = """
 import sys
@@ -59,6 +62,14 @@ def test_it_works_from_a_folder_with_modules_named_as_ours(wheel, tmp_path):
         cwd=work, env={"PYTHONPATH": str(installed)}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+def test_every_name_that_the_library_lists_is_there_and_others_are_not():
+    for name in localized_crops.__all__:
+        assert callable(getattr(localized_crops, name))
+    assert localized_crops.cls_attention is attention.cls_attention
+    with pytest.raises(AttributeError, match="no attribute 'cls_atention'"):
+        localized_crops.cls_atention  # noqa: B018 - it is the access that fails
 
 
 def test_the_code_of_the_librarys_page_runs(monkeypatch):

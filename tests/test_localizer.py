@@ -132,6 +132,15 @@ def test_files_that_should_say_what_they_are(tmp_path, content, told):
     assert "\n" not in str(error.value)
 
 
+def test_a_fault_of_another_kind_is_not_told_as_one_of_the_network(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        networks.create_network(VIT, "random", "dino.model", "dino.weights")
+
+
 def test_no_network_names_the_file_to_fetch(monkeypatch):
     def unreachable(*_, **__):
         raise OSError("Network is unreachable\nand more")

@@ -87,6 +87,8 @@ def test_another_process_reads_the_same_and_refuses_another_file(path):
         else:
             assert np.array_equal(found, some_maps()[43])
     assert np.array_equal(cache[43], some_maps()[43])  # here the first file is still open
+    with pytest.raises(UserError, match=r"boxes\.maps\.safetensors.*replaced"):
+        pickle.loads(pickle.dumps(cache))[43]
 
 
 def test_reading_keeps_nothing_in_memory_that_is_not_shared(tmp_path):

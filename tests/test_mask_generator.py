@@ -157,6 +157,20 @@ def test_batches_change_nothing(sam, images):
         assert sum(assert_same(*pair) for pair in zip(together, single, strict=True)) >= 15
 
 
+def test_a_compiled_encoder_sees_batches_of_one_size_alone(sam, images, monkeypatch):
+    seen = []
+
+    def compile_spy(function, dynamic):
+        assert not dynamic
+        return lambda encoder, inputs: seen.append(len(inputs)) or function(encoder, inputs)
+
+    monkeypatch.setattr(torch, "compile", compile_spy)
+    generator = MaskGenerator(sam, image_batch=2, compile_encoder=True)
+    embeddings = [generator.embed(images[:2]), generator.embed(images[2:])]
+    assert seen == [2, 2] and [len(part) for part in embeddings] == [2, 1]
+    torch.testing.assert_close(torch.cat(embeddings), MaskGenerator(sam).embed(images), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("min_area", [0, 30])
 def test_masks_may_be_left_out(sam, images, min_area):
     generator = MaskGenerator(sam, **LOOSE, min_mask_region_area=min_area)

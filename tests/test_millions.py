@@ -185,6 +185,15 @@ def test_of_many_files_the_stats_tell_an_image_that_was_replaced(paths, monkeypa
     assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
 
 
+def test_an_image_that_cannot_be_read_has_a_key_until_it_can(paths):
+    gone = paths[0].with_name("gone.jpg")
+    batches = [[paths[0], gone], [paths[1]]]
+    before = shared_work.content_keys(batches)
+    gone.write_bytes(b"mended")
+    after = shared_work.content_keys(batches)
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, True]
+
+
 # --- crops --------------------------------------------------------------------------------------------------------
 
 

@@ -78,6 +78,28 @@ def test_without_a_network_the_file_to_fetch_is_named(model_type, told, monkeypa
     assert "model.weights=FILE" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("weights", [None, "hub"])
+def test_a_fault_is_the_networks_only_where_weights_are_fetched(monkeypatch, weights):
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(RuntimeError if weights is None else UserError, match="out of memory"):
+        build(weights=weights)
+
+
+def test_an_option_that_a_network_does_not_take_is_named_with_it():
+    with pytest.raises(UserError, match=r"model\.type=vgg11, model\.drop_path=0\.1: .*drop_path_rate"):
+        models.build_model("vgg11", 2, image_size=32, patch_size=16, drop_path=0.1)
+
+
+def test_a_network_is_compiled_after_a_trial(monkeypatch):
+    compiled, model = [], build()
+    monkeypatch.setattr(torch, "compile", lambda one: compiled.append(one) or one)
+    assert models.compiled(model, torch.device("cpu")) is model
+    assert [type(one) for one in compiled] == [nn.Linear, type(model)]
+
+
 # --- parameter groups, what learns --------------------------------------------------------------------------------
 
 
@@ -206,6 +228,12 @@ def test_the_first_weights_do_not_stay_in_the_ema_of_a_short_training(updates):
 )
 def test_the_input_statistics_are_the_networks_own(name, mean):
     assert models.input_config(name)["mean"][0] == mean
+
+
+def test_a_size_that_a_network_refuses_to_be_told_may_still_be_taken():
+    """This one wants to be told whole patches, and enlarges other images by itself."""
+    model = models.build_model("xcit_nano_12_p16_224", 2, image_size=41, patch_size=16).eval()
+    assert model(torch.zeros(1, 3, 41, 41)).shape == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "deit3_small_patch16_224"])

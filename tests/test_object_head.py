@@ -12,6 +12,7 @@ from datasets import read_dataset
 from localized_crops.boxes import center_boxes, iou
 from localized_crops.files import UserError
 from localized_crops.map_boxes import component_mask
+from localizer import object_head
 from localizer.attention_maps import map_batches, plan_batches
 from localizer.networks import build_localizer
 from localizer.object_head import (
@@ -105,6 +106,22 @@ def test_weights_from_before_batch_norm_counted_batches_are_taken(tmp_path):
 def test_a_network_that_timm_does_not_know_is_named():
     with pytest.raises(UserError, match=r"dino\.object_model=no_such_net"):
         build_features("no_such_net", "random")
+
+
+def test_a_network_without_feature_maps_is_named(monkeypatch):
+    """timm 1.0.20 has some, such as its DenseNets."""
+    monkeypatch.setattr(object_head, "create_network", lambda *_: torch.nn.Identity())
+    with pytest.raises(UserError, match=r"dino\.object_model=densenet121: gives no feature maps"):
+        build_features("densenet121", "random")
+
+
+def test_maps_that_point_nowhere_teach_nothing(few_birds):
+    data, settings = read_dataset("cub", few_birds), {"object_image_size": 64, "threshold": 0.5, "object_images": 9}
+    maps = {image_id: np.zeros((4, 4)) for image_id in data.ids.tolist()}
+    maps[data.ids[data.rows("test")[0]].item()] = np.eye(4)  # of a test image: it must not teach
+    network = build_features("test_efficientnet", "random")
+    with pytest.raises(UserError, match=r"no training image whose attention map points anywhere; see dino\.model"):
+        learn_head(network, data, maps, settings | {"object_rounds": 1}, 0)
 
 
 def test_images_smaller_than_a_patch_teach_and_a_torn_one_is_told(tmp_path):

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import stages
 import torch
+from torch import distributed as dist
 from torch import nn
 
 import models
 import train
 from jobs import torchrun
+from jobs.guard import DeadWorkerError
 from jobs.torchrun import process_numbers
 from localized_crops.files import UserError, load_json
 from training import distributed
@@ -243,6 +245,73 @@ def test_a_process_that_nobody_joins_waits_no_longer_than_told(monkeypatch):
 def test_more_parts_than_images_are_refused():
     with pytest.raises(UserError, match="a batch has batch_size=16 images"):
         train.load_run_config(["opt.accumulate=17"])
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            RuntimeError("[/pytorch/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            "Connection closed by peer",
+        ),
+        (dist.DistBackendError("[rank 1] NCCL error\nand a page more"), "NCCL error"),
+    ],
+)
+def test_an_error_of_the_connection_is_told_as_a_lost_process(error, told):
+    lost = pytest.raises(DeadWorkerError, match=rf"is gone \(seen by rank 0: {told}\); its own")
+    with lost, distributed.lost_process():
+        raise error
+
+
+def test_an_error_of_another_kind_is_no_lost_process():
+    with pytest.raises(RuntimeError, match="shapes differ"), distributed.lost_process():
+        raise RuntimeError("shapes differ")
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Return a function that lets this process be one of two; what rank 0 sends, rank 1 receives afterwards."""
+    sent = []
+
+    def broadcast(objects):
+        if distributed.rank():
+            objects[:] = sent.pop()
+        else:
+            sent.append(objects[:])
+
+    def become(rank):
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        monkeypatch.setattr(distributed.dist, "broadcast_object_list", broadcast)
+
+    return become
+
+
+def test_what_rank_0_finds_reaches_the_others_and_its_fault_ends_them(as_rank):
+    def fail():
+        raise UserError("holds a run already")
+
+    as_rank(0)
+    assert distributed.on_rank_0(lambda: None) is None
+    as_rank(1)
+    assert distributed.on_rank_0(fail) is None  # not called here
+    as_rank(0)
+    with pytest.raises(UserError, match="holds a run already"):
+        distributed.on_rank_0(fail)
+    as_rank(1)
+    with pytest.raises(SystemExit) as end:
+        distributed.on_rank_0(fail)
+    assert end.value.code == 2
+
+
+def test_processes_share_all_rows_and_each_needs_one(as_rank):
+    shares = []
+    for number in (0, 1):
+        as_rank(number)
+        shares.append(distributed.my_rows(np.arange(5)).tolist())
+        with pytest.raises(UserError, match="1 images for 2 processes: start fewer"):
+            distributed.my_rows(np.arange(1))
+    assert shares == [[0, 1, 2], [3, 4]]
 
 
 def test_rows_of_one_process_are_all_rows():

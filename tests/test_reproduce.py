@@ -1,3 +1,5 @@
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 import config
 import reproduce
 from datasets import read_dataset
-from experiments.table_report import table_points
+from experiments.grid import FolderInUseError
+from experiments.table_report import load_run, table_points, views_text, write_report
 from experiments.tables import TABLES, Step, Table
 from jobs.settings import word_of
 from localized_crops.boxes import coverage, whole_image_boxes
@@ -76,6 +79,45 @@ def test_accuracy_by_the_size_of_the_object_is_that_of_the_thirds(birds, made):
     tops = [f"{100 * right[third == number].mean():.1f}" for number in range(3)]
     line = (made / "small.md").read_text().splitlines()[-3]
     assert [cell.split()[0] for cell in line.split("|")[2:5]] == tops
+
+
+def test_rows_that_share_no_seed_are_not_compared_and_objects_without_boxes_have_no_size(
+    birds, made, small_table, tmp_path
+):
+    folder, data = Path(shutil.copytree(made, tmp_path / "table")), read_dataset("cub", birds, val_fraction=0.3333)
+    for name in ("0_plain_seed_1", "0_held_seed_0"):
+        shutil.rmtree(folder / name)
+    found = write_report(small_table, "some", range(2), folder, replace(data, boxes=np.full_like(data.boxes, np.nan)))
+    text = (folder / "some.md").read_text()
+    assert {row: [run.seed for run in runs] for row, runs in found["one epoch"].items()} == {"plain": [0], "held": [1]}
+    held = [line for line in text.splitlines() if line.startswith("| held |")]
+    assert len(held) == 2 and not any("McNemar" in line for line in held) and "By the share" not in text
+
+
+def test_views_are_compared_where_there_are_several_and_a_control(made, small_table):
+    runs = [load_run(made / f"0_plain_seed_{seed}", seed) for seed in (0, 1)]
+    assert views_text(small_table, {"plain": runs}, "plain") and views_text(small_table, {"held": runs}, None) == []
+    first = next(iter(runs[0].correct))
+    one_view = [run._replace(correct={first: run.correct[first]}) for run in runs]
+    assert views_text(small_table, {"plain": one_view}, "plain") == []
+
+
+def test_a_table_without_a_finished_training_is_not_written(birds, small_table, tmp_path, monkeypatch):
+    def work_elsewhere(*_):
+        raise FolderInUseError("another process works there")
+
+    monkeypatch.setattr(reproduce, "train_run", work_elsewhere)
+    make(birds, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_steps_of_a_table_are_done_in_turn_before_its_trainings(birds, small_table, tmp_path, monkeypatch):
+    steps, done = tuple(Step(str(tmp_path / name), "generate_mask.py", ()) for name in ("a", "b")), []
+    monkeypatch.setitem(TABLES, "small", replace(small_table, steps=steps))
+    monkeypatch.setattr(reproduce, "run_step", lambda step, overrides: done.append((step, overrides["dataset.name"])))
+    monkeypatch.setattr(reproduce, "make_table", lambda *_: done.append("table"))
+    make(birds, tmp_path)
+    assert done == [(steps[0], "cub"), (steps[1], "cub"), "table"]
 
 
 def test_runs_with_other_settings_are_not_taken_for_these(birds, made):

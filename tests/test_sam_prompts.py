@@ -92,6 +92,13 @@ def test_the_answers_are_those_of_the_packages_predictor(sam, asked):
         assert record["area"] == record["segmentation"].sum()
 
 
+def test_an_empty_answer_is_no_mask(sam, monkeypatch):
+    nothing = np.zeros((3, 50, 80), bool), np.array([0.9, 0.8, 0.7], np.float32), None
+    monkeypatch.setattr(SamPredictor, "predict", lambda *_: nothing)
+    (image,) = build_images(1, ((50, 80),))
+    assert PromptedMasks(sam, **PROMPT).generate(image, bump()) == []
+
+
 def test_an_image_with_a_blank_map_gets_no_mask(sam):
     images = build_images(2, ((50, 80), (70, 45)))
     first, second = map(PromptedMasks(sam, **PROMPT).generate, images, [np.zeros(FEAT), bump()])

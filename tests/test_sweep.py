@@ -1,5 +1,6 @@
 """experiments/sweep.py: names of runs, the values of the grid, the trainings, and wandb."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ from small_runs import run, words
 
 import train
 from config import load_config
-from experiments.grid import Point, point_config
+from experiments.grid import FolderInUseError, Point, crop_family, point_config, run_grid
 from experiments.sweep import sweep_table
 from experiments.table_report import table_points
 from jobs.wandb_runs import start_wandb
@@ -51,6 +52,80 @@ def test_a_point_changes_its_own_config_alone(tmp_path):
     changed = point_config(config, Point("", {"opt.lr": 0.5, "seed": 3}, tmp_path))
     assert (changed["opt"]["lr"], changed["seed"], changed["resume"]) == (0.5, 3, False)
     assert config == load_config([])
+
+
+def test_a_point_that_another_process_trains_is_left_to_it(tmp_path, capsys):
+    trained = []
+
+    def train_free(config, _wandb_run):
+        if config["run_dir"] == str(tmp_path / "taken"):
+            raise FolderInUseError("another process works there")
+        trained.append(config["run_dir"])
+
+    run_grid(load_config([]), [Point(name, {}, tmp_path / name) for name in ("taken", "free")], train_free)
+    assert trained == [str(tmp_path / "free")] and "another process works on it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "family"),
+    [
+        (["use_dino_maps=true", "use_box=false", "dino_maps=a.json"], "density maps"),
+        (["use_box=false"], "RandomResizedCrop"),
+        (["THR=-1"], "RandomResizedCrop"),
+        (["THR=0.7", "crop.mode=reference", "source=center"], "reference, center"),
+    ],
+)
+def test_crops_of_one_kind_are_called_alike(words, family):
+    assert crop_family(load_config(words)) == family
+
+
+# --- wandb --------------------------------------------------------------------------------------------------------
+
+
+class FakeRun:
+    """A run of wandb that keeps what it is given."""
+
+    def __init__(self, config):
+        self.config, self.summary, self.logged, self.finished = config, {}, [], False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def log(self, record, step=None):
+        self.logged.append(record)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_a_training_logs_its_epochs_and_ends_the_run_that_it_began(birds, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    began = []
+    monkeypatch.setattr(wandb, "init", lambda **given: began.append(FakeRun(given["config"])) or began[0])
+    summary = run(birds, tmp_path / "run", "num_epochs=2", "wandb=true")
+    (one,) = began
+    assert [record["epoch"] for record in one.logged] == [1, 2] and one.finished
+    assert one.summary == {"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]}
+
+
+def test_a_run_that_cannot_start_says_why_in_one_line(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(**_):
+        raise wandb.errors.CommError("no route to host\nand more")
+
+    monkeypatch.setattr(wandb, "init", fail)
+    with pytest.raises(UserError, match=r"^wandb=true: no route to host; set WANDB_MODE=offline, or wandb=false$"):
+        start_wandb(load_config([]), tmp_path)
+
+
+def test_a_package_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb, or set wandb=false"):
+        start_wandb(load_config([]), tmp_path)
 
 
 def test_runs_of_one_name_in_two_folders_are_two_runs_of_wandb(tmp_path, monkeypatch):
@@ -125,30 +200,28 @@ def test_a_wandb_sweep_without_a_network_is_one_line(birds, tmp_path, monkeypatc
 def test_a_wandb_sweeps_finished_points_are_not_trained_again(birds, tmp_path, monkeypatch):
     import wandb
 
-    folder, logged, trained, runs = tmp_path / "sweep", [], [], []
+    folder, trained, runs = tmp_path / "sweep", [], []
     folder.mkdir()
     run(birds, folder / "THR=0.5,seed=0", "num_epochs=1", "THR=0.5")
 
-    class FakeRun:
-        def __init__(self, values):
-            self.config, self.summary = values, {}
-            runs.append(self)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            return None
-
-        def log(self, record, step=None):
-            logged.append(record)
-
     points = iter([{"THR": 0.5, "seed": 0}, {"THR": 1.0, "seed": 0}])
-    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(next(points)))
+    monkeypatch.setattr(wandb, "init", lambda **_: runs.append(FakeRun(next(points))) or runs[-1])
     monkeypatch.setattr(wandb, "sweep", lambda grid, project: f"{sorted(grid['parameters'])}")
     monkeypatch.setattr(wandb, "agent", lambda sweep_id, function, project, count: [function() for _ in range(2)])
     once = train.train_run
     monkeypatch.setattr(train, "train_run", lambda *a: trained.append(a[0]["THR"]) or once(*a))
     sweep(birds, folder, "wandb=true", "sweep.values=0.5,1.0")
     assert trained == [1.0] and [run.config["opt"]["lr"] for run in runs] == [4e-3, 4e-3]  # the whole config
+    logged = [record for run in runs for record in run.logged]
     assert [record["test_top1"] for record in logged if "test_top1" in record] and len(logged) == 3
+
+
+def test_a_wandb_sweep_over_other_values_is_not_joined(birds, tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun({"THR": 0.3, "seed": 0}))
+    monkeypatch.setattr(wandb, "agent", lambda sweep_id, function, project, count: function())
+    words = ["wandb=true", "sweep.values=0.5,1.0", "sweep.resume=true", "sweep.id=abc"]
+    with pytest.raises(UserError, match=r"sweep\.id=abc: asks for .*'THR': 0\.3.*not among sweep\.values"):
+        sweep(birds, tmp_path, *words)
+    assert not list(tmp_path.rglob("summary.json"))

@@ -225,6 +225,17 @@ def test_a_killed_writing_leaves_only_its_scratch_folder(tmp_path):
     assert seen == [(f".toybirds.{os.getpid()}.tmp", False)]
 
 
+def test_a_set_that_cannot_take_its_final_name_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("not here")
+
+    monkeypatch.setattr(writing, "_write_into", lambda *_: None)
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError, match="not here"):
+        writing.write_toybirds(tmp_path / "toybirds", **SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_faster_process_keeps_its_copy(written, tmp_path, monkeypatch):
     root = tmp_path / "toybirds"
     write_into = writing._write_into

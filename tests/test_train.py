@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -299,6 +300,40 @@ def test_a_run_does_not_go_on_without_its_log(stopped):
     (folder / "log.jsonl").unlink()
     with pytest.raises(UserError, match=r"log\.jsonl"):
         train.train_run(train.load_run_config(["resume=true", f"run_dir={folder}"]))
+
+
+def test_a_run_that_was_stopped_before_its_first_epoch_starts_with_it(birds, tmp_path, capsys):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_run, "train_and_log_epoch", lambda run, *_: run.begin() or interrupt())
+        run(birds, tmp_path / "run", "num_epochs=2")
+    assert (tmp_path / "run" / "config.json").exists()
+    assert run(birds, tmp_path / "run", "num_epochs=2", "resume=true")["epochs"] == 2
+    assert "no last.pt yet: starting from the first epoch" in capsys.readouterr().out
+    run(birds, tmp_path / "unbroken", "num_epochs=2")
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_the_command_that_goes_on_is_told_once_there_is_a_run(tmp_path):
+    assert train_run.resume_command(tmp_path) is None
+    folder = tmp_path / "my runs"
+    save_json(folder / "config.json", {})
+    assert train_run.resume_command(folder) == f"python train.py resume=true run_dir='{folder}'"
+
+
+def test_a_terminal_is_shown_loss_accuracy_and_speed_on_the_way(birds, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("training.loop.tqdm.set_postfix_str", lambda _, text: shown.append(text))
+    run(birds, tmp_path / "run", "num_epochs=1", "batch_size=2", "dataset.val_fraction=0.1667")
+    (text,) = shown  # every twentieth batch, here the last one of 40 images
+    loss, top1, speed = re.fullmatch(r"loss ([\d.]+), top-1 ([\d.]+)%, (\d+) images/s", text).groups()
+    (record,) = load_log(tmp_path / "run" / "log.jsonl")
+    assert int(speed) > 0 and float(loss) == pytest.approx(record["train_loss"], abs=6e-4)
+    assert float(top1) == pytest.approx(100 * record["train_top1"], abs=0.06)
 
 
 def test_a_finished_run_can_be_extended(birds, tmp_path):

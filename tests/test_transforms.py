@@ -7,7 +7,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from localized_crops.boxes import coverage, crops_to_xywh
-from localized_crops.transforms import LocalizedRandomResizedCrop
+from localized_crops.transforms import DinoRandomResizedCrop, LocalizedRandomResizedCrop
 from training.epoch_crops import BoxCrops
 from transforms import TrainTransform, build_views, flip_images, normalize, square_crop
 
@@ -44,6 +44,13 @@ def test_a_box_goes_in_as_bounding_boxes_or_as_an_argument():
         results.append(np.asarray(call()))
     assert results[0].shape == (24, 24, 3)
     assert all((result == results[0]).all() for result in results)
+
+
+def test_a_transform_prints_its_settings():
+    held = LocalizedRandomResizedCrop(24, 0.7, mode="reference", ratio=(1, 1))
+    assert "thr=0.7, mode=reference, scale=(0.08, 1.0), ratio=(1, 1)" in repr(held)
+    centred = DinoRandomResizedCrop((11, 17), scale=(0.2, 0.9), ratio=(1, 1), temperature=0.25)
+    assert "size=[11, 17]" in repr(centred) and "temperature=0.25" in repr(centred)
 
 
 def test_the_crop_is_torchvisions_resized_crop_of_the_drawn_params():

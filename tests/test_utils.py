@@ -4,6 +4,7 @@ import resource
 import signal
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +156,20 @@ def test_freed_memory_is_there_for_the_next_step():
 
     page_faults(2**26)
     assert page_faults(2**25) < 1000  # of 32,768 pages, 128 MiB
+
+
+def test_an_older_glibc_is_asked_for_as_much_as_it_takes(monkeypatch):
+    asked = []
+
+    def mallopt(option, value):
+        asked.append((option, value))
+        return int(option != machine.M_MMAP_THRESHOLD or value <= 2**25)
+
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=mallopt))
+    machine.set_up_cpu(None)
+    assert (machine.M_MMAP_THRESHOLD, 2**25) in asked and asked[-1] == (machine.M_TRIM_THRESHOLD, 2**31 - 1)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: SimpleNamespace())  # another C library
+    machine.set_up_cpu(None)
 
 
 def test_torch_seed_repeats_and_leaves_no_trace():

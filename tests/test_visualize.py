@@ -249,6 +249,8 @@ def test_unknown_images(few_birds):
     assert "no image 99999" in fault(few_birds, "visualize.ids=99999")
     assert "no image bird" in fault(few_birds, "visualize.ids=bird")
     assert "visualize.split=val" in fault(few_birds, "visualize.split=val", "dataset.val_fraction=0")
+    (one,) = read_dataset("cub", few_birds).ids[:1].tolist()
+    assert "names 65 images; 64 at most" in fault(few_birds, f"visualize.ids={','.join([str(one)] * 65)}")
 
 
 def test_a_target_maiou_without_training_images(few_birds, tmp_path):
@@ -309,3 +311,5 @@ def test_images_without_labels_and_true_boxes(few_birds, data, tmp_path):
     figure = visualize.crops_picture(config)[0]
     assert [len(part.axes) for part in figure.subfigs] == [3, 6, 6, 6]
     assert all(len(axes.patches) == 1 for axes in figure.subfigs[0].axes)  # the centred box alone
+    with pytest.raises(UserError, match="has no true boxes to compare with"):
+        visualize.boxes_picture(config)
