@@ -123,16 +123,20 @@ def word_of(key: str, value: Any) -> str:
 # --- a whole config -----------------------------------------------------------------------------------------------
 
 
-def check_leaves(tree: Any, *, is_saved: bool = False) -> dict[str, Any]:
+def check_leaves(tree: Any, presets: Iterable[str] = (), *, is_saved: bool = False) -> dict[str, Any]:
     """Return the values of a config by dotted key; raise UserError on a key or value that the schema does not allow.
 
     With ``is_saved`` keys may be missing, as in a config that an earlier version saved, and get their defaults.
+    ``presets``: what a misspelt key may mean as well.
     """
     if not isinstance(tree, dict):
         raise UserError("holds no config, a dict with all keys was expected")
     for key in (key for key in tree if key in SCHEMA and "." in key):
         raise UserError(f"{key}: belongs into the dict of its section, without a dot")
-    flat = {key: check_value(key, value) for key, value in leaves(tree).items()}
+    flat = leaves(tree)
+    for key in flat:
+        _check_known(key, presets)
+    flat = {key: check_value(key, value) for key, value in flat.items()}
     missing = [key for key in SCHEMA if key not in flat]
     if missing and not is_saved:
         raise UserError(f"{missing[0]} is missing; its default is {DEFAULTS[missing[0]]!r}")
@@ -183,7 +187,7 @@ def load(
     given, asks = dict(words), {"resume", "init_from"}
     values = DEFAULTS | leaves(base or {})
     with user_errors(UserError, "config.py: "):
-        edits = {key: value for key, value in check_leaves(edited).items() if value != DEFAULTS[key]}
+        edits = {key: value for key, value in check_leaves(edited, presets).items() if value != DEFAULTS[key]}
         if base is None or (asks & edits.keys() and not asks & given.keys()):
             if "preset" in edits and "preset" not in given:
                 values |= _preset_values(edits["preset"], presets)

@@ -141,12 +141,12 @@ def test_an_edited_value_that_is_not_allowed_is_named_with_its_file(edit, key, v
     assert str(error.value).startswith(f"config.py: {key}=") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", ["opt", "opt.LR", "THRR", "opt.lr.x"])
+@pytest.mark.parametrize("key", ["opt", "opt.LR", "THRR", "opt.lr.x", "FineTune"])
 def test_an_edited_key_that_does_not_exist_is_named_with_the_nearest(edit, key):
     if key.startswith("opt.lr"):
         edit("opt.lr", {})
     edit(key, 1.0)
-    with pytest.raises(UserError, match=rf"^config\.py: {key}: .*did you mean (opt\.|THR)"):
+    with pytest.raises(UserError, match=rf"^config\.py: {key}: .*did you mean (opt\.|THR|preset=finetune)"):
         load_config([])
 
 
