@@ -195,13 +195,6 @@ def head_of(model: nn.Module) -> nn.Module:
     return model.fc if isinstance(model, torchvision.models.ResNet) else model.get_classifier()
 
 
-def keep_classes(model: nn.Module, count: int) -> None:
-    """Cut the classifier layer to its first ``count`` classes: a training may have had more than its data set names."""
-    head = head_of(model)
-    if len(head.weight) > count:
-        head.weight, head.bias = (nn.Parameter(values.detach()[:count].clone()) for values in (head.weight, head.bias))
-
-
 def features_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the inputs (B, D) of the classifier layer and the logits (B, K) for images (B, 3, H, W)."""
     features = []
@@ -346,11 +339,14 @@ def load_backbone(model: nn.Module, path: Path | str, key: str = "model.type") -
     _load_strictly(model, state, path, key, kept=head)
 
 
-def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None) -> str:
+def load_trained(
+    model: nn.Module, path: Path | str, *, ema: bool | None = None, trained_classes: int | None = None
+) -> str:
     """Load a trained model, head included: from a checkpoint of train.py or a plain state dict.
 
     Args:
         ema: of a checkpoint of train.py take the EMA or the model; None: whichever validated better.
+        trained_classes: the file's number of outputs; if ``model`` has fewer, it gets the first ones.
 
     Returns:
         Which of a checkpoint's weights these are, model or ema; of a plain state dict: model.
@@ -359,6 +355,9 @@ def load_trained(model: nn.Module, path: Path | str, *, ema: bool | None = None)
         UserError: if it is of another architecture or has another number of classes.
     """
     state, which = _load_state_dict(path, ema)
+    for key, value in model.state_dict().items():  # of every kind of head, which may have several layers of outputs
+        if key in state and len(value.shape) and state[key].shape == (trained_classes, *value.shape[1:]):
+            state[key] = state[key][: len(value)]
     name = f"{_head_prefix(model)}weight"
     expected, saved = model.state_dict().get(name), state.get(name)
     if expected is not None and saved is not None and saved.ndim == expected.ndim and len(saved) != len(expected):

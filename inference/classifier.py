@@ -207,9 +207,8 @@ def load_classifier(
             check_value(key, get_key(trained, key))
     with user_errors((LookupError, TypeError, AttributeError), f"{path}: its config is of another version: "):
         shape = {key: trained[key] for key in ("image_size", "patch_size")}
-        model = models.build_model(trained["model"]["type"], trained["model"]["n_classes"], **shape)
-        weights = models.load_trained(model, path)
-        models.keep_classes(model, len(class_names))
+        model = models.build_model(trained["model"]["type"], len(class_names), **shape)
+        weights = models.load_trained(model, path, trained_classes=trained["model"]["n_classes"])
         views = test_views(config)
         mean, std = (tuple(map(float, trained["model"][key])) for key in ("mean", "std"))
     needs_box = localize and any(view.kind == "box" for view in views.values())
