@@ -1,7 +1,8 @@
 """What boxes are worth as views of a frozen, pretrained network: a linear probe and nearest neighbours, no training.
 
-First come the stages that make the boxes, as in reproduce.py. The table lies in runs/photos_probe, with the features of
-each view, so that an interrupted run goes on with the view that it had reached. Minutes on a CPU.
+First come the stages that make the boxes, as in reproduce.py. The table lies in ``run_dir`` (default
+runs/photos_probe), with the features of each view, so that an interrupted run goes on with the view that it had
+reached. Minutes on a CPU.
 
     python benchmarks/photos_probe.py dataset.root=FOLDER model.weights=FILE dino.weights=FILE \\
         dino.object_weights=FILE num_workers=0
@@ -25,6 +26,7 @@ from datasets import read_dataset, source_boxes
 from experiments.paired_tests import compare
 from experiments.table_report import spread
 from experiments.tables import ATTENTION_BOXES, ATTENTION_STEP, OBJECT_BOXES, OBJECT_STEP, PRETRAINED
+from jobs.guard import run_script, same_command, with_resume_hint
 from jobs.machine import set_up_cpu
 from jobs.settings import word_of
 from localized_crops.boxes import coverage, iou, whole_image_boxes
@@ -41,7 +43,6 @@ NEIGHBOURS = 10
 BATCH = 16  # images
 FEW, DRAWS = (5, 10, 20), 5  # training images a class, and how often they are drawn
 
-
 STEPS = (ATTENTION_STEP, OBJECT_STEP)
 SIDES = (224, 384)  # pixels, of the network's input
 SOURCES = {
@@ -52,16 +53,17 @@ SOURCES = {
 }
 
 
-def main(words: list[str]) -> None:
+def main(request: dict) -> None:
     """Make the boxes that are missing, then the table."""
-    overrides = reproduce.load_request(words)["overrides"]
-    for step in STEPS:
-        reproduce.run_step(step, overrides)
+    overrides = request["overrides"]
     shared = PRETRAINED | {"eval.crop_pct": 0.875} | overrides
     settings = [word_of(key, value) for key, value in shared.items()]
     configs = {f"{side} px": load_config(["preset=finetune", *settings, f"image_size={side}"]) for side in SIDES}
-    data = read_dataset(**next(iter(configs.values()))["dataset"])
-    write_probe(configs, "photos_probe", SOURCES, Path("runs/photos_probe"), data)
+    with with_resume_hint(same_command):
+        for step in STEPS:
+            reproduce.run_step(step, overrides)
+        data = read_dataset(**next(iter(configs.values()))["dataset"])
+        write_probe(configs, "photos_probe", SOURCES, Path(request["run_dir"] or "runs/photos_probe"), data)
 
 
 class Answers(NamedTuple):
@@ -246,4 +248,4 @@ def numbers_of(rows: dict[str, Answers], labels: np.ndarray) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main, reproduce.load_request)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import config
+import reproduce
 from datasets import read_dataset
 from measuring import build_images, ratio, write_cub
 from models import fit_linear
@@ -133,7 +134,7 @@ def test_a_probe_answers_view_by_view_and_keeps_its_features(birds, tmp_path, mo
     monkeypatch.setattr(script, "SIDES", (32, 48))
     monkeypatch.setattr(script, "SOURCES", {"centred": "center", "true": "gt"})
     words = [f"dataset.root={birds}", "model.type=toyresnet", "model.weights=none", "num_threads=1"]
-    script.main(words)
+    script.main(reproduce.load_request(words))
     folder = tmp_path / "runs" / "photos_probe"
     numbers, text = json.loads((folder / "photos_probe.json").read_text()), (folder / "photos_probe.md").read_text()
     data = read_dataset("cub", birds, val_fraction=0.2)
@@ -148,5 +149,12 @@ def test_a_probe_answers_view_by_view_and_keeps_its_features(birds, tmp_path, mo
     line = next(line for line in text.splitlines() if line.startswith("| share of the image"))
     assert len(line.split("|")) == 2 + 2 + len(numbers["32 px"])
     monkeypatch.setattr(script, "_batches", None)  # no image is looked at again
-    script.main(words)
+    script.main(reproduce.load_request(words))
     assert json.loads((folder / "photos_probe.json").read_text()) == numbers
+
+
+@pytest.mark.parametrize("word, status, said", [("--help", 0, '"model": {'), ("num_epoch=3", 2, "error: num_epoch")])
+def test_the_probe_has_the_help_and_the_errors_of_reproduce(word, status, said):
+    script = ROOT / "benchmarks" / "photos_probe.py"
+    done = subprocess.run([sys.executable, str(script), word], capture_output=True, text=True, timeout=600)
+    assert done.returncode == status and said in done.stdout + done.stderr and "Traceback" not in done.stderr
