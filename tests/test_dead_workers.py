@@ -1,5 +1,6 @@
 """A process that loads images and is killed: one line, status 2, nothing left behind, in every script that has such."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import small_runs
 import stages
 from torch.utils.data import Dataset
 
@@ -155,6 +157,13 @@ def test_workers_stay_until_they_are_told_to_end_or_their_loader_goes():
     del loaders[1]
     assert soon(lambda: not is_alive(first) and not is_alive(other))
     assert int(next(iter(loaders[0]))) != first
+
+
+def test_a_training_ends_its_workers_though_a_figure_keeps_the_frames_that_drew_it(birds, tmp_path, monkeypatch):
+    kept, before = [], set(multiprocessing.active_children())
+    monkeypatch.setattr("training.loop.draw_curves", lambda *_: kept.append(sys._getframe()))
+    small_runs.run(birds, tmp_path / "run", "num_epochs=1", "num_workers=1")
+    assert kept and before.issuperset(multiprocessing.active_children())
 
 
 class Dies(Dataset):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 import models
 from datasets import stem_of
 from jobs.guard import with_resume_hint
-from jobs.loader import start_server
+from jobs.loader import end_workers, start_server
 from jobs.machine import choose_device, seed_everything, set_up_cpu
 from jobs.wandb_runs import start_wandb
 from localized_crops.boxes import maiou_to_thr
@@ -92,6 +92,8 @@ def _train_in(folder: Path, config: dict, device: torch.device, wandb_run: Any) 
     if run.epoch < config["num_epochs"]:
         print(f"stopped early after epoch {run.epoch}: patience={config['patience']}")
     summary = finish(run, data, test_loader, notes)
+    for loader in (train_loader, val_loader, test_loader):
+        end_workers(loader)  # frames that a drawn figure keeps alive refer to them: at exit they would print tracebacks
     if run.wandb is not None:
         run.wandb.summary.update({"test": summary["top1"], "THR": summary["THR"], "maiou": summary["maiou"]})
         if wandb_run is None:
