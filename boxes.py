@@ -27,6 +27,7 @@ def load_request(arguments: list[str]) -> dict | None:
         UserError: if the words are not ``convert A B`` and then keys, or as load_config does.
     """
     if {"-h", "--help"} & set(arguments):
+        print(f"usage: {USAGE}\n")
         return load_config(arguments)
     if len(arguments) < 3 or arguments[0] != "convert" or any("=" in word for word in arguments[:3]):
         raise UserError("usage: python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER")

@@ -105,7 +105,7 @@ def _dead_workers() -> Iterator[None]:
         if isinstance(error.__cause__, DeadWorkerError):  # raised while the loader waited, which words it anew
             raise error.__cause__ from None
         if WORKERS:
-            multiprocessing.connection.wait([one.sentinel for one in WORKERS], timeout=1.0)  # it may still be ending
+            multiprocessing.connection.wait([one.sentinel for one in _workers()], timeout=1.0)  # it may still be ending
             raise_for_dead_workers()
         raise
 
@@ -113,13 +113,18 @@ def _dead_workers() -> Iterator[None]:
 def raise_for_dead_workers(*_: Any) -> None:
     """Raise DeadWorkerError if processes that load images have ended by themselves; as a handler of signals too."""
     # their exit codes can be read once only, and this may interrupt what reads them
-    dead = [worker for worker in WORKERS if multiprocessing.connection.wait([worker.sentinel], timeout=0)]
+    dead = [worker for worker in _workers() if multiprocessing.connection.wait([worker.sentinel], timeout=0)]
     WORKERS.difference_update(dead)
     if dead:
         raise DeadWorkerError(
             f"processes that load images died (pid {', '.join(str(worker.pid) for worker in dead)}); if memory ran out "
             "(see dmesg) lower num_workers"
         )
+
+
+def _workers() -> list[Any]:
+    """Return what is in `WORKERS` now: a signal may change it at any time, which iterating over it does not bear."""
+    return [worker for reference in tuple(WORKERS.data) if (worker := reference()) is not None]
 
 
 def same_command(*words: str) -> str:

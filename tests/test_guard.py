@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,23 @@ def test_a_worker_that_was_stopped_does_not_keep_a_script_from_ending():
         assert worker.exitcode == -signal.SIGTERM
     finally:
         worker.kill()
+
+
+def test_workers_may_change_while_they_are_looked_at(monkeypatch):
+    """A signal can come at any time, and its handler looks at the workers too."""
+
+    class Worker:
+        sentinel = 0
+
+    kept = [Worker() for _ in range(5)]
+    monkeypatch.setattr(guard, "WORKERS", weakref.WeakSet(kept))
+
+    def wait(_sentinels, timeout):
+        kept.append(Worker())
+        guard.WORKERS.add(kept[-1])
+        guard.WORKERS.discard(kept[0])
+        return []
+
+    monkeypatch.setattr(guard.multiprocessing.connection, "wait", wait)
+    guard.raise_for_dead_workers()
+    assert len(guard.WORKERS) == 9
