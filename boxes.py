@@ -19,6 +19,8 @@ from datasets import convert_source, known_boxes, read_dataset
 from jobs.guard import run_script
 from localized_crops.files import UserError, check_output
 
+USAGE = "python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER"
+
 
 def load_request(arguments: list[str]) -> dict | None:
     """Return ``config``, with the file to read as its source, and the file to write as ``out``; None after help.
@@ -30,7 +32,7 @@ def load_request(arguments: list[str]) -> dict | None:
         print(f"usage: {USAGE}\n")
         return load_config(arguments)
     if len(arguments) < 3 or arguments[0] != "convert" or any("=" in word for word in arguments[:3]):
-        raise UserError("usage: python boxes.py convert FROM TO dataset.name=NAME dataset.root=FOLDER")
+        raise UserError(f"usage: {USAGE}")
     return {"config": load_config([f"source={arguments[1]}", *arguments[3:]]), "out": arguments[2]}
 
 

@@ -237,3 +237,8 @@ def test_what_lies_at_the_new_place_is_kept(data, tmp_path):
     with pytest.raises(UserError, match="name"):
         run_convert(tmp_path / "b.csv", tmp_path / "b.txt", data.root)
     assert load_config([])["boxes"] == {"several": "largest", "allow_missing": 0.0}
+
+
+def test_the_help_says_how_to_convert(capsys):
+    assert convert_script.load_request(["--help"]) is None
+    assert "python boxes.py convert FROM TO" in capsys.readouterr().out
