@@ -29,7 +29,7 @@ def load_request(arguments: list[str]) -> dict | None:
         UserError: if the words are not ``convert A B`` and then keys, or as load_config does.
     """
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: {USAGE}\n")
+        print(USAGE)
         return load_config(arguments)
     if len(arguments) < 3 or arguments[0] != "convert" or any("=" in word for word in arguments[:3]):
         raise UserError(f"usage: {USAGE}")
