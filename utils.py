@@ -37,7 +37,10 @@ def save_tensors(path: Path | str, value: Any) -> None:
         try:
             torch.save(value, file)
         except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # which says, as torch's error about its archive does not, why
+            # a full disk or a signal says, as torch's error about its archive does not, why
+            if isinstance(error.__context__, (OSError, UserError)) or not isinstance(
+                error.__context__, Exception | None
+            ):
                 raise error.__context__ from None
             raise
 

@@ -98,6 +98,7 @@ def _inherited_by_workers() -> Iterator[None]:
 @atexit.register
 def _end_server() -> None:
     """End the server at once, even while it imports; that workers end now is no fault."""
+    signal.signal(signal.SIGIO, signal.SIG_IGN)  # Python takes its handlers back while it ends, and SIGIO would kill it
     guard.WORKERS.clear()
     if pid := forkserver._forkserver._forkserver_pid:
         os.kill(pid, signal.SIGKILL)

@@ -226,3 +226,16 @@ def test_a_fault_of_ours_keeps_its_traceback_and_a_good_script_ends_as_any(handl
     with pytest.raises(ZeroDivisionError):
         guard.run_script(lambda _: 1 / 0, lambda _: {})
     assert guard.run_script(lambda _: None, lambda _: {}) is None
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, OSError, UserError])
+def test_what_interrupts_a_checkpoint_is_told_and_not_torchs_word_for_it(tmp_path, monkeypatch, kind):
+    def broken(_value, _file):
+        try:
+            raise kind("stop")
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    monkeypatch.setattr(utils.torch, "save", broken)
+    with pytest.raises((kind, UserError), match="stop"):
+        utils.save_tensors(tmp_path / "a.pt", {})
